@@ -1,0 +1,43 @@
+"""prunedm: make trained diffusion models small and fast, and prove what is left still works.
+
+The public names are loaded when first used, so that `import prunedm` and `prunedm --help` are fast.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "train": "prunedm.stages",
+    "prune": "prunedm.stages",
+    "learn": "prunedm.stages",
+    "finetune": "prunedm.stages",
+    "sample": "prunedm.stages",
+    "evaluate": "prunedm.stages",
+    "compare": "prunedm.stages",
+    "run": "prunedm.recipe",
+    "Recipe": "prunedm.recipe",
+    "load": "prunedm.folder",
+    "save": "prunedm.folder",
+    "Model": "prunedm.folder",
+    "Masks": "prunedm.masks",
+    "Pattern": "prunedm.masks",
+    "PrunedUNet2DModel": "prunedm.pruned_unet",
+    "UserError": "prunedm.errors",
+    # diffusers asks a component's library for its base class before it loads the component
+    "ModelMixin": "diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'prunedm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+__all__ = sorted(_HOME)  # noqa: PLE0605

@@ -1,0 +1,139 @@
+"""Denoising problems: the one currency of scores, learning, recovery and evaluation.
+
+Problem p is a function of (seed, p) alone: its image, flip, timestep and noise. A training run
+reads problems 0, 1, 2, ... in batches; a fixed evaluation reads 0..n-1 of another purpose.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from prunedm.data import ImageSet, to_model_range
+from prunedm.randomness import generator_for
+
+
+@dataclass(frozen=True)
+class ProblemBatch:
+    """N problems: predict `target` from `noisy` at `timesteps`, given `labels` if there are any."""
+
+    noisy_NCHW: torch.Tensor
+    timesteps_N: torch.Tensor
+    target_NCHW: torch.Tensor
+    labels_N: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.timesteps_N)
+
+    def to(self, device: torch.device | str) -> "ProblemBatch":
+        labels = None if self.labels_N is None else self.labels_N.to(device)
+        return ProblemBatch(
+            self.noisy_NCHW.to(device),
+            self.timesteps_N.to(device),
+            self.target_NCHW.to(device),
+            labels,
+        )
+
+
+class DenoisingProblems(Dataset[dict[str, Any]]):
+    """A seeded, endless stream of denoising problems over a set of images.
+
+    `shuffle` draws a fresh order of the images each epoch; `flip` mirrors half of them. Timesteps
+    are antithetic: problem 2k draws t, problem 2k+1 takes T-1-t, which halves their variance over
+    a batch.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        scheduler: Any,
+        *,
+        seed: int,
+        purpose: str,
+        shuffle: bool = False,
+        flip: bool = False,
+        conditional: bool = False,
+    ) -> None:
+        self.images, self.scheduler, self.seed, self.purpose = images, scheduler, seed, purpose
+        self.shuffle, self.flip, self.conditional = shuffle, flip, conditional
+        self.steps: int = scheduler.config.num_train_timesteps
+        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
+
+    def __getitem__(self, p: int) -> dict[str, Any]:
+        generator = generator_for(self.seed, self.purpose, p)
+        index = self._image_index(p)
+        image = self.images[index]
+        if self.flip and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)
+        noise = torch.randn(image.shape, generator=generator)
+        item = {"image": image, "noise": noise, "timestep": self._timestep(p)}
+        if self.conditional:
+            item["label"] = self.images.label(index)
+        return item
+
+    def batch(self, indices: Sequence[int]) -> ProblemBatch:
+        """The problems of these indices, on the CPU."""
+        return self._collate([self[p] for p in indices])
+
+    def batches(self, index_lists: Sequence[Any], *, workers: int = 0) -> Iterator[ProblemBatch]:
+        """One batch a list of indices, in order; images are decoded by `workers` processes."""
+        return iter(
+            DataLoader(
+                self, batch_sampler=index_lists, num_workers=workers, collate_fn=self._collate
+            )
+        )
+
+    def _timestep(self, p: int) -> int:
+        generator = generator_for(self.seed, self.purpose + "/t", p // 2)
+        t = int(torch.randint(self.steps, (), generator=generator))
+        return t if p % 2 == 0 else self.steps - 1 - t
+
+    def _image_index(self, p: int) -> int:
+        epoch, position = divmod(p, len(self.images))
+        if not self.shuffle:
+            return position
+        if self._order[0] != epoch:
+            generator = generator_for(self.seed, self.purpose + "/order", epoch)
+            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
+        return int(self._order[1][position])
+
+    def _collate(self, items: Sequence[dict[str, Any]]) -> ProblemBatch:
+        clean = to_model_range(torch.stack([item["image"] for item in items]))
+        noise = torch.stack([item["noise"] for item in items])
+        timesteps = torch.tensor([item["timestep"] for item in items])
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        target = prediction_target(self.scheduler, clean, noise, timesteps)
+        labels = torch.tensor([i["label"] for i in items]) if self.conditional else None
+        return ProblemBatch(noisy, timesteps, target, labels)
+
+
+def prediction_target(
+    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the denoiser is trained to output: noise, clean sample, or velocity (Salimans & Ho 2022)."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return clean
+    assert kind == "v_prediction", kind
+    velocity: torch.Tensor = scheduler.get_velocity(clean, noise, timesteps)
+    return velocity
+
+
+def predict(denoiser: torch.nn.Module, problems: ProblemBatch) -> torch.Tensor:
+    """The denoiser's output for a batch of problems, NCHW."""
+    output: torch.Tensor = denoiser(
+        problems.noisy_NCHW, problems.timesteps_N, problems.labels_N, return_dict=False
+    )[0]
+    return output
+
+
+def problem_losses(output_NCHW: torch.Tensor, target_NCHW: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each problem, in float32: (N,)."""
+    return F.mse_loss(output_NCHW.float(), target_NCHW.float(), reduction="none").mean(
+        dim=(1, 2, 3)
+    )

@@ -1,0 +1,254 @@
+"""Feature networks: uint8 images in, one vector an image out, to measure Fréchet distances in.
+
+Shapes: N images, C channels, H W pixels, D features.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from importlib import resources
+from operator import length_hint
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from prunedm.data import to_model_range
+from prunedm.errors import UserError
+from prunedm.progress import Progress, Silent
+
+DIGITS_CNN_FILE = "digits_cnn.safetensors"
+# The TensorFlow Inception of Heusel et al. 2017 as ported to PyTorch (pytorch-fid and
+# torch-fidelity publish the same bytes); a distance under any other weights is not "FID".
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    pickle.UnpicklingError,
+    BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A frozen network and what tables call distances in it: "FID", "FD (digits-cnn)", ...
+
+    `dim` is D, or None where only the first output tells (a TorchScript file).
+    """
+
+    name: str
+    dim: int | None
+    module: nn.Module
+
+    def __call__(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 NCHW => float32 ND on the module's device.
+
+        Raises `UserError` for images the network does not take, and for an output that is not ND.
+        """
+        shape = tuple(images_NCHW.shape)
+        if images_NCHW.dtype != torch.uint8 or len(shape) != 4:
+            raise UserError(f"{self.name} takes uint8 NCHW images; got {images_NCHW.dtype} {shape}")
+        try:
+            with torch.no_grad():
+                output = self.module(images_NCHW)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, torch.jit.Error) as error:
+            raise UserError(
+                f"{self.name} cannot take images of shape {shape[1:]} ({_reason(error)}); "
+                "choose other --features"
+            ) from error
+        self._check(output, shape)
+        features_ND: torch.Tensor = output.float()
+        return features_ND
+
+    def _check(self, output: Any, shape: tuple[int, ...]) -> None:
+        right = isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == shape[0]
+        if not right or self.dim not in (None, output.shape[1]):
+            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise UserError(
+                f"{self.name} must give ({shape[0]}, {self.dim or 'D'}) features for images of shape "
+                f"{shape}; got {got}; choose other --features"
+            )
+
+
+class DigitsCNN(nn.Module):
+    """The embedded classifier of 16x16 handwritten digits; made by `tools/train_digits_cnn.py`."""
+
+    dim = 64
+    image_shape = (1, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *_convolution(1, 32), *_convolution(32, 32), nn.MaxPool2d(2),
+            *_convolution(32, 64), *_convolution(64, 64), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * 4 * 4, self.dim), nn.GELU(),
+        )  # fmt: skip
+        self.head = nn.Linear(self.dim, 10)
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        return self.features(images_NCHW)
+
+    def features(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Penultimate layer, (N, 64), of images in 0..255. Raises `UserError` on other shapes."""
+        if images_NCHW.shape[1:] != self.image_shape:
+            raise UserError(
+                f"digits-cnn takes images of shape {self.image_shape}; "
+                f"got {tuple(images_NCHW.shape[1:])}; use --features inception or a TorchScript FILE"
+            )
+        features_ND: torch.Tensor = self.trunk(to_model_range(images_NCHW))
+        return features_ND
+
+    def logits(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Class scores before the softmax, (N, 10), of images in 0..255."""
+        scores: torch.Tensor = self.head(self.features(images_NCHW))
+        return scores
+
+
+class _Inception(nn.Module):
+    """torch-fidelity's Inception, pool3 features; grey images are repeated to three channels."""
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        channels = images_NCHW.shape[1]
+        if channels not in (1, 3):
+            raise UserError(f"inception takes images of 1 or 3 channels; got {channels}")
+        features_ND: torch.Tensor = self.extractor(images_NCHW.expand(-1, 3, -1, -1))[0]
+        return features_ND
+
+
+def load_features(name_or_path: str | Path, *, weights: str | Path | None = None) -> FeatureNetwork:
+    """The feature network "digits-cnn", "inception", or of a TorchScript file, on the CPU.
+
+    `weights` is a local copy of Inception's; without it torch-fidelity downloads (or has) them.
+    Raises `UserError` where a file is missing or damaged, or the download fails.
+    """
+    name = str(name_or_path)
+    if weights is not None and name != "inception":
+        raise UserError(
+            f"--inception-weights goes with --features inception, not {name!r}; drop one"
+        )
+    if name == "digits-cnn":
+        return FeatureNetwork("FD (digits-cnn)", DigitsCNN.dim, load_digits_cnn())
+    if name == "inception":
+        return _load_inception(None if weights is None else Path(weights).expanduser())
+    return _load_torchscript(Path(name).expanduser())
+
+
+def load_digits_cnn() -> DigitsCNN:
+    """The embedded classifier, frozen, in float32 on the CPU."""
+    asset = resources.files("prunedm") / "assets" / DIGITS_CNN_FILE
+    model = DigitsCNN()
+    model.load_state_dict(load_safetensors(asset.read_bytes()))  # copies float16 into float32
+    return model.eval().requires_grad_(False)
+
+
+def extract(
+    network: FeatureNetwork,
+    batches: Iterable[torch.Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    total: int | None = None,
+) -> torch.Tensor:
+    """Features of a stream of uint8 NCHW batches: float32 ND on the CPU.
+
+    Holds one batch of images at a time. `total` is the number of batches, for the progress bar.
+    Moves the network to `device`. Raises `UserError` on an empty stream.
+    """
+    network.module.to(device)
+    parts_ND = []
+    count = length_hint(batches) if total is None else total
+    with (progress or Silent()).task("features", count) as bar:
+        for images_NCHW in batches:
+            parts_ND.append(network(images_NCHW.to(device)).cpu())
+            bar.advance()
+    if not parts_ND:
+        raise UserError(f"no images to compute {network.name} on; give at least two")
+    return torch.cat(parts_ND)
+
+
+def image_batches(
+    images: Sequence[torch.Tensor] | Any, *, size: int = 100
+) -> Iterator[torch.Tensor]:
+    """An `ImageSet`, NCHW tensor or list of CHW images as uint8 NCHW batches of at most `size`."""
+    for start in range(0, len(images), size):
+        yield torch.stack([images[k] for k in range(start, min(start + size, len(images)))])
+
+
+def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(outputs), nn.GELU()
+
+
+def _load_inception(weights: Path | None) -> FeatureNetwork:
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    if weights is not None:
+        _check_weights(weights)
+    try:
+        extractor = inception.FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights and str(weights)
+        )
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"cannot download the Inception weights: no network? ({_reason(error)}); use --features "
+            "digits-cnn|FILE, or --inception-weights FILE with a copy of "
+            f"{inception.URL_INCEPTION_V3}"
+        ) from error
+    except _UNREADABLE as error:
+        raise UserError(
+            f"Inception weights {str(weights or 'in the torch hub cache')!r} are damaged or of another "
+            f"network ({_reason(error)}); delete the file and fetch {inception.URL_INCEPTION_V3}"
+        ) from error
+    return FeatureNetwork(_inception_name(weights), 2048, _Inception(extractor).eval())
+
+
+def _check_weights(weights: Path) -> None:
+    """torch-fidelity unpickles whatever it is given; let it see only files that hold just tensors."""
+    try:
+        torch.load(weights, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"cannot read Inception weights {str(weights)!r} ({_reason(error)}); give the .pth file "
+            "that torch-fidelity or pytorch-fid publishes"
+        ) from error
+
+
+def _inception_name(weights: Path | None) -> str:
+    if weights is None or hashlib.sha256(weights.read_bytes()).hexdigest() == INCEPTION_SHA256:
+        return "FID"
+    return f"FD (inception, {weights.stem})"
+
+
+def _load_torchscript(path: Path) -> FeatureNetwork:
+    if not path.is_file():
+        raise UserError(
+            f"unknown features {str(path)!r}: neither digits-cnn, inception nor a TorchScript file"
+        )
+    try:
+        module = torch.jit.load(str(path), map_location="cpu")
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{str(path)!r} is damaged or no TorchScript file ({_reason(error)}); "
+            "save it anew with torch.jit.save"
+        ) from error
+    return FeatureNetwork(f"FD ({path.stem})", None, module.eval().requires_grad_(False))
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error's text: TorchScript puts its trace first and the reason last."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,118 @@
+"""Fréchet distance between Gaussians fitted to features (Heusel et al. 2017, arXiv:1706.08500).
+
+Shapes: N images, D features. All arithmetic is in float64.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from prunedm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of features. `count` is 0 and `features` "" where a file does not say."""
+
+    mu_D: np.ndarray
+    sigma_DD: np.ndarray
+    count: int = 0
+    features: str = ""
+
+    @property
+    def dim(self) -> int:
+        return len(self.mu_D)
+
+
+def statistics(features_ND: torch.Tensor | np.ndarray, *, features: str = "") -> Statistics:
+    """Mean and unbiased covariance; `features` names the network they came from.
+
+    Raises `UserError` for fewer than two rows, and for features that are not finite.
+    """
+    x_ND = np.array(features_ND, dtype=np.float64)  # a copy: centred in place below
+    if x_ND.ndim != 2 or len(x_ND) < 2:
+        raise UserError(f"statistics need (N >= 2, D) features; got shape {x_ND.shape}; add images")
+    mu_D = x_ND.mean(axis=0)
+    if not np.isfinite(mu_D).all():
+        raise UserError(f"{features or 'features'}: some are NaN or infinite; check the images")
+    x_ND -= mu_D
+    return Statistics(mu_D, x_ND.T @ x_ND / (len(x_ND) - 1), len(x_ND), features)
+
+
+def frechet_distance(a: Statistics, b: Statistics, *, force: bool = False) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (AB)^{1/2}), with A and B the covariances.
+
+    Raises `UserError` where the two are of different networks, or of too few images to have a
+    covariance of full rank; `force` lifts the latter.
+    """
+    _check_comparable(a, b)
+    for side in (a, b):
+        if 0 < side.count <= side.dim and not force:
+            raise UserError(
+                f"{side.count} images are too few for {side.dim} features: the distance would be "
+                f"mostly bias; give more than {side.dim} images, or pass --force"
+            )
+    gap_D = a.mu_D - b.mu_D
+    traces = np.trace(a.sigma_DD) + np.trace(b.sigma_DD)
+    distance = gap_D @ gap_D + traces - 2 * _trace_of_root(a.sigma_DD, b.sigma_DD)
+    return max(0.0, float(distance))  # rounding can leave -1e-13
+
+
+def save_statistics(stats: Statistics, path: Path) -> None:
+    """Write pytorch-fid's layout (`mu`, `sigma`), and besides `count` and `features`."""
+    with path.open("wb") as file:  # given a name, numpy would append ".npz" to some
+        np.savez(
+            file, mu=stats.mu_D, sigma=stats.sigma_DD,
+            count=np.int64(stats.count), features=np.str_(stats.features),
+        )  # fmt: skip
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Statistics from an .npz of ours or of pytorch-fid. Raises `UserError` on any other file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu_D, sigma_DD = np.float64(file["mu"]), np.float64(file["sigma"])
+            count = int(file["count"]) if "count" in file else 0
+            features = str(file["features"]) if "features" in file else ""
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, BadZipFile) as error:
+        raise UserError(
+            f"{str(path)!r} holds no statistics ({error}); give an .npz with the arrays mu and sigma"
+        ) from error
+    if mu_D.ndim != 1 or sigma_DD.shape != (len(mu_D), len(mu_D)):
+        raise UserError(
+            f"{str(path)!r}: mu {mu_D.shape} and sigma {sigma_DD.shape} are not (D,) and (D, D); "
+            "compute the statistics anew"
+        )
+    if not (np.isfinite(mu_D).all() and np.isfinite(sigma_DD).all()):
+        raise UserError(f"{str(path)!r} holds NaN or infinity; compute the statistics anew")
+    return Statistics(mu_D, sigma_DD, count, features)
+
+
+def _check_comparable(a: Statistics, b: Statistics) -> None:
+    if a.dim != b.dim:
+        raise UserError(
+            f"statistics have {a.dim} and {b.dim} features; compute both with the same --features"
+        )
+    if a.features and b.features and a.features != b.features:
+        raise UserError(
+            f"statistics are of {a.features} and {b.features}; compute both with the same --features"
+        )
+
+
+def _trace_of_root(a_DD: np.ndarray, b_DD: np.ndarray) -> float:
+    """tr (AB)^{1/2} = tr (A^{1/2} B A^{1/2})^{1/2} = the sum of singular values of B^{1/2} A^{1/2}.
+
+    The eigenvalues of A^{1/2} B A^{1/2} are the squares of these: where covariances are singular,
+    taking their roots would lift rounding errors from 1e-16 to 1e-8 in each null direction.
+    """
+    return float(np.linalg.svd(_root(b_DD) @ _root(a_DD), compute_uv=False).sum())
+
+
+def _root(sigma_DD: np.ndarray) -> np.ndarray:
+    """The symmetric root; eigenvalues below zero are rounding errors of zero."""
+    values_D, vectors_DD = np.linalg.eigh(sigma_DD)
+    root_DD: np.ndarray = (vectors_DD * np.sqrt(values_D.clip(min=0))) @ vectors_DD.T
+    return root_DD

@@ -1,0 +1,53 @@
+"""The denoising loss on fixed problems: the same images, timesteps and noise for every model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prunedm.diffusion import DenoisingProblems, ProblemBatch, predict, problem_losses
+from prunedm.progress import Progress, Silent
+
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class LossEstimate:
+    """Mean over problems, its standard error, and the losses themselves (N,)."""
+
+    mean: float
+    standard_error: float
+    per_problem_N: torch.Tensor
+
+    @classmethod
+    def of(cls, losses_N: torch.Tensor) -> "LossEstimate":
+        # problems come in antithetic pairs (t, T-1-t); pairs are independent, their members are not
+        pairs = losses_N[: len(losses_N) // 2 * 2].double().reshape(-1, 2).mean(1)
+        error = float(pairs.std() / len(pairs) ** 0.5) if len(pairs) > 1 else float("nan")
+        return cls(float(losses_N.double().mean()), error, losses_N)
+
+
+def fixed_batches(problems: DenoisingProblems, count: int) -> list[ProblemBatch]:
+    """Problems 0..count-1, drawn once and kept: for a loss that is asked for many times."""
+    return [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
+
+
+@torch.no_grad()
+def denoising_loss(
+    denoiser: nn.Module,
+    batches: list[ProblemBatch],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> LossEstimate:
+    """The loss of `denoiser` over these batches, evaluated in its own dtype, without dropout."""
+    was_training = denoiser.training
+    denoiser.eval()
+    losses = []
+    with (progress or Silent()).task("denoising loss", len(batches)) as bar:
+        for cpu_batch in batches:
+            batch = cpu_batch.to(device)
+            losses.append(problem_losses(predict(denoiser, batch), batch.target_NCHW).cpu())
+            bar.advance()
+    denoiser.train(was_training)
+    return LossEstimate.of(torch.cat(losses))

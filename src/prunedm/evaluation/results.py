@@ -1,0 +1,59 @@
+"""What an evaluation found out about one model, and under which conditions: one row of the table."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from prunedm.record import Record
+
+
+class Figures(BaseModel):
+    """Measured figures. None where a figure was not asked for or does not apply."""
+
+    loss: float
+    loss_se: float
+    fd: float | None = None  # Fréchet distance of samples to held-out images
+    psnr_db: float | None = None  # to the dense model's images from the same noise, median
+    params: int
+    nonzero: int
+    macs: int  # of one image through the denoiser once, attention included
+    bytes_disk: int
+    bytes_packed: int  # half precision; layers with N:M masks as kept values + one bit a weight
+    latency_ms: float | None = None  # one denoiser call, median
+    latency_spread_ms: float | None = None  # half the distance between the quartiles
+    pattern: str = ""  # "2:4" where the model has N:M masks
+    nm_valid: float | None = None  # share of groups that are N:M, over the masked layers
+    nm_layers: int = 0  # layers with a mask
+    nm_dense: dict[str, str] = Field(default_factory=dict)  # prunable layers left dense, and why
+
+
+class Conditions(BaseModel):
+    """Without these, the figures mean nothing."""
+
+    dataset: str
+    problems: int  # held-out denoising problems behind `loss`
+    samples: int
+    sampler: str  # "ddim-50"
+    seed: int
+    features: str  # "FD (digits-cnn)", "FID" only for the Inception network
+    reference: int  # held-out images behind `fd`
+    device: str
+    dtype: str
+    latency_batch: int
+
+
+class Evaluation(BaseModel):
+    """One model's row: its label ("dense", "1-prune", ...), figures, conditions and records."""
+
+    label: str
+    model: str
+    hash: str
+    figures: Figures
+    conditions: Conditions
+    record: Record | None = None
+    samples_file: str = (
+        ""  # uint8 NHWC .npz beside the results, from the same noise for every model
+    )
+    curve: dict[str, Any] = Field(
+        default_factory=dict
+    )  # {"losses": [...], "held_out": [[step, loss]]}

@@ -1,0 +1,76 @@
+"""Size and work: parameters, non-zeros, multiply-accumulates, packed bytes, N:M validity."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunedm.layers import prunable_layers, to_groups, why_not_nm
+from prunedm.masks import Masks
+
+HALF = 2  # bytes of a half-precision number
+
+
+def count_parameters(denoiser: nn.Module) -> int:
+    return sum(p.numel() for p in denoiser.parameters())
+
+
+def count_nonzero(denoiser: nn.Module) -> int:
+    return sum(int(torch.count_nonzero(p)) for p in denoiser.parameters())
+
+
+@torch.no_grad()
+def count_macs(denoiser: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image (C, H, W) through the denoiser, attention products included.
+
+    Counted by PyTorch's FLOP counter as the operations run; zeros in weights count as work, since
+    no dense kernel skips them.
+    """
+    weight = next(denoiser.parameters())
+    sample = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
+    labels = torch.zeros(1, dtype=torch.long, device=weight.device)
+    conditional = getattr(denoiser, "class_embedding", None) is not None
+    # the math form of attention is counted on every device and torch version; fused ones are not
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        denoiser(sample, labels, labels if conditional else None)
+    return int(counter.get_total_flops()) // 2
+
+
+def packed_bytes(denoiser: nn.Module, masks: Masks | None) -> int:
+    """Bytes in half precision, masked layers stored as their kept values and one bit a weight."""
+    total = HALF * count_parameters(denoiser)
+    for _, mask in masks or ():
+        kept = int(mask.sum())
+        total += HALF * (kept - mask.numel()) + -(-mask.numel() // 8)
+    return total
+
+
+@dataclass(frozen=True)
+class NmValidity:
+    """How far a model's masks are what hardware accepts."""
+
+    pattern: str
+    valid: float | None  # share of groups with at most N non-zeros, over the masked layers
+    layers: int
+    dense: dict[str, str]  # prunable layers without a mask, and why
+
+
+def nm_validity(denoiser: nn.Module, masks: Masks | None) -> NmValidity:
+    """Checked on the weights themselves, not on the masks."""
+    if masks is None or masks.pattern is None:
+        return NmValidity("", None, 0, {})
+    pattern, layers = masks.pattern, prunable_layers(denoiser)
+    valid = [
+        (to_groups(layers[name].get_parameter("weight"), pattern.m) != 0).sum(1) <= pattern.n
+        for name, _ in masks
+    ]
+    dense = {
+        name: why_not_nm(layer, pattern.m) or "not among the targets"
+        for name, layer in layers.items()
+        if name not in masks.by_layer
+    }
+    return NmValidity(str(pattern), float(torch.cat(valid).float().mean()), len(valid), dense)

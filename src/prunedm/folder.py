@@ -1,0 +1,206 @@
+"""The only reader and writer of model folders.
+
+A model folder is a diffusers pipeline folder (`model_index.json`, `unet/`, `scheduler/`) and, where
+we wrote it, `masks.safetensors` and `record.json`. Nothing in a folder is ever executed: class names
+are looked up in the short tables below, weights are safetensors (or `.bin` read as plain tensors).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel, schedulers
+from diffusers.schedulers import DDPMScheduler
+
+from prunedm.errors import UserError
+from prunedm.masks import Masks, load_masks, save_masks
+from prunedm.pruned_unet import PrunedUNet2DModel
+from prunedm.record import Record, read_record, write_json, write_record
+
+EMBEDDED = ("digits",)
+MASKS_FILE = "masks.safetensors"
+DENOISERS = {"UNet2DModel": UNet2DModel, "PrunedUNet2DModel": PrunedUNet2DModel}
+_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin")
+
+
+@dataclass
+class Model:
+    """A trained diffusion model: the denoiser, its noise scheduler, masks if any, and its record."""
+
+    denoiser: Any  # a diffusers model, of a class in DENOISERS
+    scheduler: Any
+    masks: Masks | None = None
+    record: Record | None = None
+    name: str = ""
+    hash: str = ""
+    pipeline: str = "DDPMPipeline"
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        config = self.denoiser.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the denoiser wants class labels."""
+        return getattr(self.denoiser, "class_embedding", None) is not None
+
+
+def load(source: str | Path) -> Model:
+    """A model from a folder, a hub id, or the embedded 'digits'.
+
+    Raises `UserError` where it is no model, of an unsupported class, or its weights are damaged.
+    """
+    folder = find(source)
+    index = (
+        _read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    )
+    if not index and not (folder / "config.json").exists():
+        raise UserError(f"{source} is no model folder: neither model_index.json nor config.json")
+    denoiser = _load_denoiser(_component(folder, "unet"))
+    masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
+    model = Model(
+        denoiser=denoiser,
+        scheduler=_load_scheduler(folder),
+        masks=masks,
+        record=read_record(folder),
+        name=str(source),
+        hash=hash_folder(folder),
+        pipeline=index.get("_class_name", "DDPMPipeline"),
+    )
+    if masks is not None:
+        _refuse_violations(model, str(source))
+    return model
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write a model folder. Raises `UserError` if a masked weight is not zero.
+
+    The folder must be new or a stage's working folder: stages give it its final name when whole.
+    """
+    _refuse_violations(model, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.denoiser.save_pretrained(folder / "unet", safe_serialization=True)
+    model.scheduler.save_pretrained(folder / "scheduler")
+    cls = type(model.denoiser).__name__
+    library = "prunedm" if cls == "PrunedUNet2DModel" else "diffusers"
+    index = {
+        "_class_name": model.pipeline,
+        "_diffusers_version": model.denoiser.config["_diffusers_version"],
+        "scheduler": ["diffusers", type(model.scheduler).__name__],
+        "unet": [library, cls],
+    }
+    write_json(index, folder / "model_index.json")
+    if model.masks is not None:
+        save_masks(model.masks, folder / MASKS_FILE)
+    if model.record is not None:
+        write_record(model.record, folder)
+
+
+def find(source: str | Path) -> Path:
+    """The local folder of a model: itself, the embedded one, or the hub's snapshot."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if str(source) in EMBEDDED:
+        return Path(str(resources.files("prunedm") / "assets" / str(source)))
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(
+            f"no model at {str(source)!r}: give a folder, a hub id like owner/name, or digits"
+        )
+    return _snapshot(str(source))
+
+
+def hash_folder(folder: Path) -> str:
+    """A hash of weights, masks and configuration files, whatever the folder is called."""
+    digest = hashlib.sha256()
+    suffixes = (".safetensors", ".bin", ".json")
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in suffixes):
+        relative = path.relative_to(folder)
+        if path.name == "record.json" or relative.parts[0] not in ("unet", "scheduler", path.name):
+            continue
+        digest.update(str(relative).encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the denoiser's weight files."""
+    where = _component(folder, "unet")
+    return sum(path.stat().st_size for kind in _WEIGHTS for path in where.glob(kind))
+
+
+def _refuse_violations(model: Model, where: str) -> None:
+    if model.masks is None:
+        return
+    violations = model.masks.violations(model.denoiser)
+    if violations:
+        layer, count = next(iter(violations.items()))
+        raise UserError(
+            f"{where}: masks do not hold in {len(violations)} layers, first {layer} with {count} "
+            "weights; apply the masks again, or remove masks.safetensors"
+        )
+
+
+def _component(folder: Path, name: str) -> Path:
+    # old hub repositories (google/ddpm-cifar10-32) keep everything in the root
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _load_denoiser(folder: Path) -> Any:
+    name = _read_json(folder / "config.json").get("_class_name")
+    if name not in DENOISERS:
+        raise UserError(f"{folder} holds a {name}; supported denoisers: {', '.join(DENOISERS)}")
+    if not any(next(folder.glob(kind), None) for kind in _WEIGHTS):
+        raise UserError(f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing")
+    try:
+        denoiser = DENOISERS[name].from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # diffusers wraps the reader's errors in several types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load weights in {folder}: {reason}; download it again?") from error
+    return denoiser.eval()
+
+
+def _load_scheduler(folder: Path) -> Any:
+    where = _component(folder, "scheduler")
+    path = where / "scheduler_config.json"
+    if not path.exists():
+        return DDPMScheduler()  # a bare denoiser folder: the paper's 1,000 linear steps
+    config = _read_json(path)
+    cls: Any = getattr(schedulers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, schedulers.SchedulerMixin)):
+        raise UserError(f"{path} names no diffusers scheduler: {config.get('_class_name')!r}")
+    return cls.from_config(config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no JSON object")
+    return value
+
+
+def _snapshot(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.rglob("*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.bin"]))
+    except Exception as error:  # network, authentication, no such repository
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot get model {hub_id!r}: no such folder, and the hub says: {reason}"
+        ) from error
+    return folder

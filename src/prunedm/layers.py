@@ -1,0 +1,80 @@
+"""Which layers can be pruned, and how their weights fall into N:M groups.
+
+This is the only file that knows the axis. A group is M consecutive *input channels* at a fixed
+output channel and kernel tap, the one layout that sparse hardware accepts:
+
+    Linear  W[O, I]          -> (O * I/M, M)
+    Conv2d  W[O, I, kh, kw]  -> permute to [O, kh, kw, I] -> (O * kh * kw * I/M, M)
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from prunedm.errors import UserError
+
+PROTECTED = ("conv_in", "conv_out", "time_embedding", "class_embedding")
+
+
+def prunable_layers(
+    denoiser: nn.Module, targets: Iterable[str] = (), *, protect: Iterable[str] = PROTECTED
+) -> dict[str, nn.Module]:
+    """Conv2d and Linear layers by name, without the protected ones.
+
+    `targets` narrows them: each is a prefix of module names, or a regular expression found in them.
+    Raises `UserError` for a target that matches nothing.
+    """
+    layers: dict[str, nn.Module] = {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not _under(name, protect)
+    }
+    wanted = tuple(targets)
+    for target in wanted:
+        if not any(_matches(name, target) for name in layers):
+            tops = sorted({".".join(name.split(".")[:2]) for name in layers})
+            raise UserError(f"target {target!r} matches no layer; there are {', '.join(tops)}")
+    if not wanted:
+        return layers
+    return {n: m for n, m in layers.items() if any(_matches(n, t) for t in wanted)}
+
+
+def why_not_nm(layer: nn.Module, m: int) -> str | None:
+    """None where the layer can take groups of M, else the reason it stays dense.
+
+    A last group is never padded: a padded slot could be kept and break N.
+    """
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return "grouped convolution"
+    inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+    assert isinstance(inputs, int)
+    return f"{inputs} input channels are no multiple of {m}" if inputs % m else None
+
+
+def to_groups(weight: torch.Tensor, m: int) -> torch.Tensor:
+    """W[O, I, ...] => (groups, M). A view for Linear, a copy for convolutions with kernels > 1."""
+    channels_last = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
+    return channels_last.reshape(-1, m)
+
+
+def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `to_groups` for a weight of `shape`."""
+    if len(shape) == 4:
+        out, inputs, height, width = shape
+        return groups_GM.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
+    return groups_GM.reshape(shape)
+
+
+def _under(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _matches(name: str, target: str) -> bool:
+    if name == target or name.startswith(target.rstrip(".") + "."):
+        return True
+    try:
+        return re.search(target, name) is not None
+    except re.error as error:
+        raise UserError(f"target {target!r} is no regular expression: {error}") from error

@@ -1,0 +1,133 @@
+"""A set of masks: which weights of which layers are kept (True) or held at zero (False)."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.layers import to_groups
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N kept of every M consecutive input channels."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise UserError(f"pattern {self} is not 0 < N < M; try 2:4")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """'2:4' => Pattern(2, 4)."""
+        n, colon, m = text.partition(":")
+        if not (colon and n.isdigit() and m.isdigit()):
+            raise UserError(f"pattern {text!r} is not of the form N:M; try 2:4")
+        return cls(int(n), int(m))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Boolean masks by layer name, each of its layer's weight shape; `pattern` where they are N:M."""
+
+    by_layer: Mapping[str, torch.Tensor]
+    pattern: Pattern | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self.by_layer.items())
+
+    @property
+    def kept(self) -> int:
+        return sum(int(mask.sum()) for mask in self.by_layer.values())
+
+    @property
+    def total(self) -> int:
+        return sum(mask.numel() for mask in self.by_layer.values())
+
+    @torch.no_grad()
+    def apply_(self, denoiser: nn.Module) -> None:
+        """Zero the removed weights in place. Raises `UserError` where masks are of another model."""
+        for name, weight, mask in self._pairs(denoiser):
+            assert weight.shape == mask.shape, name
+            weight.mul_(mask.to(weight.device))
+
+    def hold(self, denoiser: nn.Module) -> Callable[[], None]:
+        """A function that zeroes the removed weights again, on the weights' device, in one call."""
+        weights, masks = [], []
+        for _, weight, mask in self._pairs(denoiser):
+            weights.append(weight.detach())
+            masks.append(mask.to(weight.device, weight.dtype))
+
+        def apply() -> None:
+            torch._foreach_mul_(weights, masks)
+
+        return apply
+
+    def violations(self, denoiser: nn.Module) -> dict[str, int]:
+        """Per layer, how many weights are not zero though their mask says so (only layers with any)."""
+        counts = {
+            name: int(((weight != 0) & ~mask.to(weight.device)).sum())
+            for name, weight, mask in self._pairs(denoiser)
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def check_pattern(self) -> None:
+        """Assert exactly N kept in every group of M."""
+        if self.pattern is None:
+            return
+        for name, mask in self:
+            kept_G = to_groups(mask, self.pattern.m).sum(1)
+            assert bool((kept_G == self.pattern.n).all()), f"{name} is not {self.pattern}"
+
+    def _pairs(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        modules = dict(denoiser.named_modules())
+        for name, mask in self:
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None or weight.shape != mask.shape:
+                found = "no such layer" if weight is None else f"shape {tuple(weight.shape)}"
+                raise UserError(
+                    f"masks are of another model: {name} has {found}, its mask {tuple(mask.shape)}"
+                )
+            yield name, weight, mask
+
+
+def save_masks(masks: Masks, path: Path) -> None:
+    """One bit a weight, in row-major order of the weight; shapes and pattern in the metadata."""
+    packed = {
+        name: torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy().reshape(-1)))
+        for name, mask in masks
+    }
+    metadata = {
+        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks}),
+        "pattern": str(masks.pattern or ""),
+    }
+    save_file(packed, path, metadata=metadata)
+
+
+def load_masks(path: Path) -> Masks:
+    """Masks written by `save_masks`. Raises `UserError` where the file is damaged or none of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = json.loads(metadata["shapes"])
+            by_layer = {name: _unpack(file.get_tensor(name), shapes[name]) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no masks file or is damaged ({error})") from error
+    return Masks(by_layer, Pattern.parse(metadata["pattern"]) if metadata.get("pattern") else None)
+
+
+def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool).reshape(shape))

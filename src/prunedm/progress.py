@@ -1,0 +1,35 @@
+"""How long work tells that it moves, without knowing about terminals."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One bar: `advance` by finished units, with the latest figure beside it."""
+
+    def advance(self, units: int = 1, note: str = "") -> None: ...
+
+
+class Progress(Protocol):
+    """Where bars are shown; `say` prints one line between them."""
+
+    def task(self, label: str, total: int, done: int = 0) -> AbstractContextManager[Task]: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class _SilentTask:
+    def advance(self, units: int = 1, note: str = "") -> None:
+        pass
+
+
+class Silent:
+    """The default of every library function: no output at all."""
+
+    @contextmanager
+    def task(self, label: str, total: int, done: int = 0) -> Iterator[Task]:
+        yield _SilentTask()
+
+    def say(self, text: str) -> None:
+        pass

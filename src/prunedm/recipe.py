@@ -1,0 +1,97 @@
+"""A recipe: the stages from a dense model to a compressed one, and the options of each."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from prunedm.errors import UserError
+from prunedm.options import (
+    DataOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    LearnOptions,
+    Options,
+    PruneOptions,
+)
+from prunedm.progress import Progress, Silent
+
+STAGES = ("prune", "recover", "mask", "learn", "finetune")
+_SHARED = ("dataset", "flip", "convert_channels", "seed", "device")
+
+
+class Recipe(DataOptions):
+    """`prunedm run`: channels go, the rest recovers, N:M masks are learned, the weights adapt.
+
+    The options of all stages are reached by the stage's name (`learn.steps`); dataset, flip,
+    convert_channels, seed and device are set once for all, unless a stage sets its own.
+    """
+
+    model: str = Field("digits", description="a model folder, a hub id, or digits")
+    device: str = Field(
+        "auto", pattern="^(auto|cpu)$", description="auto takes a GPU if there is one"
+    )
+    skip: tuple[str, ...] = Field((), description=f"stages to leave out, of {', '.join(STAGES)}")
+    prune: PruneOptions = PruneOptions(target="params=0.3")
+    recover: FinetuneOptions = FinetuneOptions(steps=150)
+    mask: PruneOptions = PruneOptions(mechanism="nm")
+    learn: LearnOptions = LearnOptions()
+    finetune: FinetuneOptions = FinetuneOptions(steps=200)
+    evaluate: EvaluateOptions = EvaluateOptions()
+
+    def stage_options(self, name: str) -> Any:
+        """The options of a stage, with the recipe's shared values where it has none of its own."""
+        own: Options = getattr(self, name)
+        shared = {key: getattr(self, key) for key in _SHARED if key in type(own).model_fields}
+        return own.model_copy(
+            update={k: v for k, v in shared.items() if k not in own.model_fields_set}
+        )
+
+
+def run(
+    recipe: Recipe, out: Path, *, progress: Progress | None = None, overwrite: bool = False
+) -> Path:
+    """Run every stage that is not done yet; returns the folder of the final comparison."""
+    from prunedm import stages
+
+    progress = progress or Silent()
+    unknown = set(recipe.skip) - set(STAGES)
+    if unknown:
+        raise UserError(f"skip: no stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
+    stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
+    verbs = {
+        "prune": stages.prune,
+        "recover": stages.finetune,
+        "mask": stages.prune,
+        "learn": stages.learn,
+        "finetune": stages.finetune,
+    }
+    folders: dict[str, str | Path] = {"dense": recipe.model}
+    current: str | Path = recipe.model
+    for number, name in enumerate((s for s in STAGES if s not in recipe.skip), start=1):
+        folder = out / f"{number}-{name}"
+        options = recipe.stage_options(name)
+        record, made = verbs[name](  # type: ignore[operator]
+            current, folder, options, progress=progress, overwrite=overwrite
+        )
+        progress.say(f"{folder.name}: {describe(record.figures, record.wall_time_s, made)}")
+        folders[folder.name] = current = folder
+    stages.compare(
+        folders,
+        out / "report",
+        recipe.stage_options("evaluate"),
+        title=f"prunedm run: {recipe.model}",
+        progress=progress,
+        overwrite=overwrite,
+    )
+    return out / "report"
+
+
+def describe(figures: dict[str, Any], seconds: float, made: bool) -> str:
+    """A stage's result in one line."""
+    before = figures.get("loss_before", figures.get("loss_first_masks"))
+    change = f"loss {before:.4f} => {figures['loss']:.4f}" if before is not None else ""
+    if not change and "loss" in figures:
+        change = f"loss {figures['loss']:.4f}"
+    when = f"{seconds:.0f} s" if made else "done already"
+    return f"{change}  ({when})" if change else when

@@ -1,0 +1,1 @@
+"""Bringing quality back: the training loop, EMA and distillation."""

@@ -1,0 +1,90 @@
+"""The state of a training run in one safetensors file: no pickle, written aside and renamed."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.recovery.ema import Ema
+
+
+@dataclass
+class History:
+    """Training loss of every step, and held-out loss as (steps done, loss) pairs."""
+
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+
+    def as_figures(self, points: int = 200) -> dict[str, object]:
+        """For the record: the training loss averaged down to at most `points`, and the held-out one."""
+        stride = max(1, -(-len(self.losses) // points))
+        chunks = [self.losses[k : k + stride] for k in range(0, len(self.losses), stride)]
+        means = [sum(chunk) / len(chunk) for chunk in chunks]
+        return {"curve": {"stride": stride, "losses": means, "held_out": self.held_out}}
+
+
+@dataclass
+class TrainingState:
+    """Everything that decides the rest of a run, after `done` steps."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    history: History
+    done: int = 0
+
+
+def save_checkpoint(path: Path, state: TrainingState) -> None:
+    """Write the state; a file that is there is whole, whenever the process is killed."""
+    tensors = {f"module.{name}": p.detach() for name, p in state.module.named_parameters()}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(v) for key, v in values.items()}
+    if state.ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.shadow.items()}
+    facts = {
+        "done": state.done,
+        "ema_updates": state.ema.updates if state.ema else 0,
+        "losses": state.history.losses,
+        "held_out": state.history.held_out,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, aside, metadata={"facts": json.dumps(facts)})
+    aside.replace(path)
+
+
+def load_checkpoint(path: Path, state: TrainingState) -> None:
+    """Restore in place what `save_checkpoint` wrote; without a file the state stays as it is."""
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged ({error}); delete it to start again"
+        ) from error
+    with torch.no_grad():
+        for name, parameter in state.module.named_parameters():
+            parameter.copy_(tensors[f"module.{name}"])
+    optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            optimizer_state.setdefault(int(index), {})[key] = tensor
+    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": optimizer_state})
+    if state.ema is not None:
+        shadow = {n.removeprefix("ema."): t for n, t in tensors.items() if n.startswith("ema.")}
+        state.ema.load(shadow, facts["ema_updates"])
+    state.history.losses[:] = facts["losses"]
+    state.history.held_out[:] = [(int(step), loss) for step, loss in facts["held_out"]]
+    state.done = int(facts["done"])

@@ -1,0 +1,1 @@
+"""How weights go: scores in, masks or a channel plan out."""

@@ -1,0 +1,87 @@
+"""What a UNet of given widths costs, computed from its layers without running or touching it."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+Side = Literal["in", "out"]
+Removed = Mapping[tuple[str, Side], int]  # positions that go, by layer and side
+
+
+def width(module: nn.Module, side: Side) -> int:
+    """Channels of a Conv2d, Linear or GroupNorm on one side."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if side == "in" else module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    assert isinstance(module, nn.GroupNorm)
+    return module.num_channels
+
+
+def count_params(denoiser: nn.Module, removed: Removed | None = None) -> int:
+    """Parameters of the denoiser, or of what is left of it once `removed` is gone."""
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    gone = removed or {}
+    for name in dict.fromkeys(layer for layer, _ in gone):
+        module = denoiser.get_submodule(name)
+        total -= sum(parameter.numel() for parameter in module.parameters())
+        total += _weights(module, name, gone) + _outputs(module, name, gone) * (
+            module.bias is not None
+        )
+    return total
+
+
+def count_macs(
+    denoiser: nn.Module, positions: Mapping[str, int], removed: Removed | None = None
+) -> int:
+    """Multiply-accumulates of convolutions, linear layers and attention, for one image."""
+    gone, total = removed or {}, 0
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            total += _weights(module, name, gone) * positions[name]
+        elif isinstance(module, Attention):
+            inner = _outputs(module.to_q, f"{name}.to_q", gone)
+            total += 2 * inner * positions[f"{name}.to_q"] * positions[f"{name}.to_k"]
+    return total
+
+
+@torch.no_grad()
+def layer_positions(
+    denoiser: nn.Module,
+    sample_NCHW: torch.Tensor,
+    *,
+    timestep: torch.Tensor | int = 0,
+    class_labels: torch.Tensor | None = None,
+) -> dict[str, int]:
+    """Output positions (pixels, tokens) of each Conv2d and Linear for one image of this size."""
+    positions: dict[str, int] = {}
+    handles = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+
+            def record(layer: nn.Module, _: object, output: torch.Tensor, name: str = name) -> None:
+                positions[name] = output.numel() // (len(output) * width(layer, "out"))
+
+            handles.append(module.register_forward_hook(record))
+    try:
+        denoiser(sample_NCHW, timestep, class_labels=class_labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return positions
+
+
+def _outputs(module: nn.Module, name: str, removed: Removed) -> int:
+    return width(module, "out") - removed.get((name, "out"), 0)
+
+
+def _weights(module: nn.Module, name: str, removed: Removed) -> int:
+    if isinstance(module, nn.GroupNorm):
+        return _outputs(module, name, removed) * module.affine
+    inputs = width(module, "in") - removed.get((name, "in"), 0)
+    assert isinstance(module.weight, torch.Tensor)
+    taps = module.weight[0, 0].numel()
+    return _outputs(module, name, removed) * inputs * taps // getattr(module, "groups", 1)

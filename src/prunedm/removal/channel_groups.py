@@ -1,0 +1,192 @@
+"""Which channels of a UNet must go together, and in what blocks.
+
+Torch-Pruning's dependency graph (Fang et al. 2023, arXiv:2301.12900) says which positions of
+which layers are coupled; nothing else of it is used. A *block* is the smallest set of channels that
+can go without disturbing the rest: whole norm groups (then the statistics of the remaining norm
+groups stay exactly as they were), whole attention heads.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+import torch_pruning
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import FirDownsample2D
+from diffusers.models.upsampling import FirUpsample2D
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.layers import PROTECTED
+from prunedm.removal.channel_costs import Side, width
+
+# The image's channels and the embedding's width belong to the model's interface: never removable.
+_FIXED: frozenset[tuple[str, Side]] = frozenset(
+    {("conv_out", "out"), ("conv_in", "in"), ("time_embedding.linear_2", "out")}
+)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Positions `index_P` of one side of a layer belong to the group's channels `channel_P`."""
+
+    layer: str
+    side: Side  # a GroupNorm has only "out"
+    index_P: torch.Tensor
+    channel_P: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels 0..n-1 that the couplings share, and the blocks (of channels) in which they go."""
+
+    name: str  # the layer that makes these channels
+    channels: int
+    couplings: tuple[Coupling, ...]
+    blocks: tuple[torch.Tensor, ...] = ()
+
+
+def channel_groups(
+    denoiser: nn.Module,
+    sample_NCHW: torch.Tensor,
+    *,
+    timestep: torch.Tensor | int = 0,
+    class_labels: torch.Tensor | None = None,
+    protect: Iterable[str] = PROTECTED,
+    round_to: int = 4,
+) -> list[ChannelGroup]:
+    """Every coupled set of channels that may be removed, with its blocks.
+
+    `protect`: names of layers or of their parents whose shape must not change.
+    `round_to`: neighbouring blocks are joined to multiples of it, so widths stay multiples too.
+    """
+    if round_to < 1:
+        raise UserError(f"round_to is {round_to}; it must be 1 or more")
+    _refuse_unknown(denoiser)
+    inputs = {"sample": sample_NCHW, "timestep": timestep, "class_labels": class_labels}
+    coupled = _coupled_channels(denoiser, inputs)
+    _check_coverage(denoiser, coupled)
+    protected = tuple(protect)
+    free = [group for group in coupled if _is_free(denoiser, group, protected)]
+    cut = [_with_blocks(denoiser, group, round_to) for group in free]
+    return [group for group in cut if len(group.blocks) > 1]
+
+
+def is_under(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _refuse_unknown(denoiser: nn.Module) -> None:
+    for name, module in denoiser.named_modules():
+        if isinstance(module, FirUpsample2D | FirDownsample2D):
+            raise UserError(f"channels: {name} resamples by FIR filters, which cannot be narrowed")
+        if isinstance(module, Attention) and module.fused_projections:
+            raise UserError(
+                f"channels: {name} has fused projections; unfuse_qkv_projections() first"
+            )
+
+
+def _coupled_channels(
+    denoiser: nn.Module, inputs: dict[str, torch.Tensor | int | None]
+) -> list[ChannelGroup]:
+    """All groups of the dependency graph, removable or not, without blocks."""
+    copy = deepcopy(denoiser).requires_grad_(True)  # tracing needs gradients and changes modes
+    graph = torch_pruning.DependencyGraph()
+    with torch.enable_grad():
+        graph.build_dependency(
+            copy, inputs, output_transform=lambda output: output.sample, verbose=False
+        )
+    names = {module: name for name, module in copy.named_modules()}
+    roots = [m for m in graph.module2node if isinstance(m, nn.Conv2d | nn.Linear)]
+    # Convolutions first: the projection of scale_shift has two outputs for each of their channels.
+    roots.sort(key=lambda m: not isinstance(m, nn.Conv2d))
+    seen: set[tuple[str, Side]] = set()
+    groups = []
+    for root in roots:
+        if (names[root], "out") in seen:
+            continue
+        group = _read_group(graph, root, names)
+        seen |= {(coupling.layer, coupling.side) for coupling in group.couplings}
+        groups.append(group)
+    return groups
+
+
+def _read_group(
+    graph: torch_pruning.DependencyGraph, root: nn.Module, names: dict[nn.Module, str]
+) -> ChannelGroup:
+    channels = width(root, "out")
+    prune = graph.get_pruner_of_module(root).prune_out_channels
+    couplings = []
+    for item in graph.get_pruning_group(root, prune, list(range(channels))):
+        name = names.get(item.dep.target.module)
+        if name is not None:  # else one of the graph's own nodes: an addition, a reshape
+            side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+            index, channel = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
+            couplings.append(Coupling(name, side, index, channel))
+    return ChannelGroup(names[root], channels, tuple(couplings))
+
+
+def _check_coverage(denoiser: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    """Each position of a coupled layer belongs to one group, else the graph was misread."""
+    positions: dict[tuple[str, Side], list[torch.Tensor]] = defaultdict(list)
+    for group in groups:
+        for coupling in group.couplings:
+            positions[coupling.layer, coupling.side].append(coupling.index_P)
+    for (layer, side), found in positions.items():
+        module = denoiser.get_submodule(layer)
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
+            continue
+        if torch.cat(found).sort().values.tolist() != list(range(width(module, side))):
+            raise UserError(
+                f"channels: cannot tell which channels the {side}puts of {layer} are coupled with"
+            )
+
+
+def _is_free(denoiser: nn.Module, group: ChannelGroup, protected: Sequence[str]) -> bool:
+    for coupling in group.couplings:
+        module = denoiser.get_submodule(coupling.layer)
+        known = isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm)
+        if not known or getattr(module, "groups", 1) != 1:
+            return False
+        if (coupling.layer, coupling.side) in _FIXED or is_under(coupling.layer, protected):
+            return False
+    return True
+
+
+def _with_blocks(denoiser: nn.Module, group: ChannelGroup, round_to: int) -> ChannelGroup:
+    """Join channels that share a norm group or a head, then neighbours up to `round_to`."""
+    joined = torch.arange(group.channels)  # the smallest channel of the block each one is in
+    for coupling in group.couplings:
+        unit = _unit_size(denoiser, coupling)
+        if unit > 1:
+            joined = _join(joined, coupling.index_P // unit, coupling.channel_P)
+    blocks = [torch.nonzero(joined == first).flatten() for first in joined.unique()]
+    size = min(len(block) for block in blocks)
+    step = round_to // gcd(round_to, size)
+    merged = [torch.cat(blocks[i : i + step]) for i in range(0, len(blocks), step)]
+    return ChannelGroup(group.name, group.channels, group.couplings, tuple(merged))
+
+
+def _unit_size(denoiser: nn.Module, coupling: Coupling) -> int:
+    """How many neighbouring positions must stay together here; 1 where nothing asks for it."""
+    module = denoiser.get_submodule(coupling.layer)
+    if isinstance(module, nn.GroupNorm):
+        size = module.num_channels // module.num_groups
+        whole = torch.bincount(coupling.index_P // size)
+        # Norm groups that straddle two sources of a concatenation cannot be kept: regrouped later.
+        return size if bool(torch.isin(whole, torch.tensor([0, size])).all()) else 1
+    parent = denoiser.get_submodule(coupling.layer.rpartition(".")[0])
+    if isinstance(parent, Attention) and parent.heads > 1 and coupling.layer.endswith("to_q"):
+        return width(module, "out") // parent.heads if coupling.side == "out" else 1
+    return 1
+
+
+def _join(joined_C: torch.Tensor, unit_P: torch.Tensor, channel_P: torch.Tensor) -> torch.Tensor:
+    """Union of the blocks that meet in a unit; blocks stay named by their smallest channel."""
+    for unit in unit_P.unique():
+        members = joined_C[channel_P[unit_P == unit]].unique()
+        joined_C = torch.where(torch.isin(joined_C, members), members.min(), joined_C)
+    return joined_C

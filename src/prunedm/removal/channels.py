@@ -1,0 +1,300 @@
+"""Channel removal: scores of weights in, a plan of which channels stay, and one slice a parameter.
+
+    groups = channel_groups(denoiser, sample_NCHW)
+    plan = plan_channels(denoiser, groups, scores=scores, ratio=0.3)
+    remove_channels(denoiser, plan)
+
+Blocks of all groups are ranked together and the lowest go, until the wanted share of parameters or
+multiply-accumulates (MACs) is gone. Both are computed from the widths; the search touches no model.
+"""
+
+import math
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.pruned_unet import (
+    PrunedUNet2DModel,
+    replace_parameter,
+    set_layer_widths,
+    sync_attributes,
+    widths_of,
+)
+from prunedm.removal.channel_costs import Removed, Side, count_macs, count_params, width
+from prunedm.removal.channel_groups import ChannelGroup
+
+TargetKind = Literal["params", "macs", "channels"]
+Reduction = Literal["sum", "mean", "max", "first"]
+Block = tuple[int, int]  # group, block within it
+
+# couplings x channels => channels
+_REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda values_LC: values_LC.sum(0),
+    "mean": lambda values_LC: values_LC.mean(0),
+    "max": lambda values_LC: values_LC.amax(0),
+    "first": lambda values_LC: values_LC[0],  # the layer that makes the channels
+}
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """What stays, and what was reached by it."""
+
+    keep: dict[tuple[str, Side], torch.Tensor]  # ascending positions; untouched sides are absent
+    norm_groups: dict[str, int]  # new num_groups, for every GroupNorm that gets narrower
+    heads: dict[str, int]  # new heads, for every Attention whose inner width shrinks
+    regrouped: tuple[str, ...]  # norms whose remaining statistics change, because groups straddled
+    figures: dict[str, int | float] = field(default_factory=dict)
+
+
+def block_importance(
+    group: ChannelGroup, scores: Mapping[str, torch.Tensor], *, reduction: Reduction = "mean"
+) -> torch.Tensor:
+    """One value a block, from the coupled layers' scores (weight-shaped, higher = keep).
+
+    A layer's score is averaged to one value a position and divided by that layer's mean, because
+    layers of different fan-in have different scales; `reduction` combines the layers.
+    """
+    if reduction not in _REDUCTIONS:
+        raise UserError(f"reduction {reduction!r} is none of {', '.join(_REDUCTIONS)}")
+    rows = []
+    for coupling in group.couplings:
+        if coupling.layer in scores:
+            score = scores[coupling.layer].detach().to("cpu", torch.float64)
+            axis = 0 if coupling.side == "out" else 1
+            value_P = score.mean([d for d in range(score.ndim) if d != axis])
+            value_P = value_P / value_P.mean().clamp_min(torch.finfo(torch.float64).tiny)
+            total = value_P.new_zeros(group.channels)
+            total.index_add_(0, coupling.channel_P, value_P[coupling.index_P])
+            rows.append(total / torch.bincount(coupling.channel_P, minlength=group.channels))
+    if not rows:
+        raise UserError(f"channels: no score for any layer coupled with {group.name}")
+    importance_C = _REDUCTIONS[reduction](torch.stack(rows))
+    return torch.stack([importance_C[block].mean() for block in group.blocks])
+
+
+def plan_channels(
+    denoiser: nn.Module,
+    groups: Sequence[ChannelGroup],
+    *,
+    scores: Mapping[str, torch.Tensor],
+    ratio: float,
+    target_kind: TargetKind = "params",
+    positions: Mapping[str, int] | None = None,
+    reduction: Reduction = "mean",
+    max_ratio: float = 0.7,
+) -> ChannelPlan:
+    """Choose the blocks that go so that about the fraction `ratio` of the target is removed.
+
+    `positions` (from `layer_positions`) are needed for MACs, as the target or in the report.
+    No group loses more than `max_ratio` of its blocks. Raises if `ratio` cannot be reached.
+    """
+    if not groups:
+        raise UserError("channels: there is no group to remove from; protect fewer layers")
+    _check_targets(ratio, target_kind, max_ratio, positions)
+    importances = [block_importance(group, scores, reduction=reduction) for group in groups]
+    if target_kind == "channels":
+        chosen = _same_share(importances, ratio, max_ratio)
+    else:
+        cost = _cost_function(denoiser, target_kind, positions)
+        chosen = _lowest_until(groups, _ranked(importances, max_ratio), ratio, cost)
+    keep = _kept_positions(denoiser, groups, chosen)
+    norm_groups, regrouped = _new_norm_groups(denoiser, keep)
+    figures = _figures(denoiser, groups, chosen, positions)
+    return ChannelPlan(keep, norm_groups, _new_heads(denoiser, keep), regrouped, figures)
+
+
+def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
+    """Slice the plan's layers in place, and set what diffusers asserts about widths."""
+    for name in dict.fromkeys(layer for layer, _ in plan.keep):
+        module = denoiser.get_submodule(name)
+        _slice(module, plan.keep.get((name, "in")), plan.keep.get((name, "out")))
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = plan.norm_groups[name]
+    for name, heads in plan.heads.items():
+        _narrow_heads(denoiser.get_submodule(name), heads)
+    sync_attributes(denoiser)
+    if isinstance(denoiser, PrunedUNet2DModel):  # else its config would describe the old widths
+        denoiser.register_to_config(widths=widths_of(denoiser))
+
+
+def _check_targets(
+    ratio: float, target_kind: str, max_ratio: float, positions: Mapping[str, int] | None
+) -> None:
+    if not 0 < ratio < 1:
+        raise UserError(f"ratio is {ratio}; it is the fraction to remove, between 0 and 1")
+    if not 0 < max_ratio < 1:
+        raise UserError(f"max_ratio is {max_ratio}; it must lie between 0 and 1")
+    if target_kind not in ("params", "macs", "channels"):
+        raise UserError(f"target_kind {target_kind!r} is none of params, macs, channels")
+    if target_kind == "channels" and ratio > max_ratio:
+        raise UserError(f"at most max_ratio = {max_ratio} of a group can go; {ratio} was asked")
+    if target_kind == "macs" and positions is None:
+        raise UserError("target_kind 'macs' needs positions; layer_positions() records them")
+
+
+def _allowed(blocks: int, max_ratio: float) -> int:
+    return min(int(max_ratio * blocks + 1e-9), blocks - 1)
+
+
+def _ranked(importances: Sequence[torch.Tensor], max_ratio: float) -> list[Block]:
+    """Blocks that may go, least important first."""
+    entries = []
+    for g, importance_B in enumerate(importances):
+        order = importance_B.argsort(stable=True)[: _allowed(len(importance_B), max_ratio)]
+        entries += [(float(importance_B[b]), g, b) for b in order.tolist()]
+    return [(g, b) for _, g, b in sorted(entries)]
+
+
+def _same_share(importances: Sequence[torch.Tensor], ratio: float, max_ratio: float) -> list[Block]:
+    chosen = []
+    for g, importance_B in enumerate(importances):
+        count = min(round(ratio * len(importance_B)), _allowed(len(importance_B), max_ratio))
+        chosen += [(g, b) for b in importance_B.argsort(stable=True)[:count].tolist()]
+    return chosen
+
+
+def _lowest_until(
+    groups: Sequence[ChannelGroup],
+    ranked: Sequence[Block],
+    ratio: float,
+    cost: Callable[[Removed], int],
+) -> list[Block]:
+    """The shortest head of the ranking that removes about `ratio` of the cost."""
+    counts: dict[Block, Removed] = {(g, b): _positions_of(groups[g], b) for g, b in ranked}
+    dense = cost({})
+
+    def share(k: int) -> float:
+        removed: Counter[tuple[str, Side]] = Counter()
+        for block in ranked[:k]:
+            removed.update(counts[block])
+        return 1 - cost(removed) / dense
+
+    most = share(len(ranked))
+    if most < ratio:
+        reachable = math.floor(1000 * most) / 1000
+        raise UserError(
+            f"a ratio of {ratio} cannot be reached: {reachable} is the largest here;"
+            " raise max_ratio or protect fewer layers"
+        )
+    k = bisect_left(range(len(ranked) + 1), ratio, key=share)
+    if k > 1 and ratio - share(k - 1) < share(k) - ratio:
+        k -= 1
+    return list(ranked[:k])
+
+
+def _cost_function(
+    denoiser: nn.Module, target_kind: str, positions: Mapping[str, int] | None
+) -> Callable[[Removed], int]:
+    if target_kind == "params":
+        return lambda removed: count_params(denoiser, removed)
+    assert positions is not None
+    return lambda removed: count_macs(denoiser, positions, removed)
+
+
+def _positions_of(group: ChannelGroup, block: int) -> dict[tuple[str, Side], int]:
+    channels = group.blocks[block]
+    return {
+        (coupling.layer, coupling.side): int(torch.isin(coupling.channel_P, channels).sum())
+        for coupling in group.couplings
+    }
+
+
+def _kept_positions(
+    denoiser: nn.Module, groups: Sequence[ChannelGroup], chosen: Sequence[Block]
+) -> dict[tuple[str, Side], torch.Tensor]:
+    gone: dict[tuple[str, Side], list[torch.Tensor]] = defaultdict(list)
+    for g, b in chosen:
+        for coupling in groups[g].couplings:
+            going = torch.isin(coupling.channel_P, groups[g].blocks[b])
+            gone[coupling.layer, coupling.side].append(coupling.index_P[going])
+    keep = {}
+    for (layer, side), removed in gone.items():
+        stays = torch.ones(width(denoiser.get_submodule(layer), side), dtype=torch.bool)
+        stays[torch.cat(removed)] = False
+        keep[layer, side] = stays.nonzero().flatten()
+    return keep
+
+
+def _new_norm_groups(
+    denoiser: nn.Module, keep: Mapping[tuple[str, Side], torch.Tensor]
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """New `num_groups` by norm, and the norms that do not lose whole groups."""
+    groups, regrouped = {}, []
+    for (name, _), kept in keep.items():
+        norm = denoiser.get_submodule(name)
+        if isinstance(norm, nn.GroupNorm):
+            size = norm.num_channels // norm.num_groups
+            members = torch.bincount(kept // size)
+            if bool(torch.isin(members, torch.tensor([0, size])).all()):
+                groups[name] = len(kept) // size
+            else:
+                sizes = [s for s in range(1, len(kept) + 1) if len(kept) % s == 0]
+                groups[name] = len(kept) // min((abs(s - size), s) for s in sizes)[1]
+                regrouped.append(name)
+    return groups, tuple(regrouped)
+
+
+def _new_heads(
+    denoiser: nn.Module, keep: Mapping[tuple[str, Side], torch.Tensor]
+) -> dict[str, int]:
+    """Several heads lose whole heads; a single one gets narrower."""
+    heads = {}
+    for name, module in denoiser.named_modules():
+        kept = keep.get((f"{name}.to_q", "out"))
+        if isinstance(module, Attention) and kept is not None:
+            old_inner = width(module.to_q, "out")
+            heads[name] = len(kept) * module.heads // old_inner if module.heads > 1 else 1
+    return heads
+
+
+def _figures(
+    denoiser: nn.Module,
+    groups: Sequence[ChannelGroup],
+    chosen: Sequence[Block],
+    positions: Mapping[str, int] | None,
+) -> dict[str, int | float]:
+    removed: Counter[tuple[str, Side]] = Counter()
+    for g, b in chosen:
+        removed.update(_positions_of(groups[g], b))
+    channels = sum(group.channels for group in groups)
+    left = channels - sum(len(groups[g].blocks[b]) for g, b in chosen)
+    params = (count_params(denoiser), count_params(denoiser, removed))
+    pairs = {"params": params, "channels": (channels, left)}
+    if positions is not None:
+        before, after = count_macs(denoiser, positions), count_macs(denoiser, positions, removed)
+        pairs["macs"] = (before, after)
+    figures: dict[str, int | float] = {}
+    for kind, (before, after) in pairs.items():
+        figures |= {f"{kind}_before": before, f"{kind}_after": after}
+        figures[f"{kind}_removed"] = 1 - after / before
+    return figures
+
+
+def _slice(module: nn.Module, keep_in: torch.Tensor | None, keep_out: torch.Tensor | None) -> None:
+    inputs = width(module, "in") if keep_in is None else len(keep_in)
+    outputs = width(module, "out") if keep_out is None else len(keep_out)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        value = parameter.detach()
+        for dim, keep in enumerate((keep_out, keep_in)):
+            if keep is not None and dim < value.ndim:
+                value = value.index_select(dim, keep.to(value.device))
+        replace_parameter(module, name, value)
+    set_layer_widths(module, inputs, outputs)
+
+
+@torch.no_grad()
+def _narrow_heads(attention: Attention, heads: int) -> None:
+    """Set the heads; to_q takes up the change of 1/sqrt(head_dim), so that q.k keeps its scale."""
+    old_dim, new_dim = attention.inner_dim // attention.heads, attention.to_q.out_features // heads
+    attention.heads = heads
+    if new_dim != old_dim:
+        for parameter in attention.to_q.parameters():
+            parameter.mul_(math.sqrt(new_dim / old_dim))

@@ -1,0 +1,25 @@
+"""The verbs: each reads a model folder, does one thing, and writes a new folder with a record."""
+
+from prunedm.options import EvaluateOptions
+from prunedm.stages.compare import compare
+from prunedm.stages.evaluate import evaluate, feature_network
+from prunedm.stages.finetune import finetune
+from prunedm.stages.inputs import images_for
+from prunedm.stages.learn import learn
+from prunedm.stages.prune import prune
+from prunedm.stages.sample import sample
+from prunedm.stages.train import train
+
+
+def check_inputs(model: str, options: EvaluateOptions) -> None:
+    """Open everything that a long run will need at its end. Raises `UserError` where it would fail."""
+    from prunedm.folder import load
+
+    loaded = load(model)
+    for split in ("train", "test"):
+        images = images_for(loaded, options, split)
+        images[0]
+    feature_network(options, images)
+
+
+__all__ = ["check_inputs", "compare", "evaluate", "finetune", "learn", "prune", "sample", "train"]

@@ -1,0 +1,78 @@
+"""train: a dense denoising diffusion model from scratch (Ho et al. 2020), with EMA."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from prunedm.data import ImageSet
+from prunedm.errors import UserError
+from prunedm.evaluation.loss import denoising_loss
+from prunedm.folder import Model, save
+from prunedm.options import TrainOptions
+from prunedm.progress import Progress, Silent
+from prunedm.randomness import seed_for
+from prunedm.record import Record
+from prunedm.recovery.distill import recovery_objective
+from prunedm.recovery.loop import fit, make_accelerator
+from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
+
+
+def train(
+    out: Path, options: TrainOptions, *, progress: Progress | None = None, overwrite: bool = False
+) -> tuple[Record, bool]:
+    """Train `options.unet` on `options.dataset` and write a model folder."""
+    model = _new_model(options)
+    images = images_for(model, options, "train")
+
+    def make(folder: Path, record: Record) -> dict[str, Any]:
+        figures = _train(model, images, options, folder / RESUME, progress or Silent())
+        save(model, folder)
+        return figures
+
+    return run_stage(
+        "train",
+        out,
+        options=options,
+        inputs={"dataset": data_source(images)},
+        make=make,
+        overwrite=overwrite,
+    )
+
+
+def _new_model(options: TrainOptions) -> Model:
+    if not options.unet:
+        raise UserError(
+            "no architecture: give --preset digits, or a `unet:` table in --config FILE"
+        )
+    torch.manual_seed(seed_for(options.seed, "weights"))
+    try:
+        denoiser = UNet2DModel.from_config(options.unet | {"dropout": options.dropout})
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(f"diffusers refuses this unet: {str(error).splitlines()[0]}") from error
+    return Model(denoiser, DDPMScheduler.from_config(options.scheduler), name="scratch")
+
+
+def _train(
+    model: Model, images: ImageSet, options: TrainOptions, resume: Path, progress: Progress
+) -> dict[str, Any]:
+    held_out = held_out_problems(model, options, options.validation_problems)
+    accelerator = make_accelerator(options)
+    history = fit(
+        model.denoiser,
+        recovery_objective(None, 0),
+        problems=training_problems(model, options, images),
+        options=options,
+        accelerator=accelerator,
+        checkpoint=resume / "checkpoint.safetensors",
+        progress=progress,
+        label="training",
+        validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
+    )
+    # the saved type decides the figures: they are of the weights that users load
+    model.denoiser.to("cpu", getattr(torch, options.save_dtype)).float()
+    final = denoising_loss(model.denoiser, held_out)
+    model.denoiser.to(getattr(torch, options.save_dtype))
+    return {"loss": final.mean, "loss_se": final.standard_error} | history.as_figures()

@@ -1,0 +1,222 @@
+"""The table of results: the numbers are the evaluations', the changes are right."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from prunedm.evaluation.results import Conditions, Evaluation, Figures
+from prunedm.evaluation.table import (
+    COLUMNS,
+    amount,
+    cell,
+    change_in_words,
+    csv_text,
+    headers,
+    markdown_table,
+    rich_table,
+    rows,
+    warnings,
+)
+
+CONDITIONS = Conditions(
+    dataset="digits",
+    problems=2000,
+    samples=500,
+    sampler="ddim-50",
+    seed=0,
+    features="FD (digits-cnn)",
+    reference=360,
+    device="AMD EPYC 7B13, 2 threads",
+    dtype="float32",
+    latency_batch=16,
+)
+
+
+def evaluation(label: str = "dense", **changes: Any) -> Evaluation:
+    """A dense model like the embedded one; `changes` go to its figures or its conditions."""
+    figures = {
+        "loss": 0.0312,
+        "loss_se": 0.0008,
+        "fd": 4.41,
+        "params": 1_084_321,
+        "nonzero": 1_084_321,
+        "macs": 31_400_000,
+        "bytes_disk": 2_190_000,
+        "bytes_packed": 2_168_642,
+        "latency_ms": 12.34,
+        "latency_spread_ms": 0.21,
+    }
+    conditions = {k: changes.pop(k) for k in list(changes) if k in Conditions.model_fields}
+    return Evaluation(
+        label=label,
+        model=f"runs/{label}",
+        hash="ab12" * 16,
+        figures=Figures.model_validate(figures | changes),
+        conditions=CONDITIONS.model_copy(update=conditions),
+    )
+
+
+def pruned(label: str = "1-prune", **changes: Any) -> Evaluation:
+    figures = {
+        "params": 759_025,
+        "loss": 0.0471,
+        "pattern": "2:4",
+        "nm_valid": 1.0,
+        "nm_layers": 61,
+    }
+    return evaluation(label, **(figures | changes))
+
+
+def column(key: str) -> Any:
+    return next(c for c in COLUMNS if c.key == key)
+
+
+def shown(key: str, e: Evaluation, dense: Evaluation | None = None) -> str:
+    return str(cell(column(key), e, dense or evaluation()))
+
+
+def test_rows_show_the_figures_and_their_changes() -> None:
+    dense, other = rows([evaluation(), pruned()])
+    assert dense == [
+        "dense",
+        "0.0312 ± 0.0008",
+        "4.41",
+        "–",
+        "1.08M",
+        "1.08M",
+        "31.4M",
+        "2.19 MB",
+        "2.17 MB",
+        "12.34 ± 0.21",
+        "–",
+    ]
+    assert other[1] == "0.0471 ± 0.0008 (+51 %)"
+    assert other[4] == "0.76M (−30 %)"
+    assert other[5] == "1.08M (±0 %)"
+    assert other[10] == "100 % of 2:4 in 61 layers"
+
+
+def test_every_row_has_every_column() -> None:
+    table = rows([evaluation(), pruned(fd=None, latency_ms=None)])
+    assert {len(row) for row in table} == {len(headers([evaluation()]))} == {len(COLUMNS) + 1}
+    assert shown("fd", pruned(fd=None)) == shown("latency_ms", pruned(latency_ms=None)) == "–"
+
+
+@pytest.mark.parametrize(
+    ("value", "base", "text"),
+    [
+        (70, 100, "−30 %"),
+        (102.14, 100, "+2.1 %"),
+        (100, 100, "±0 %"),
+        (100.01, 100, "±0 %"),
+        (1200, 100, "×12"),
+        (0, 100, "−100 %"),
+        (1, 0, ""),
+        (float("nan"), 100, ""),
+        (90.04, 100, "−10 %"),
+    ],
+)
+def test_change_in_words(value: float, base: float, text: str) -> None:
+    assert change_in_words(value, base) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "base", "text"),
+    [
+        (780_000, 1_080_000, "0.78M"),
+        (860_000_000, 860_000_000, "860M"),
+        (4_000, 10_000_000, "4.00k"),
+        (0, 1_000_000, "0.00M"),
+        (523, 523, "523"),
+        (31_400_000, 31_400_000, "31.4M"),
+        (99_999, 99_999, "100.0k"),
+    ],
+)
+def test_amount_takes_the_unit_of_the_dense_model(value: float, base: float, text: str) -> None:
+    assert amount(value, base) == text
+
+
+def test_validity_never_rounds_up_to_whole() -> None:
+    assert shown("nm_valid", pruned(nm_valid=0.99996)).startswith("99.9 % of 2:4")
+    assert shown("nm_valid", pruned(nm_layers=1)) == "100 % of 2:4 in 1 layer"
+
+
+def test_tones_follow_direction_and_spread() -> None:
+    dense = evaluation()
+    assert cell(column("params"), pruned(), dense).tone == "better"
+    assert cell(column("loss"), pruned(), dense).tone == "worse"
+    assert cell(column("loss"), pruned(loss=0.0320), dense).tone == ""  # within the standard errors
+    assert cell(column("params"), pruned(params=1_084_321), dense).tone == ""
+
+
+def test_fd_header_names_the_features() -> None:
+    assert headers([evaluation()])[2] == "FD (digits-cnn)"
+    assert headers([evaluation(features="FID")])[2] == "FID"
+    mixed = [evaluation(), pruned(features="FID")]
+    assert headers(mixed)[2] == "FD"
+    assert rows(mixed)[1][2] == "4.41 FID"  # and no change: the two do not compare
+
+
+@pytest.mark.parametrize(
+    ("condition", "key"),
+    [("problems", "loss"), ("samples", "fd"), ("device", "latency_ms"), ("seed", "loss")],
+)
+def test_no_change_between_figures_of_other_conditions(condition: str, key: str) -> None:
+    value: Any = "other" if condition == "device" else 7
+    other = pruned(fd=5.0, latency_ms=6.0, **{condition: value})
+    assert "(" not in shown(key, other)
+    assert "(" in shown("params", other)
+    (line,) = warnings([evaluation(), other])
+    assert condition in line
+    assert str(value) in line
+    assert "1-prune" in line
+
+
+def test_same_conditions_give_no_warnings() -> None:
+    assert warnings([evaluation(), pruned()]) == []
+    assert warnings([]) == []
+
+
+def test_csv_holds_every_raw_number() -> None:
+    models = [evaluation(), pruned(fd=None, nm_dense={"conv_in": "1 channel, no group of 4"})]
+    read = list(csv.DictReader(io.StringIO(csv_text(models))))
+    assert [row["label"] for row in read] == ["dense", "1-prune"]
+    for row, e in zip(read, models, strict=True):
+        for name, value in e.figures.model_dump().items():
+            if name == "nm_dense":
+                assert json.loads(row[name]) == value
+            elif value is None:
+                assert row[name] == ""
+            else:
+                assert type(value)(row[name]) == value
+        assert {k: str(v) for k, v in e.conditions.model_dump().items()}.items() <= row.items()
+
+
+def test_markdown_escapes_labels() -> None:
+    lines = markdown_table([evaluation(), pruned("a|b <i>")]).splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith("| a\\|b &lt;i&gt; | 0.0471")
+    assert "0.76M (−30 %)" in lines[3]
+
+
+@pytest.mark.parametrize("width", [100, 160])
+def test_terminal_shows_six_models_whole(width: int) -> None:
+    labels = ["1-prune", "2-recover", "3-mask", "4-learn", "5-finetune"]
+    models = [evaluation(), *(pruned(label, psnr_db=24.56) for label in labels)]
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(rich_table(models, width=width))
+    text = console.export_text()
+    assert "…" not in text
+    for word in ["dense", *labels, "0.0471", "−30 %", "24.6 dB", "12.34", "(digits-cnn)"]:
+        assert word in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_labels_are_not_terminal_markup() -> None:
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(rich_table([evaluation("[red]x[/red]")], width=160))
+    assert "[red]x[/red]" in console.export_text()
