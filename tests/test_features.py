@@ -180,7 +180,9 @@ def test_torchscript_file_of_the_wrong_output_shape(tmp_path: Path, module: nn.M
 
 def test_torchscript_file_that_cannot_take_the_images(tmp_path: Path) -> None:
     network = load_features(scripted(Shouting(), tmp_path))
-    with pytest.raises(UserError, match=r"cannot take images of shape \(1, 8, 8\).*please") as caught:
+    with pytest.raises(
+        UserError, match=r"cannot take images of shape \(1, 8, 8\).*please"
+    ) as caught:
         network(random_images(4, 1, 8, 8))
     assert "\n" not in str(caught.value)
 

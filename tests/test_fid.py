@@ -115,7 +115,10 @@ def test_reads_a_file_of_pytorch_fid(tmp_path) -> None:
 def test_different_dimensions_and_networks_are_refused() -> None:
     with pytest.raises(UserError, match="4 and 5 features"):
         frechet_distance(gaussian(0, 4), gaussian(0, 5))
-    a, b = Statistics(np.zeros(2), np.eye(2), 9, "FID"), Statistics(np.zeros(2), np.eye(2), 9, "FD (x)")
+    a, b = (
+        Statistics(np.zeros(2), np.eye(2), 9, "FID"),
+        Statistics(np.zeros(2), np.eye(2), 9, "FD (x)"),
+    )
     with pytest.raises(UserError, match=r"FID and FD \(x\)"):
         frechet_distance(a, b, force=True)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import schedulers
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -108,6 +109,13 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         target = prediction_target(self.scheduler, clean, noise, timesteps)
         labels = torch.tensor([i["label"] for i in items]) if self.conditional else None
         return ProblemBatch(noisy, timesteps, target, labels)
+
+
+def scheduler_class(name: str) -> Any:
+    """The diffusers noise scheduler of this class name, or None where there is none."""
+    cls = getattr(schedulers, name, None)
+    known = isinstance(cls, type) and issubclass(cls, schedulers.SchedulerMixin)
+    return cls if known else None
 
 
 def prediction_target(

@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel, schedulers
-from diffusers.schedulers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 
+from prunedm.diffusion import scheduler_class
 from prunedm.errors import UserError
 from prunedm.masks import Masks, load_masks, save_masks
 from prunedm.pruned_unet import PrunedUNet2DModel
@@ -175,8 +175,8 @@ def _load_scheduler(folder: Path) -> Any:
     if not path.exists():
         return DDPMScheduler()  # a bare denoiser folder: the paper's 1,000 linear steps
     config = _read_json(path)
-    cls: Any = getattr(schedulers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, schedulers.SchedulerMixin)):
+    cls = scheduler_class(str(config.get("_class_name")))
+    if cls is None:
         raise UserError(f"{path} names no diffusers scheduler: {config.get('_class_name')!r}")
     return cls.from_config(config)
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import schedulers
 from torch import nn
 
 from prunedm.data import to_uint8
+from prunedm.diffusion import scheduler_class
 from prunedm.errors import UserError
 from prunedm.progress import Progress, Silent, Task
 from prunedm.randomness import generator_for
@@ -25,8 +25,8 @@ def make_sampler(trained: Any, name: str) -> Any:
 
     Timesteps end at T-1 ("trailing"), so the first step starts from pure noise (Lin et al. 2023).
     """
-    cls: Any = getattr(schedulers, SAMPLERS.get(name, name), None)
-    if not (isinstance(cls, type) and issubclass(cls, schedulers.SchedulerMixin)):
+    cls = scheduler_class(SAMPLERS.get(name, name))
+    if cls is None:
         raise UserError(
             f"unknown sampler {name!r}; try {', '.join(SAMPLERS)} or a diffusers scheduler's class name"
         )

@@ -61,9 +61,16 @@ def fit(
             step = state.done
             torch.manual_seed(seed_for(options.seed, "dropout", step))
             _set_lr(optimizer, learning_rate(options, step))
-            pending.append(
-                _step(prepared, objective, batches, step, optimizer, accelerator, options.clip)
+            loss = _step(
+                prepared,
+                objective,
+                batches=batches,
+                step=step,
+                optimizer=optimizer,
+                accelerator=accelerator,
+                clip=options.clip,
             )
+            pending.append(loss)
             after_step(step)
             if ema is not None:
                 ema.update(module)

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -107,8 +108,8 @@ def plan_channels(
         chosen = _lowest_until(groups, _ranked(importances, max_ratio), ratio, cost)
     keep = _kept_positions(denoiser, groups, chosen)
     norm_groups, regrouped = _new_norm_groups(denoiser, keep)
-    figures = _figures(denoiser, groups, chosen, positions)
-    return ChannelPlan(keep, norm_groups, _new_heads(denoiser, keep), regrouped, figures)
+    heads, figures = _new_heads(denoiser, keep), _figures(denoiser, groups, chosen, positions)
+    return ChannelPlan(keep, norm_groups, heads, regrouped, figures)
 
 
 def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
@@ -193,10 +194,9 @@ def _lowest_until(
 def _cost_function(
     denoiser: nn.Module, target_kind: str, positions: Mapping[str, int] | None
 ) -> Callable[[Removed], int]:
-    if target_kind == "params":
-        return lambda removed: count_params(denoiser, removed)
-    assert positions is not None
-    return lambda removed: count_macs(denoiser, positions, removed)
+    if target_kind == "macs" and positions is not None:
+        return partial(count_macs, denoiser, positions)
+    return partial(count_params, denoiser)
 
 
 def _positions_of(group: ChannelGroup, block: int) -> dict[tuple[str, Side], int]:

@@ -55,7 +55,14 @@ def evaluate(
     network = feature_network(options, reference)  # fails before any work
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
-        result = _evaluate(model, reference, network, options, folder, progress or Silent())
+        result = _evaluate(
+            model,
+            reference=reference,
+            network=network,
+            options=options,
+            folder=folder,
+            progress=progress or Silent(),
+        )
         result.label = label or Path(str(source)).name
         write_json(result.model_dump(mode="json"), folder / RESULTS)
         return result.figures.model_dump(mode="json")
@@ -98,6 +105,7 @@ def feature_network(options: EvaluateOptions, reference: ImageSet) -> FeatureNet
 
 def _evaluate(
     model: Model,
+    *,
     reference: ImageSet,
     network: FeatureNetwork | None,
     options: EvaluateOptions,

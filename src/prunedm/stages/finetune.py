@@ -42,7 +42,14 @@ def finetune(
         inputs["teacher"] = source_of(teacher)
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
-        figures = _finetune(model, teacher, images, options, folder / RESUME, progress)
+        figures = _finetune(
+            model,
+            teacher=teacher,
+            images=images,
+            options=options,
+            resume=folder / RESUME,
+            progress=progress,
+        )
         save(model, folder)
         return figures
 
@@ -76,6 +83,7 @@ def find_teacher(model: Model, wanted: str, progress: Progress) -> Model | None:
 
 def _finetune(
     model: Model,
+    *,
     teacher: Model | None,
     images: ImageSet,
     options: FinetuneOptions,

@@ -47,7 +47,14 @@ def learn(
     images = images_for(model, options, "train")
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
-        figures = _learn(model, given.masks, images, options, folder / RESUME, progress)
+        figures = _learn(
+            model,
+            masks=given.masks,
+            images=images,
+            options=options,
+            resume=folder / RESUME,
+            progress=progress,
+        )
         save(model, folder)
         return figures
 
@@ -81,6 +88,7 @@ def _unmasked(given: Model) -> Model:
 
 def _learn(
     model: Model,
+    *,
     masks: Masks | None,
     images: ImageSet,
     options: LearnOptions,
