@@ -202,11 +202,7 @@ def test_missing_and_damaged_torchscript_files(tmp_path: Path) -> None:
             load_features(missing)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [URLError("Name or service not known"), ConnectionError("refused"), TimeoutError(),
-     IncompleteRead(b"")],
-)  # fmt: skip
+@pytest.mark.parametrize("error", [URLError("Name or service not known"), IncompleteRead(b"")])
 def test_inception_without_a_network_names_the_ways_out(monkeypatch, error: Exception) -> None:
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
@@ -231,7 +227,7 @@ def test_inception_weights_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"other\.pth.*of another network") as caught:
         load_features("inception", weights=tmp_path / "other.pth")
     assert len(str(caught.value)) < 500
-    with pytest.raises(UserError, match="goes with --features inception"):
+    with pytest.raises(UserError, match="needs --features inception"):
         load_features("digits-cnn", weights=tmp_path / "other.pth")
 
 

@@ -26,15 +26,7 @@ DIGITS_CNN_FILE = "digits_cnn.safetensors"
 # The TensorFlow Inception of Heusel et al. 2017 as ported to PyTorch (pytorch-fid and
 # torch-fidelity publish the same bytes); a distance under any other weights is not "FID".
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    KeyError,
-    pickle.UnpicklingError,
-    BadZipFile,
-)
+_DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -137,9 +129,7 @@ def load_features(name_or_path: str | Path, *, weights: str | Path | None = None
     """
     name = str(name_or_path)
     if weights is not None and name != "inception":
-        raise UserError(
-            f"--inception-weights goes with --features inception, not {name!r}; drop one"
-        )
+        raise UserError(f"--inception-weights needs --features inception, not {name!r}; drop one")
     if name == "digits-cnn":
         return FeatureNetwork("FD (digits-cnn)", DigitsCNN.dim, load_digits_cnn())
     if name == "inception":
@@ -208,7 +198,7 @@ def _load_inception(weights: Path | None) -> FeatureNetwork:
             "digits-cnn|FILE, or --inception-weights FILE with a copy of "
             f"{inception.URL_INCEPTION_V3}"
         ) from error
-    except _UNREADABLE as error:
+    except _DAMAGED as error:
         raise UserError(
             f"Inception weights {str(weights or 'in the torch hub cache')!r} are damaged or of another "
             f"network ({_reason(error)}); delete the file and fetch {inception.URL_INCEPTION_V3}"
@@ -220,7 +210,7 @@ def _check_weights(weights: Path) -> None:
     """torch-fidelity unpickles whatever it is given; let it see only files that hold just tensors."""
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except (OSError, *_DAMAGED) as error:
         raise UserError(
             f"cannot read Inception weights {str(weights)!r} ({_reason(error)}); give the .pth file "
             "that torch-fidelity or pytorch-fid publishes"
@@ -240,12 +230,12 @@ def _load_torchscript(path: Path) -> FeatureNetwork:
         )
     try:
         module = torch.jit.load(str(path), map_location="cpu")
-    except _UNREADABLE as error:
+    except (OSError, *_DAMAGED) as error:
         raise UserError(
             f"{str(path)!r} is damaged or no TorchScript file ({_reason(error)}); "
             "save it anew with torch.jit.save"
         ) from error
-    return FeatureNetwork(f"FD ({path.stem})", None, module.eval().requires_grad_(False))
+    return FeatureNetwork(f"FD ({path.stem})", None, module.eval())
 
 
 def _reason(error: Exception) -> str:
