@@ -6,9 +6,13 @@ The public names are loaded when first used, so that `import prunedm` and `prune
 from importlib import import_module
 from typing import Any
 
+from prunedm import options as options
+
 __version__ = "0.1.0"
 
 _HOME = {
+    "load": "prunedm.folder",
+    "save": "prunedm.folder",
     "train": "prunedm.stages",
     "prune": "prunedm.stages",
     "learn": "prunedm.stages",
@@ -18,13 +22,8 @@ _HOME = {
     "compare": "prunedm.stages",
     "run": "prunedm.recipe",
     "Recipe": "prunedm.recipe",
-    "load": "prunedm.folder",
-    "save": "prunedm.folder",
-    "Model": "prunedm.folder",
-    "Masks": "prunedm.masks",
-    "Pattern": "prunedm.masks",
-    "PrunedUNet2DModel": "prunedm.pruned_unet",
     "UserError": "prunedm.errors",
+    "PrunedUNet2DModel": "prunedm.pruned_unet",
     # diffusers asks a component's library for its base class before it loads the component
     "ModelMixin": "diffusers",
 }

@@ -32,7 +32,7 @@ class Recipe(DataOptions):
         "auto", pattern="^(auto|cpu)$", description="auto takes a GPU if there is one"
     )
     skip: tuple[str, ...] = Field((), description=f"stages to leave out, of {', '.join(STAGES)}")
-    prune: PruneOptions = PruneOptions(target="params=0.3")
+    prune: PruneOptions = PruneOptions(target="params=0.3", score="taylor")
     recover: FinetuneOptions = FinetuneOptions(steps=150)
     mask: PruneOptions = PruneOptions(mechanism="nm")
     learn: LearnOptions = LearnOptions()
@@ -49,12 +49,12 @@ class Recipe(DataOptions):
 
 
 def run(
-    recipe: Recipe, out: Path, *, progress: Progress | None = None, overwrite: bool = False
+    recipe: Recipe, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False
 ) -> Path:
     """Run every stage that is not done yet; returns the folder of the final comparison."""
     from prunedm import stages
 
-    progress = progress or Silent()
+    progress, out = progress or Silent(), Path(out)
     unknown = set(recipe.skip) - set(STAGES)
     if unknown:
         raise UserError(f"skip: no stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")

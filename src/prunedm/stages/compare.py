@@ -28,8 +28,8 @@ _Rows = TypeAdapter(list[Evaluation])
 
 def compare(
     models: Mapping[str, str | Path],
-    out: Path,
-    options: EvaluateOptions,
+    out: str | Path,
+    options: EvaluateOptions = EvaluateOptions(),
     *,
     title: str = "",
     progress: Progress | None = None,

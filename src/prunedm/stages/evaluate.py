@@ -42,8 +42,8 @@ MOST_REFERENCES = 10_000  # held-out images behind FD
 
 def evaluate(
     source: str | Path,
-    out: Path,
-    options: EvaluateOptions,
+    out: str | Path,
+    options: EvaluateOptions = EvaluateOptions(),
     *,
     label: str = "",
     progress: Progress | None = None,

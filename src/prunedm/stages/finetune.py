@@ -26,8 +26,8 @@ from prunedm.stages.inputs import (
 
 def finetune(
     source: str | Path,
-    out: Path,
-    options: FinetuneOptions,
+    out: str | Path,
+    options: FinetuneOptions = FinetuneOptions(),
     *,
     progress: Progress | None = None,
     overwrite: bool = False,

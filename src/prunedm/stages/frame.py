@@ -22,7 +22,7 @@ Make = Callable[[Path, Record], dict[str, Any]]  # (working folder, record) -> f
 
 def run_stage(
     stage: str,
-    out: Path,
+    out: str | Path,
     *,
     options: Options,
     inputs: dict[str, Source],
@@ -44,6 +44,7 @@ def run_stage(
         seed=getattr(options, "seed", None),
         history=parent.lineage() if parent else [],
     )
+    out = Path(out)
     found = _existing(out, record, overwrite)
     if found is not None:
         return found, False

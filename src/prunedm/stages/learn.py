@@ -30,8 +30,8 @@ from prunedm.stages.inputs import (
 
 def learn(
     source: str | Path,
-    out: Path,
-    options: LearnOptions,
+    out: str | Path,
+    options: LearnOptions = LearnOptions(),
     *,
     progress: Progress | None = None,
     overwrite: bool = False,

@@ -39,8 +39,8 @@ HELD_OUT = 500  # problems behind the loss before and after
 
 def prune(
     source: str | Path,
-    out: Path,
-    options: PruneOptions,
+    out: str | Path,
+    options: PruneOptions = PruneOptions(),
     *,
     progress: Progress | None = None,
     overwrite: bool = False,

@@ -21,8 +21,8 @@ GRID = 64  # images on grid.png
 
 def sample(
     source: str | Path,
-    out: Path,
-    options: SampleOptions,
+    out: str | Path,
+    options: SampleOptions = SampleOptions(),
     *,
     progress: Progress | None = None,
     overwrite: bool = False,

@@ -21,7 +21,11 @@ from prunedm.stages.inputs import data_source, held_out_problems, images_for, tr
 
 
 def train(
-    out: Path, options: TrainOptions, *, progress: Progress | None = None, overwrite: bool = False
+    out: str | Path,
+    options: TrainOptions,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
 ) -> tuple[Record, bool]:
     """Train `options.unet` on `options.dataset` and write a model folder."""
     model = _new_model(options)

@@ -1,0 +1,5 @@
+"""`python -m prunedm`, the same as `prunedm`."""
+
+from prunedm.cli import main
+
+main()
