@@ -41,6 +41,13 @@ class Pair(nn.Module):
         return x, x
 
 
+class Merging(nn.Module):
+    """One vector for the whole batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().flatten(1).mean(0, keepdim=True)
+
+
 class Dropping(nn.Module):
     """Doubles features in training mode: a file saved in that mode must still be evaluated right."""
 
@@ -171,7 +178,7 @@ def test_torchscript_file_is_run_in_evaluation_mode(tmp_path: Path) -> None:
     assert torch.equal(network(images), images.float().flatten(1))
 
 
-@pytest.mark.parametrize("module", [Flat(), Maps(), Pair()])
+@pytest.mark.parametrize("module", [Flat(), Maps(), Pair(), Merging()])
 def test_torchscript_file_of_the_wrong_output_shape(tmp_path: Path, module: nn.Module) -> None:
     network = load_features(scripted(module, tmp_path))
     with pytest.raises(UserError, match=r"FD \(tiny\) must give \(4, D\) features"):

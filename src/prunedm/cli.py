@@ -34,9 +34,14 @@ app = App(
     "`--config FILE.yaml`; the command line wins. `--debug` shows tracebacks.",
     version=__version__,
 )
+# errors of the place that was to be written to, not of the program
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 Flat = Parameter(name="*")
 Config = Annotated[Path | None, Parameter(help="YAML file of options; the command line wins")]
-Overwrite = Annotated[bool, Parameter(help="replace OUT if it holds something else", negative=())]
+Overwrite = Annotated[bool, Parameter(help="replace OUT if it holds another result", negative=())]
 Model = Annotated[str, Parameter(help="a model folder, a hub id like owner/name, or digits")]
 Out = Annotated[Path, Parameter(help="the new folder")]
 
@@ -202,7 +207,9 @@ def _one_line(error: BaseException) -> str | None:
         if isinstance(cause, ValidationError):
             return validation_message(cause)
         return " ".join(str(error).split()) or "wrong arguments; see --help"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+    if "No space left on device" in str(error):  # safetensors has an error type of its own
+        return "the disk is full; make room, or choose another place: the same command goes on"
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = error.filename or "the output folder"
         return f"cannot write {where}: {os.strerror(error.errno)}; choose another place"
     return " ".join(str(error).split()) if isinstance(error, UserError) else None

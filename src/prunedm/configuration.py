@@ -1,6 +1,5 @@
 """Options from files: defaults < YAML < command line, and errors that suggest the nearest name."""
 
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,7 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from prunedm.errors import UserError
+from prunedm.errors import UserError, nearest
 from prunedm.options import Options
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -51,8 +50,7 @@ def _suggestion(location: tuple[Any, ...], model: type[BaseModel] | None) -> str
         inner = field.annotation if field else None
         model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
     known = list(model.model_fields) if model else []
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    return nearest(str(location[-1]), known)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Terminal:
             yield _Bar(bars, label, total, done)
 
     def say(self, text: str) -> None:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)  # paths stay whole
 
 
 class _Bar:

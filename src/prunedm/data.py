@@ -1,7 +1,7 @@
 """Images from wherever they are: the embedded digits, a hub id, a dataset folder, an image folder."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from prunedm.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HELD_OUT_EVERY = 20  # of an image folder without a test/ subfolder, every 20th image is held out
+HELD_OUT_EVERY = 20  # where there is no test split, every 20th image is held out
 
 
 class ImageSet:
@@ -66,16 +66,18 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def _open(self, index: int) -> Image.Image:
-        item = self.source[index]
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item)
-        if isinstance(item, Path):
-            try:
+        name = f"image {index} of {self.name!r}"
+        try:
+            item = self.source[index]
+            if isinstance(item, np.ndarray):
+                return Image.fromarray(item)
+            if isinstance(item, Path):
+                name = str(item)
                 item = Image.open(item)
-                item.load()
-            except (UnidentifiedImageError, OSError) as error:
-                raise UserError(f"cannot read image {self.source[index]}: {error}") from error
-        return item.convert("RGB") if item.mode == "P" else item
+            item.load()
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"cannot read {name}: {error}") from error
+        return _eight_bits(item, name)
 
 
 def load_images(
@@ -147,21 +149,39 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
 
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """`image` with 8-bit bands; numpy would wrap 16-bit values, and read black and white as 0, 1."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"{name} has {image.mode} pixels, whose range is unknown; save it in 8 bits"
+        )
+    return image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode))
+
+
 def _is_dataset_folder(folder: Path) -> bool:
     markers = ("dataset_dict.json", "state.json")
     return any((folder / m).exists() for m in markers) or any(folder.rglob("*.parquet"))
 
 
 def _image_files(folder: Path, split: str) -> list[Path]:
-    own_split = folder / split
-    files = sorted(p for p in (own_split if own_split.is_dir() else folder).rglob("*")
-                   if p.suffix.lower() in SUFFIXES)  # fmt: skip
+    train, test = folder / "train", folder / "test"
+    root = test if split == "test" and test.is_dir() else train if train.is_dir() else folder
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if root == folder and test.is_dir():
+        files = [p for p in files if test not in p.parents]
     if not files:
-        raise UserError(f"folder {str(folder)!r} holds no images ({', '.join(SUFFIXES)})")
-    if own_split.is_dir() or len(files) < HELD_OUT_EVERY:
-        return files
-    held_out = files[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    return held_out if split == "test" else [f for f in files if f not in set(held_out)]
+        raise UserError(f"folder {str(root)!r} holds no images ({', '.join(SUFFIXES)})")
+    return files if test.is_dir() else [files[i] for i in _held_out(len(files), split)]
+
+
+def _held_out(count: int, split: str) -> list[int]:
+    """Indices of the split; a set too small to hold out from serves as both."""
+    every = HELD_OUT_EVERY
+    if count < every:
+        return list(range(count))
+    return [i for i in range(count) if (i % every == every - 1) == (split == "test")]
 
 
 def _table(name: str, folder: Path, split: str) -> tuple[Any, str, str | None]:
@@ -178,12 +198,20 @@ def _table(name: str, folder: Path, split: str) -> tuple[Any, str, str | None]:
         raise UserError(
             f"unknown dataset {name!r}: neither 'digits', a folder, nor a reachable hub id ({reason})"
         ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        fallback = "validation" if split == "test" and "validation" in loaded else "train"
-        loaded = loaded[split if split in loaded else fallback]
-    kinds = {key: type(value).__name__ for key, value in loaded.features.items()}
+    table = _split_of(loaded if isinstance(loaded, dict) else {"train": loaded}, name, split)
+    kinds = {key: type(value).__name__ for key, value in table.features.items()}
     images = [key for key, kind in kinds.items() if kind == "Image"]
     if not images:
         raise UserError(f"dataset {name!r} has no image column; its columns are {list(kinds)}")
     labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
-    return loaded, images[0], labels[0] if labels else None
+    return table, images[0], labels[0] if labels else None
+
+
+def _split_of(tables: Mapping[str, Any], name: str, split: str) -> Any:
+    test = next((other for other in ("test", "validation") if other in tables), None)
+    if split == "test" and test:
+        return tables[test]
+    if "train" not in tables:
+        raise UserError(f"dataset {name!r} has no split 'train'; its splits are {list(tables)}")
+    table = tables["train"]
+    return table if test else table.select(_held_out(len(table), split))

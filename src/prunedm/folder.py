@@ -63,6 +63,7 @@ def load(source: str | Path) -> Model:
     )
     if not index and not (folder / "config.json").exists():
         raise UserError(f"{source} is no model folder: neither model_index.json nor config.json")
+    _refuse_other_components(index, folder)
     denoiser = _load_denoiser(_component(folder, "unet"))
     masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
     model = Model(
@@ -87,6 +88,7 @@ def save(model: Model, folder: Path) -> None:
     _refuse_violations(model, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     model.denoiser.save_pretrained(folder / "unet", safe_serialization=True)
+    _forget_origin(folder / "unet" / "config.json")
     model.scheduler.save_pretrained(folder / "scheduler")
     cls = type(model.denoiser).__name__
     library = "prunedm" if cls == "PrunedUNet2DModel" else "diffusers"
@@ -138,6 +140,21 @@ def size_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for kind in _WEIGHTS for path in where.glob(kind))
 
 
+def _forget_origin(config: Path) -> None:
+    # diffusers notes the path a model was loaded from, so equal models would differ in their hash
+    kept = {key: value for key, value in _read_json(config).items() if key != "_name_or_path"}
+    write_json(kept, config)
+
+
+def _refuse_other_components(index: dict[str, Any], folder: Path) -> None:
+    # a latent pipeline's UNet would load, and be taken for one that works on pixels
+    for name, value in index.items():
+        if not name.startswith("_") and name not in ("unet", "scheduler") and value != [None, None]:
+            raise UserError(
+                f"{folder} has a component {name!r}; supported: unet and scheduler only"
+            )
+
+
 def _refuse_violations(model: Model, where: str) -> None:
     if model.masks is None:
         return
@@ -162,10 +179,20 @@ def _load_denoiser(folder: Path) -> Any:
     if not any(next(folder.glob(kind), None) for kind in _WEIGHTS):
         raise UserError(f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing")
     try:
-        denoiser = DENOISERS[name].from_pretrained(folder, local_files_only=True)
+        denoiser, loading = DENOISERS[name].from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers wraps the reader's errors in several types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _first_line(error)
         raise UserError(f"cannot load weights in {folder}: {reason}; download it again?") from error
+    # diffusers would leave missing tensors at random values, and drop unexpected ones
+    for problem in ("missing_keys", "unexpected_keys"):
+        if loading[problem]:
+            kind, first = problem.replace("_keys", ""), sorted(loading[problem])[0]
+            raise UserError(
+                f"weights in {folder} are not those of its config.json: "
+                f"{len(loading[problem])} {kind} tensors, first {first}"
+            )
     return denoiser.eval()
 
 
@@ -178,7 +205,10 @@ def _load_scheduler(folder: Path) -> Any:
     cls = scheduler_class(str(config.get("_class_name")))
     if cls is None:
         raise UserError(f"{path} names no diffusers scheduler: {config.get('_class_name')!r}")
-    return cls.from_config(config)
+    try:
+        return cls.from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} describes no {cls.__name__}: {_first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -199,8 +229,11 @@ def _snapshot(hub_id: str) -> Path:
         if not any(folder.rglob("*.safetensors")):
             folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.bin"]))
     except Exception as error:  # network, authentication, no such repository
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot get model {hub_id!r}: no such folder, and the hub says: {reason}"
+            f"cannot get model {hub_id!r}: no such folder, and the hub says: {_first_line(error)}"
         ) from error
     return folder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

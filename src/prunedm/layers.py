@@ -55,6 +55,7 @@ def why_not_nm(layer: nn.Module, m: int) -> str | None:
 
 def to_groups(weight: torch.Tensor, m: int) -> torch.Tensor:
     """W[O, I, ...] => (groups, M). A view for Linear, a copy for convolutions with kernels > 1."""
+    assert weight.shape[1] % m == 0, f"{tuple(weight.shape)} has no groups of {m}"
     channels_last = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
     return channels_last.reshape(-1, m)
 

@@ -1,6 +1,7 @@
 """A set of masks: which weights of which layers are kept (True) or held at zero (False)."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from prunedm.errors import UserError
@@ -33,7 +34,7 @@ class Pattern:
     def parse(cls, text: str) -> "Pattern":
         """'2:4' => Pattern(2, 4)."""
         n, colon, m = text.partition(":")
-        if not (colon and n.isdigit() and m.isdigit()):
+        if not (colon and n.isdecimal() and m.isdecimal()):
             raise UserError(f"pattern {text!r} is not of the form N:M; try 2:4")
         return cls(int(n), int(m))
 
@@ -110,10 +111,18 @@ def save_masks(masks: Masks, path: Path) -> None:
         for name, mask in masks
     }
     metadata = {
-        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks}),
+        "shapes": json.dumps({n: list(mask.shape) for n, mask in masks}, sort_keys=True),
         "pattern": str(masks.pattern or ""),
     }
-    save_file(packed, path, metadata=metadata)
+    path.write_bytes(_sorted_header(save(packed, metadata=metadata)))
+
+
+def _sorted_header(file: bytes) -> bytes:
+    """safetensors writes metadata in a random order; equal masks must make equal files."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[end:]
 
 
 def load_masks(path: Path) -> Masks:
@@ -123,11 +132,14 @@ def load_masks(path: Path) -> Masks:
             metadata = file.metadata() or {}
             shapes = json.loads(metadata["shapes"])
             by_layer = {name: _unpack(file.get_tensor(name), shapes[name]) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
+            pattern = Pattern.parse(metadata["pattern"]) if metadata.get("pattern") else None
+    except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no masks file or is damaged ({error})") from error
-    return Masks(by_layer, Pattern.parse(metadata["pattern"]) if metadata.get("pattern") else None)
+    return Masks(by_layer, pattern)
 
 
 def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    count = int(np.prod(shape))
+    count = math.prod(shape)
+    if len(bits) != -(-count // 8):  # numpy would fill the rest with zeros
+        raise ValueError(f"{len(bits)} bytes for a mask of shape {shape}")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool).reshape(shape))

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 ScoreName = Literal["magnitude", "random", "taylor", "wanda"]
 Mechanism = Literal["channels", "weights", "nm"]
@@ -73,7 +73,7 @@ class PruneOptions(DataOptions):
     """`prunedm prune`: remove channels, single weights, or N:M weights, by a score."""
 
     mechanism: Mechanism = Field("channels", description="what is removed")
-    score: ScoreName = Field("magnitude", description="what matters")
+    score: ScoreName = Field("taylor", description="what matters")
     target: str = Field(
         "params=0.3",
         description="share removed: params=, macs= or channels= (channels), params= (weights)",
@@ -89,7 +89,7 @@ class PruneOptions(DataOptions):
     )
     calibration_problems: int = Field(512, ge=1, description="problems behind taylor and wanda")
     reduction: Literal["sum", "mean", "max", "first"] = Field(
-        "mean", description="of a channel's scores over the layers that share it (channels)"
+        "max", description="of a channel's scores over the layers that share it (channels)"
     )
     pictures: int = Field(16, ge=0, description="samples before and after, from the same noise")
 
@@ -118,7 +118,9 @@ class LearnOptions(LoopOptions):
     score: ScoreName = Field("magnitude", description="first masks, where the model has none yet")
     targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
     strength: float = Field(1.0, ge=0, description="logit lead of the first masks' weights")
-    tau: tuple[float, float] = Field((2.0, 0.1), description="softmax temperature, first and last")
+    tau: tuple[PositiveFloat, PositiveFloat] = Field(
+        (2.0, 0.1), description="softmax temperature, first and last"
+    )
     objective: Literal["output", "data"] = Field(
         "output", description="match the unmasked model's output, or the data"
     )

@@ -32,20 +32,24 @@ class Recipe(DataOptions):
         "auto", pattern="^(auto|cpu)$", description="auto takes a GPU if there is one"
     )
     skip: tuple[str, ...] = Field((), description=f"stages to leave out, of {', '.join(STAGES)}")
-    prune: PruneOptions = PruneOptions(target="params=0.3", score="taylor")
+    prune: PruneOptions = PruneOptions(target="params=0.3")
     recover: FinetuneOptions = FinetuneOptions(steps=150)
-    mask: PruneOptions = PruneOptions(mechanism="nm")
+    mask: PruneOptions = PruneOptions(mechanism="nm", score="magnitude")
     learn: LearnOptions = LearnOptions()
     finetune: FinetuneOptions = FinetuneOptions(steps=200)
     evaluate: EvaluateOptions = EvaluateOptions()
 
     def stage_options(self, name: str) -> Any:
-        """The options of a stage, with the recipe's shared values where it has none of its own."""
+        """The options of a stage: the recipe's default < its shared values < the stage's own.
+
+        A stage that was given a few options keeps the recipe's default for the others: with
+        `recover.lr` set, `recover.steps` is still 150.
+        """
+        default: Options = type(self).model_fields[name].default
         own: Options = getattr(self, name)
         shared = {key: getattr(self, key) for key in _SHARED if key in type(own).model_fields}
-        return own.model_copy(
-            update={k: v for k, v in shared.items() if k not in own.model_fields_set}
-        )
+        given = {key: getattr(own, key) for key in own.model_fields_set}
+        return default.model_copy(update=shared | given)
 
 
 def run(

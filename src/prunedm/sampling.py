@@ -52,6 +52,9 @@ def sample_batches(
     The compute batch is constant, the last one padded, so that an image's bits do not depend on
     how many others are asked for. `labels` are the classes of images 0..count-1.
     """
+    most = sampler.config.num_train_timesteps
+    if steps > most:
+        raise UserError(f"{steps} sampling steps: the model has {most}; give at most that many")
     was_training = denoiser.training
     denoiser.eval().to(device)
     starts = range(first, count, batch_size)

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H W pixels, D features.
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -229,7 +230,9 @@ def _load_torchscript(path: Path) -> FeatureNetwork:
             f"unknown features {str(path)!r}: neither digits-cnn, inception nor a TorchScript file"
         )
     try:
-        module = torch.jit.load(str(path), map_location="cpu")
+        with warnings.catch_warnings():  # "switch to torch.export" is no advice to who has a file
+            warnings.simplefilter("ignore", FutureWarning)
+            module = torch.jit.load(str(path), map_location="cpu")
     except (OSError, *_DAMAGED) as error:
         raise UserError(
             f"{str(path)!r} is damaged or no TorchScript file ({_reason(error)}); "

@@ -80,7 +80,11 @@ def temperature(tau: tuple[float, float], step: int, steps: int) -> float:
 
 
 def _first_logits(mask: torch.Tensor, score: torch.Tensor, m: int, strength: float) -> torch.Tensor:
-    """The first mask leads by `strength`; the score, as its share of the group, breaks ties."""
+    """The first mask leads by `strength`; the score, as its share of the group, breaks ties.
+
+    The share counts for less than `strength`, or it would overrule a mask that another score made.
+    """
     score_GM = to_groups(score.float(), m)
     share_GM = score_GM / score_GM.sum(1, keepdim=True).clamp_min(1e-12)
-    return (strength * to_groups(mask, m).float() + share_GM).contiguous()
+    weight = min(1.0, 0.99 * strength)
+    return (strength * to_groups(mask, m).float() + weight * share_GM).contiguous()

@@ -66,12 +66,15 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"checkpoint {path} is damaged ({error}); delete it to start again"
         ) from error
+    wanted = {f"module.{name}": p.shape for name, p in state.module.named_parameters()}
+    if wanted != {n: t.shape for n, t in tensors.items() if n.startswith("module.")}:
+        raise UserError(f"checkpoint {path} is of another model; delete it to start again")
     with torch.no_grad():
         for name, parameter in state.module.named_parameters():
             parameter.copy_(tensors[f"module.{name}"])

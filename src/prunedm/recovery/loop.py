@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from prunedm.diffusion import DenoisingProblems, ProblemBatch
@@ -80,13 +81,16 @@ def fit(
             if len(pending) >= FLUSH_EVERY or last or checkpoint_due:
                 _flush(pending, state, checkpoint)
             if validate is not None and (_due(state.done, options.validate_every) or last):
-                state.history.held_out.append((state.done, _validate(validate, module, ema)))
+                held_out = _validate(validate, module, ema)
+                _check_finite(held_out, "held-out loss", step, checkpoint)
+                state.history.held_out.append((state.done, held_out))
                 prepared.train()
-            if checkpoint_due and accelerator.is_main_process:
+            if checkpoint_due and accelerator.is_main_process and _is_finite(module):
                 save_checkpoint(checkpoint, state)
             bar.advance(1, _note(state.history))
     if ema is not None:
         ema.copy_to(module)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # autocast ends with the training
     module.eval()
     return state.history
 
@@ -103,11 +107,18 @@ def learning_rate(options: LoopOptions, step: int) -> float:
 
 def make_accelerator(options: LoopOptions) -> Accelerator:
     """The accelerate context of one stage: one process now, several under `accelerate launch`."""
-    return Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.accumulation,
-        cpu=options.device == "cpu",
-    )
+    # accelerate would hold every stage of a process to the precision and device of the first
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    try:
+        return Accelerator(
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.accumulation,
+            cpu=options.device == "cpu",
+        )
+    except ValueError as error:
+        raise UserError(
+            f"mixed_precision = {options.mixed_precision!r}: {error}; try bf16 or no"
+        ) from error
 
 
 def _step(
@@ -149,10 +160,19 @@ def _flush(pending: list[torch.Tensor], state: TrainingState, checkpoint: Path) 
     losses = torch.stack(pending).tolist()
     pending.clear()
     for step, loss in enumerate(losses, start=state.done - len(losses)):
-        if not math.isfinite(loss):
-            kept = f"; the last good state is in {checkpoint}" if checkpoint.exists() else ""
-            raise UserError(f"loss is {loss} at step {step}: lower --lr or raise --warmup{kept}")
+        _check_finite(loss, "loss", step, checkpoint)
     state.history.losses.extend(losses)
+
+
+def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
+    if not math.isfinite(loss):
+        kept = f"; the last good state is in {checkpoint}" if checkpoint.exists() else ""
+        raise UserError(f"{what} is {loss} at step {step}: lower --lr or raise --warmup{kept}")
+
+
+def _is_finite(module: nn.Module) -> bool:
+    """A finite loss can have a gradient that is not: such weights must not become the good state."""
+    return all(bool(p.isfinite().all()) for p in module.parameters())
 
 
 def _validate(validate: Callable[[nn.Module], float], module: nn.Module, ema: Ema | None) -> float:

@@ -1,6 +1,7 @@
 """The verbs: each reads a model folder, does one thing, and writes a new folder with a record."""
 
 from prunedm.options import EvaluateOptions
+from prunedm.sampling import make_sampler
 from prunedm.stages.compare import compare
 from prunedm.stages.evaluate import evaluate, feature_network
 from prunedm.stages.finetune import finetune
@@ -20,6 +21,7 @@ def check_inputs(model: str, options: EvaluateOptions) -> None:
         images = images_for(loaded, options, split)
         images[0]
     feature_network(options, images)
+    make_sampler(loaded.scheduler, options.sampler)
 
 
 __all__ = ["check_inputs", "compare", "evaluate", "finetune", "learn", "prune", "sample", "train"]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from prunedm.data import ImageSet
+from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.evaluation.fid import Statistics, frechet_distance, statistics
 from prunedm.evaluation.loss import denoising_loss
@@ -25,6 +26,7 @@ from prunedm.folder import Model, find, load, size_on_disk
 from prunedm.options import EvaluateOptions, SampleOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, device_name, write_json
+from prunedm.sampling import make_sampler
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import (
     data_source,
@@ -53,6 +55,7 @@ def evaluate(
     model = load(source)
     reference = images_for(model, options, "test")
     network = feature_network(options, reference)  # fails before any work
+    make_sampler(model.scheduler, options.sampler)
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
         result = _evaluate(
@@ -94,13 +97,23 @@ def read_samples(folder: Path) -> np.ndarray | None:
 
 
 def feature_network(options: EvaluateOptions, reference: ImageSet) -> FeatureNetwork | None:
-    """The network that FD is measured in; None where FD is skipped."""
+    """The network that FD is measured in; None where FD is skipped.
+
+    Raises `UserError` for what would fail only after hours: too few images for its features.
+    """
     if options.samples == 0:
         return None
     name = options.features
     if name == "auto":
         name = "digits-cnn" if reference.name == "digits" and reference.size == 16 else "inception"
-    return _features(name, options.inception_weights)
+    network = _features(name, options.inception_weights)
+    for what, count in (("samples", options.samples), ("held-out images", len(reference))):
+        if network.dim is not None and count <= network.dim:
+            raise UserError(
+                f"{count} {what} are too few for {network.name}, which has {network.dim} features; "
+                "give more, or --samples 0 to go without"
+            )
+    return network
 
 
 def _evaluate(

@@ -14,6 +14,7 @@ from prunedm.record import Record, Source, environment, read_record, write_json,
 PARTIAL = ".partial"  # <out>.partial holds a stage's work until it is whole
 RESUME = "resume"  # in there: what an interrupted stage goes on from
 _IDENTITY = "identity.json"
+_SPENT = "spent"
 # options that change how a result is made but not what it is
 _NOT_IDENTITY = {"device", "workers", "checkpoint_every"}
 
@@ -34,37 +35,39 @@ def run_stage(
 
     `make` writes its result into the working folder, `<out>.partial`, and returns the figures of
     the record. What it leaves in `resume/` survives an interruption, and is gone when the stage is
-    done; without it, a failed stage leaves nothing. Raises `UserError` where `out` holds something
-    else: nothing is overwritten in silence.
+    done; without it, a failed stage leaves nothing. Raises `UserError` where `out` holds another
+    result, which `overwrite` replaces, or anything that is not ours, which is never touched.
     """
+    out = Path(out).absolute()  # "." has no name to put ".partial" behind
     record = Record(
         stage=stage,
         options=_identifying(options),
         inputs=inputs,
         seed=getattr(options, "seed", None),
-        history=parent.lineage() if parent else [],
+        history=[r.model_copy(update={"history": []}) for r in parent.lineage()] if parent else [],
     )
-    out = Path(out)
     found = _existing(out, record, overwrite)
     if found is not None:
         return found, False
-    partial = _open_partial(out, record, overwrite)
+    partial = out.with_name(out.name + PARTIAL)
     started = time.monotonic()
     try:
+        _open(partial, record, overwrite)
         figures = make(partial, record)
+        seconds = round(time.monotonic() - started, 2)
+        record = record.model_copy(
+            update={"figures": figures, "wall_time_s": seconds} | environment()
+        )
+        write_record(record, partial)
     except BaseException:
         if not _resumable(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    record = record.model_copy(
-        update={"figures": figures, "wall_time_s": round(time.monotonic() - started, 2)}
-        | environment()
-    )
-    write_record(record, partial)
+    (partial / RESUME).rename(partial / _SPENT)  # at once: half of it must not be resumed from
+    shutil.rmtree(partial / _SPENT)
     (partial / _IDENTITY).unlink()
-    shutil.rmtree(partial / RESUME)
     if out.exists():
-        shutil.rmtree(out)  # --overwrite was given, and the new result is whole
+        shutil.rmtree(out)  # empty, or --overwrite was given; and the new result is whole
     partial.rename(out)
     return record, True
 
@@ -74,21 +77,22 @@ def _identifying(options: Options) -> dict[str, Any]:
 
 
 def _existing(out: Path, record: Record, overwrite: bool) -> Record | None:
-    """The record of a finished `out` that is just what was asked for."""
-    if not out.exists():
+    """The record of a finished `out` that is just what was asked for; None where it can be made."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     found = read_record(out) if out.is_dir() else None
-    if found is not None and found.identity == record.identity:
+    if found is None:
+        raise UserError(f"{out} exists and holds no result of prunedm; give another folder")
+    if found.identity == record.identity:
         return found
     if overwrite:
         return None
-    what = "no result of prunedm" if found is None else _difference(found.identity, record.identity)
+    what = _difference(found.identity, record.identity)
     raise UserError(f"{out} exists and holds {what}; give another folder, or --overwrite")
 
 
-def _open_partial(out: Path, record: Record, overwrite: bool) -> Path:
+def _open(partial: Path, record: Record, overwrite: bool) -> None:
     """The working folder: kept from an interrupted run of the same identity, else new."""
-    partial = out.with_name(out.name + PARTIAL)
     if _resumable(partial) and not overwrite:
         identity = json.loads((partial / _IDENTITY).read_text(encoding="utf-8"))
         if identity != record.identity:
@@ -97,26 +101,25 @@ def _open_partial(out: Path, record: Record, overwrite: bool) -> Path:
                 f"{partial} is an unfinished run with {difference}; finish that one, "
                 "give another folder, or --overwrite"
             )
-        return partial
+        return
     shutil.rmtree(partial, ignore_errors=True)
     (partial / RESUME).mkdir(parents=True)
     write_json(record.identity, partial / _IDENTITY)
-    return partial
 
 
 def _resumable(partial: Path) -> bool:
-    return (partial / RESUME).is_dir() and any((partial / RESUME).iterdir())
+    return any(path.is_file() for path in (partial / RESUME).rglob("*"))
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first thing in which two identities differ, in words."""
     if old["stage"] != new["stage"]:
         return f"the result of {old['stage']}, not of {new['stage']}"
-    for key in new["options"].keys() | old["options"].keys():
+    for key in old["options"] | new["options"]:
         before, now = old["options"].get(key), new["options"].get(key)
         if before != now:
             return f"another {key} ({before!r}, now {now!r})"
-    for role in new["inputs"].keys() | old["inputs"].keys():
+    for role in old["inputs"] | new["inputs"]:
         if old["inputs"].get(role) != new["inputs"].get(role):
             return f"another {role} (its content has changed)"
     return "the same"

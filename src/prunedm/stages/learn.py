@@ -100,6 +100,7 @@ def _learn(
     dense = denoising_loss(model.denoiser, held_out)
     weights = {n: p.detach().clone() for n, p in model.denoiser.named_parameters()}
     accelerator = make_accelerator(options)
+    model.denoiser.to(accelerator.device)
 
     def hard_loss(masks: Masks) -> float:
         masks.apply_(model.denoiser)
@@ -140,7 +141,12 @@ def _relaxed_masks(
     if masks is None:
         masks = nm_masks(layers, scores, Pattern.parse(options.pattern))
     else:
-        masks = Masks({n: mask for n, mask in masks if n in layers}, masks.pattern)
+        outside = [name for name, _ in masks if name not in layers]
+        if outside:
+            raise UserError(
+                f"--targets leaves out masked layers, first {outside[0]}; give learn the model "
+                "before masking, or all of its masked layers"
+            )
     return RelaxedMasks(masks, scores, strength=options.strength)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
 from prunedm.folder import Model, load
 from prunedm.options import SampleOptions
@@ -83,6 +84,8 @@ def sample_resumably(
 def _labels(model: Model, options: SampleOptions) -> torch.Tensor | None:
     classes = getattr(model.denoiser.config, "num_class_embeds", None)
     if not model.conditional or classes is None:
+        if options.label is not None:
+            raise UserError(f"label = {options.label}: the model has no classes; leave --label out")
         return None
     return class_labels(classes, options.count, options.label)
 

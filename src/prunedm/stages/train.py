@@ -1,5 +1,6 @@
 """train: a dense denoising diffusion model from scratch (Ho et al. 2020), with EMA."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from prunedm.data import ImageSet
-from prunedm.errors import UserError
+from prunedm.errors import UserError, nearest
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
 from prunedm.options import TrainOptions
@@ -51,12 +52,26 @@ def _new_model(options: TrainOptions) -> Model:
         raise UserError(
             "no architecture: give --preset digits, or a `unet:` table in --config FILE"
         )
+    if "sample_size" not in options.unet:
+        raise UserError("unet says no sample_size: the side of its images, like 16")
+    unet = options.unet | {"dropout": options.dropout}
     torch.manual_seed(seed_for(options.seed, "weights"))
+    denoiser = _from_config(UNet2DModel, unet, "unet")
+    return Model(
+        denoiser, _from_config(DDPMScheduler, options.scheduler, "scheduler"), name="scratch"
+    )
+
+
+def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
+    """diffusers would skip an option that it does not know."""
+    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    for name in config:
+        if name not in known and not name.startswith("_"):
+            raise UserError(f"unknown option '{what}.{name}'{nearest(name, known)}")
     try:
-        denoiser = UNet2DModel.from_config(options.unet | {"dropout": options.dropout})
-    except (ValueError, TypeError, IndexError) as error:
-        raise UserError(f"diffusers refuses this unet: {str(error).splitlines()[0]}") from error
-    return Model(denoiser, DDPMScheduler.from_config(options.scheduler), name="scratch")
+        return cls.from_config(config)
+    except (ValueError, TypeError, IndexError, NotImplementedError) as error:
+        raise UserError(f"diffusers refuses this {what}: {str(error).splitlines()[0]}") from error
 
 
 def _train(

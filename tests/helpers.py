@@ -1,0 +1,69 @@
+"""Small models, problems and images that several tests share."""
+
+import atexit
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from prunedm.data import ImageSet
+from prunedm.diffusion import DenoisingProblems
+from prunedm.folder import Model, save
+
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}
+
+
+def tiny_model(**unet: Any) -> Model:
+    """A seeded random model with one attention block, in its middle: 8x8 grey unless told."""
+    torch.manual_seed(0)
+    return Model(UNet2DModel(**(TINY | unet)).eval(), DDPMScheduler(), name="tiny")
+
+
+def noise_images(
+    count: int = 12, *, size: int = 8, channels: int = 1, labels: Sequence[int] | None = None
+) -> ImageSet:
+    """Seeded images of uniform noise."""
+    shape = (count, size, size, channels)[: 3 if channels == 1 else 4]
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return ImageSet(list(pixels), name="noise", size=size, channels=channels, labels=labels)
+
+
+def problems(images: ImageSet | None = None, **options: Any) -> DenoisingProblems:
+    """Denoising problems over `images`, by the default DDPM scheduler."""
+    options = {"scheduler": DDPMScheduler(), "seed": 0, "purpose": "test"} | options
+    return DenoisingProblems(images or noise_images(), **options)
+
+
+def output(denoiser: torch.nn.Module) -> torch.Tensor:
+    """The denoiser's answer to two fixed noisy images."""
+    config = denoiser.config
+    shape = (2, config.in_channels, config.sample_size, config.sample_size)
+    sample_NCHW = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return denoiser(sample_NCHW, torch.tensor([3, 700])).sample
+
+
+@cache
+def tiny_folder(**unet: Any) -> Path:
+    """`tiny_model` saved as a model folder, once per test run; tests only read it."""
+    place = mkdtemp(prefix="prunedm-tests-")
+    atexit.register(rmtree, place, ignore_errors=True)
+    folder = Path(place) / "tiny"
+    save(tiny_model(**unet), folder)
+    return folder

@@ -1,0 +1,389 @@
+"""Model folders: what was saved comes back to the bit, what is damaged is refused, nothing is run."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import output, tiny_model
+from safetensors.torch import load_file, save_file
+
+from prunedm.errors import UserError
+from prunedm.folder import Model, hash_folder, load, save, size_on_disk
+from prunedm.layers import prunable_layers
+from prunedm.masks import Pattern
+from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
+from prunedm.record import Record
+from prunedm.removal.channel_groups import channel_groups
+from prunedm.removal.channels import plan_channels, remove_channels
+from prunedm.removal.nm import nm_masks
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def magnitudes(denoiser) -> dict[str, torch.Tensor]:
+    return {n: m.weight.detach().abs() for n, m in prunable_layers(denoiser).items()}
+
+
+def masked(model: Model) -> Model:
+    layers = prunable_layers(model.denoiser)
+    model.masks = nm_masks(layers, magnitudes(model.denoiser), Pattern(2, 4))
+    model.masks.apply_(model.denoiser)
+    return model
+
+
+def narrowed(model: Model) -> Model:
+    groups = channel_groups(model.denoiser, torch.zeros(1, *model.sample_shape))
+    scores = magnitudes(model.denoiser)
+    plan = plan_channels(model.denoiser, groups, scores=scores, ratio=0.3, target_kind="channels")
+    remove_channels(model.denoiser, plan)
+    model.denoiser = from_resized(model.denoiser)
+    return model
+
+
+KINDS = {
+    "dense": tiny_model,
+    "masked": lambda: masked(tiny_model()),
+    "narrowed": lambda: narrowed(tiny_model()),
+    "narrowed and masked": lambda: masked(narrowed(tiny_model())),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved dense model."""
+    save(tiny_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(source: object, *parts: str) -> None:
+    """Loading is refused in one line that holds all `parts`."""
+    with pytest.raises(UserError) as error:
+        load(source)
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def settings(scheduler) -> dict:
+    return {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_come_back_to_the_bit(tmp_path, kind):
+    model = KINDS[kind]()
+    model.record = Record(stage="prune", options={"ratio": 0.3}, seed=1, figures={"loss": 0.1})
+    save(model, tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert type(loaded.denoiser) is type(model.denoiser)
+    assert isinstance(loaded.denoiser, PrunedUNet2DModel) == kind.startswith("narrowed")
+    saved = model.denoiser.state_dict()
+    assert loaded.denoiser.state_dict().keys() == saved.keys()
+    assert all(torch.equal(saved[n], w) for n, w in loaded.denoiser.state_dict().items())
+    assert torch.equal(output(loaded.denoiser), output(model.denoiser))
+    assert settings(loaded.scheduler) == settings(model.scheduler)
+    assert (loaded.record, loaded.pipeline) == (model.record, "DDPMPipeline")
+    assert (loaded.masks is None) == ("masked" not in kind)
+    if loaded.masks is not None and model.masks is not None:
+        assert loaded.masks.pattern == Pattern(2, 4)
+        assert loaded.masks.by_layer.keys() == model.masks.by_layer.keys()
+        assert all(torch.equal(mask, model.masks.by_layer[n]) for n, mask in loaded.masks)
+    assert not loaded.denoiser.training
+
+
+def test_what_is_loaded_saves_to_the_same_bytes(tmp_path):
+    save(KINDS["narrowed and masked"](), tmp_path / "one")
+    first = load(tmp_path / "one")
+    save(first, tmp_path / "two")
+    assert load(tmp_path / "two").hash == first.hash != ""
+    for path in (p for p in (tmp_path / "one").rglob("*") if p.is_file()):
+        assert (
+            path.read_bytes()
+            == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+        )
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+FRESH = """
+import sys, torch
+from diffusers import DiffusionPipeline
+def check(folder):
+    unet = DiffusionPipeline.from_pretrained(folder).unet.eval()
+    noisy, expected = torch.load(folder + "/expected.pt")
+    with torch.no_grad():
+        assert torch.equal(unet(noisy, torch.tensor([3, 700])).sample, expected), folder
+    return type(unet).__name__
+assert check(sys.argv[1]) == "UNet2DModel"
+assert "prunedm" not in sys.modules
+import prunedm
+assert check(sys.argv[2]) == "PrunedUNet2DModel"
+print("equal")
+"""
+
+
+def test_diffusers_reads_sparse_folders_alone_and_narrowed_ones_with_prunedm(tmp_path):
+    folders = []
+    for kind in ("masked", "narrowed"):
+        model, folder = KINDS[kind](), tmp_path / kind
+        save(model, folder)
+        noisy = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        torch.save((noisy, output(model.denoiser)), folder / "expected.pt")
+        folders.append(str(folder))
+    command = [sys.executable, "-c", FRESH, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def to_bin(component: Path) -> None:
+    torch.save(load_file(component / WEIGHTS), component / "diffusion_pytorch_model.bin")
+    (component / WEIGHTS).unlink()
+
+
+def test_pickled_weights_load(folder):
+    model = tiny_model()
+    shutil.rmtree(folder / "unet")
+    model.denoiser.save_pretrained(folder / "unet", safe_serialization=False)
+    assert (folder / "unet" / "diffusion_pytorch_model.bin").exists()
+    assert not (folder / "unet" / WEIGHTS).exists()
+    assert torch.equal(output(load(folder).denoiser), output(model.denoiser))
+    assert size_on_disk(folder) > 4 * sum(p.numel() for p in model.denoiser.parameters())
+
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "old attention names"])
+def test_the_hubs_old_layout_without_subfolders_loads(folder, form):
+    for path in [*(folder / "unet").iterdir(), *(folder / "scheduler").iterdir()]:
+        path.rename(folder / path.name)
+    (folder / "unet").rmdir()
+    (folder / "scheduler").rmdir()
+    if form == "old attention names":
+        weights = load_file(folder / WEIGHTS)
+        for new, old in OLD_NAMES.items():
+            weights = {name.replace(f".{new}.", f".{old}."): w for name, w in weights.items()}
+        assert any(".proj_attn." in name for name in weights)
+        save_file(weights, folder / WEIGHTS)
+    elif form == "bin":
+        to_bin(folder)
+    scheduler = json.loads((folder / "scheduler_config.json").read_text())
+    scheduler["num_train_timesteps"] = 500
+    (folder / "scheduler_config.json").write_text(json.dumps(scheduler))
+    loaded = load(folder)
+    assert torch.equal(output(loaded.denoiser), output(tiny_model().denoiser))
+    assert loaded.scheduler.config.num_train_timesteps == 500
+    assert size_on_disk(folder) > 0
+
+
+def test_a_bare_denoiser_folder_loads_with_the_papers_scheduler(folder):
+    loaded = load(folder / "unet")
+    assert torch.equal(output(loaded.denoiser), output(tiny_model().denoiser))
+    assert settings(loaded.scheduler) == settings(tiny_model().scheduler)
+    assert loaded.record is None
+
+
+def test_the_shape_and_condition_are_those_of_the_config():
+    model = tiny_model(sample_size=(8, 16), in_channels=3)
+    assert model.sample_shape == (3, 8, 16)
+    assert not model.conditional
+    assert tiny_model(num_class_embeds=4).conditional
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "unet" / WEIGHTS).unlink()
+    refused(folder, str(folder / "unet"), WEIGHTS, "missing")
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1000])
+def test_truncated_weights_are_refused(folder, kept):
+    path = folder / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(folder, "cannot load weights", str(folder / "unet"))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "reshaped"])
+def test_weights_of_another_model_are_refused(folder, change):
+    path, name = folder / "unet" / WEIGHTS, "down_blocks.0.resnets.0.conv1.weight"
+    weights = load_file(path)
+    weight = weights.pop(name)
+    if change != "missing":
+        weights[name] = weight[:4].clone() if change == "reshaped" else weight
+    if change == "unexpected":
+        weights["nose.weight"] = torch.zeros(2)
+    save_file(weights, path)
+    named = "nose.weight" if change == "unexpected" else name
+    refused(folder, str(folder / "unet"), named)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    refused(tmp_path, str(tmp_path), "no model folder", "model_index.json")
+    refused(tmp_path / "gone", str(tmp_path / "gone"), "give a folder, a hub id")
+    refused("nothing", "'nothing'")
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "os.system", None])
+def test_unsupported_denoisers_are_named(folder, name):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
+    refused(folder, str(name), "supported denoisers: UNet2DModel")
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize("text", [b"{", b"[]", b"", b"\xff\xfe"])
+def test_damaged_descriptions_are_named(folder, file, text):
+    (folder / file).write_bytes(text)
+    refused(folder, str(folder / file))
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'{"stage": 3}', b"\xff"])
+def test_a_damaged_record_is_named(folder, text):
+    (folder / "record.json").write_bytes(text)
+    refused(folder, str(folder / "record.json"), "damaged")
+
+
+@pytest.mark.parametrize(
+    "change", [{"_class_name": "os"}, {"beta_schedule": "steep"}, {"num_train_timesteps": "x"}]
+)
+def test_a_wrong_scheduler_is_named(folder, change):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(folder, str(path))
+
+
+def test_latent_pipelines_are_refused(folder):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
+    refused(folder, "'vqvae'", "supported: unet and scheduler")
+    path.write_text(json.dumps(index | {"safety_checker": [None, None]}))
+    assert load(folder).denoiser is not None
+
+
+def test_a_damaged_masks_file_is_named(tmp_path):
+    save(masked(tiny_model()), tmp_path / "m")
+    path = tmp_path / "m" / "masks.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(tmp_path / "m", str(path), "damaged")
+
+
+def test_masks_that_do_not_hold_are_neither_saved_nor_loaded(tmp_path):
+    model = masked(tiny_model())
+    save(model, tmp_path / "good")
+    (name, mask) = next(iter(model.masks))
+    index = tuple((~mask).nonzero()[0])
+    with torch.no_grad():
+        model.denoiser.get_submodule(name).weight[index] = 1e-8
+    with pytest.raises(UserError, match=rf"do not hold in 1 layers, first {name} with 1 w"):
+        save(model, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    weights = load_file(tmp_path / "good" / "unet" / WEIGHTS)
+    weights[f"{name}.weight"][index] = 1e-8
+    save_file(weights, tmp_path / "good" / "unet" / WEIGHTS)
+    refused(tmp_path / "good", str(tmp_path / "good"), "do not hold", name)
+
+
+def test_masks_of_another_model_are_refused(tmp_path):
+    save(masked(tiny_model()), tmp_path / "one")
+    save(tiny_model(block_out_channels=(16, 16)), tmp_path / "two")
+    shutil.copy(tmp_path / "one" / "masks.safetensors", tmp_path / "two")
+    refused(tmp_path / "two", "masks are of another model")
+
+
+class Malice:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_malicious_pickle_is_refused_and_not_run(folder, tmp_path, form):
+    trap = tmp_path / "trap"
+    pickle.loads(pickle.dumps(Malice(trap)))
+    assert trap.exists()  # the trap works where it is run
+    trap.unlink()
+    to_bin(folder / "unet")
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    weights = torch.load(path, weights_only=True) | {"conv_in.weight": Malice(trap)}
+    if form == "torch":
+        torch.save(weights, path)
+    else:
+        path.write_bytes(pickle.dumps(weights, protocol=2))
+    refused(folder, "cannot load weights", str(folder / "unet"))
+    assert not trap.exists()
+
+
+def test_code_that_a_folder_names_is_not_imported(folder, tmp_path, monkeypatch):
+    trap, module = tmp_path / "trap", "from pathlib import Path\nPath(r'{}').touch()\n"
+    for place in (tmp_path, folder, folder / "unet"):
+        (place / "malice.py").write_text(module.format(trap))
+    monkeypatch.syspath_prepend(tmp_path)
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | {
+        "_class_name": ["malice", "Pipeline"],
+        "unet": ["malice", "Model"],
+        "scheduler": ["malice", "Scheduler"],
+    }
+    path.write_text(json.dumps(index))
+    config = folder / "unet" / "config.json"
+    auto = {"auto_map": {"AutoModel": "malice.Model"}, "_module": "malice"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | auto))
+    loaded = load(folder)
+    assert type(loaded.denoiser).__module__.startswith("diffusers.")
+    assert not trap.exists()
+    assert "malice" not in sys.modules
+
+
+@pytest.mark.parametrize("message", ["no route to host\nsecond line", ""])
+def test_a_hub_id_without_network_is_named_in_one_line(monkeypatch, message):
+    def unreachable(*_, **__):
+        raise ConnectionError(message)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    refused("someone/nothing", "'someone/nothing'", message.split("\n")[0] or "ConnectionError")
+
+
+def test_a_hub_snapshot_falls_back_to_bin_weights(folder, monkeypatch):
+    asked = []
+
+    def snapshot(hub_id, allow_patterns):
+        asked.append((hub_id, tuple(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    load("someone/model")
+    assert asked == [("someone/model", ("*.json", "*.safetensors"))]
+    to_bin(folder / "unet")
+    assert load("someone/model").name == "someone/model"
+    assert asked[2:] == [("someone/model", ("*.json", "*.bin"))]
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_place(folder, tmp_path):
+    before = hash_folder(folder)
+    shutil.copytree(folder, tmp_path / "copy" / "deep")
+    assert hash_folder(tmp_path / "copy" / "deep") == before == load(folder).hash
+    (folder / "record.json").write_text(Record(stage="prune").model_dump_json())
+    (folder / "vis").mkdir()
+    (folder / "vis" / "figures.json").write_text("{}")
+    assert hash_folder(folder) == before
+    seen = {before}
+    weights = load_file(folder / "unet" / WEIGHTS)
+    weights["conv_in.bias"][0] += 1e-6
+    save_file(weights, folder / "unet" / WEIGHTS)
+    seen.add(hash_folder(folder))
+    (folder / "masks.safetensors").write_bytes(b"1")
+    seen.add(hash_folder(folder))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("1000", "999"))
+    seen.add(hash_folder(folder))
+    assert len(seen) == 4

@@ -1,0 +1,275 @@
+"""The frame around every stage: done, resumed, refused or made; whole or not at all."""
+
+import errno
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_folder
+
+from prunedm import __version__
+from prunedm.cli import main
+from prunedm.errors import UserError
+from prunedm.options import LoopOptions
+from prunedm.record import FILE, Record, Source, device_name, read_record
+from prunedm.stages import frame
+from prunedm.stages.frame import RESUME, run_stage
+
+OPTIONS = LoopOptions(steps=5, seed=3)
+INPUTS = {"model": Source(path="/somewhere", hash="aaaa")}
+
+
+class Stage:
+    """Counts its calls; fails after writing half of its result while `failure` is set."""
+
+    def __init__(self, failure: BaseException | None = None, *, resumable: bool = False) -> None:
+        self.calls, self.failure, self.resumable, self.found = 0, failure, resumable, []
+
+    def make(self, folder, record):
+        self.calls += 1
+        self.found = sorted(path.name for path in (folder / RESUME).iterdir())
+        (folder / "half.txt").write_text("half")
+        if self.resumable:
+            (folder / RESUME / f"step-{self.calls}").write_text("state")
+        if self.failure:
+            raise self.failure
+        return {"loss": 0.5, "curve": {"losses": [1.0]}}
+
+    def run(self, out, *, options=OPTIONS, inputs=INPUTS, stage="finetune", **more):
+        return run_stage(stage, out, options=options, inputs=inputs, make=self.make, **more)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(folder) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    stage = Stage()
+    first, made = stage.run(tmp_path / "out")
+    before = content(tmp_path)
+    again, made_again = stage.run(tmp_path / "out")
+    assert (made, made_again, stage.calls) == (True, False, 1)
+    assert again == first
+    assert content(tmp_path) == before
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["half.txt", FILE]
+
+
+def test_the_record_says_what_was_done(tmp_path):
+    oldest = Record(stage="train", seed=1)
+    parent = Record(stage="prune", inputs=INPUTS, history=[oldest])
+    record, _ = Stage().run(tmp_path / "out", parent=parent)
+    written = read_record(tmp_path / "out")
+    assert written == record
+    assert (written.stage, written.seed, written.inputs) == ("finetune", 3, INPUTS)
+    assert written.options["steps"] == 5
+    assert written.figures == {"loss": 0.5, "curve": {"losses": [1.0]}}
+    assert written.wall_time_s >= 0
+    assert written.device == device_name()
+    assert written.created.startswith("20")
+    assert written.versions["python"] == platform.python_version()
+    assert written.versions["prunedm"] == __version__
+    assert {"torch", "diffusers", "numpy", "torch-pruning"} <= written.versions.keys()
+    assert [r.stage for r in written.lineage()] == ["train", "prune", "finetune"]
+    assert json.loads((tmp_path / "out" / FILE).read_text())["stage"] == "finetune"
+
+
+def test_identity_is_what_decides_the_result(tmp_path):
+    stage = Stage()
+    stage.run(tmp_path / "out")
+    same = OPTIONS.model_copy(update={"device": "cpu", "workers": 2, "checkpoint_every": 7})
+    moved = {"model": Source(path="/elsewhere", hash="aaaa")}
+    assert stage.run(tmp_path / "out", options=same, inputs=moved)[1] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": OPTIONS.model_copy(update={"steps": 9})}, ["steps", "5", "9"]),
+        ({"options": OPTIONS.model_copy(update={"seed": 4})}, ["seed", "3", "4"]),
+        ({"inputs": {"model": Source(path="/somewhere", hash="bbbb")}}, ["model", "content"]),
+        ({"inputs": INPUTS | {"teacher": Source(path="/t", hash="c")}}, ["teacher"]),
+        ({"stage": "learn"}, ["finetune", "learn"]),
+    ],
+)
+def test_another_result_is_refused_by_name_and_replaced_only_if_told(tmp_path, change, words):
+    out, stage = tmp_path / "out", Stage()
+    stage.run(out)
+    before = content(tmp_path)
+    with pytest.raises(UserError) as error:
+        stage.run(out, **change)
+    for word in [str(out), "another folder", "--overwrite", *words]:
+        assert word in str(error.value)
+    assert content(tmp_path) == before
+    assert stage.run(out, **change, overwrite=True)[1] is True
+    assert stage.calls == 2
+    assert stage.run(out, **change)[1] is False
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_foreign_folder_is_never_touched(tmp_path, overwrite):
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "holiday.png").write_bytes(b"dear")
+    before = content(tmp_path)
+    stage = Stage()
+    with pytest.raises(UserError, match=r"photos exists and holds no result of prunedm; give"):
+        stage.run(out, overwrite=overwrite)
+    assert (stage.calls, content(tmp_path), names(tmp_path)) == (0, before, ["photos"])
+
+
+def test_a_file_is_never_touched(tmp_path):
+    (tmp_path / "out").write_text("dear")
+    with pytest.raises(UserError, match="no result of prunedm"):
+        Stage().run(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_text() == "dear"
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert Stage().run(tmp_path / "out")[1] is True
+    assert names(tmp_path / "out") == ["half.txt", FILE]
+
+
+def test_the_folder_one_stands_in_will_do(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Stage().run(Path())
+    assert names(tmp_path) == ["here"]
+    assert names(tmp_path / "here") == ["half.txt", FILE]
+
+
+def test_a_damaged_record_is_a_clear_error(tmp_path):
+    Stage().run(tmp_path / "out")
+    (tmp_path / "out" / FILE).write_text('{"stage": ')
+    with pytest.raises(UserError, match=r"record\.json is damaged"):
+        Stage().run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("failure", [ValueError("bad"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_nothing_behind(tmp_path, failure):
+    with pytest.raises(type(failure)):
+        Stage(failure).run(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_folders_without_files_are_nothing_to_resume_from(tmp_path):
+    def make(folder, record):
+        (folder / RESUME / "evaluations").mkdir()
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        run_stage("compare", tmp_path / "out", options=OPTIONS, inputs={}, make=make)
+    assert names(tmp_path) == []
+
+
+def test_a_failed_overwrite_keeps_the_old_result(tmp_path):
+    Stage().run(tmp_path / "out")
+    before = content(tmp_path)
+    other = OPTIONS.model_copy(update={"steps": 9})
+    with pytest.raises(ValueError):
+        Stage(ValueError()).run(tmp_path / "out", options=other, overwrite=True)
+    assert content(tmp_path) == before
+
+
+def test_what_can_be_resumed_is_kept_and_gone_when_done(tmp_path):
+    stage = Stage(KeyboardInterrupt(), resumable=True)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(tmp_path / "out")
+    assert names(tmp_path) == ["out.partial"]
+    stage.failure = None
+    assert stage.run(tmp_path / "out")[1] is True
+    assert stage.found == ["step-1"]
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["half.txt", FILE]
+
+
+def test_an_unfinished_run_is_not_continued_with_other_options(tmp_path):
+    stage = Stage(KeyboardInterrupt(), resumable=True)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(tmp_path / "out")
+    before = content(tmp_path)
+    other = OPTIONS.model_copy(update={"lr": 0.5})
+    with pytest.raises(UserError, match=r"unfinished run with another lr \(0\.0003, now 0\.5\)"):
+        stage.run(tmp_path / "out", options=other)
+    assert content(tmp_path) == before
+    stage.failure = None
+    stage.run(tmp_path / "out", options=other, overwrite=True)
+    assert stage.found == []
+
+
+def test_a_kill_while_tidying_up_does_not_leave_half_a_resume_folder(tmp_path, monkeypatch):
+    stage = Stage(resumable=True)
+    removed = []
+
+    def killed(path, **_):
+        removed.append(path.name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frame.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(tmp_path / "out")
+    assert removed
+    assert not (tmp_path / "out.partial" / RESUME).exists()
+    assert stage.run(tmp_path / "out")[1] is True
+    assert stage.found == []
+
+
+def test_a_parent_that_cannot_be_written_is_an_oserror_with_nothing_behind(tmp_path):
+    (tmp_path / "file").write_text("")
+    stage = Stage()
+    with pytest.raises(OSError):
+        stage.run(tmp_path / "file" / "out")
+    assert (stage.calls, names(tmp_path)) == (0, ["file"])
+
+
+def _raising(number: int):
+    def function(*_, **__):
+        raise OSError(number, os.strerror(number), "here")
+
+    return function
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["write_json", "write_record"])
+def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path, monkeypatch, number, where):
+    monkeypatch.setattr(frame, where, _raising(number))
+    with pytest.raises(OSError):
+        Stage().run(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EACCES, "Permission denied", "here"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # as safetensors says it
+    ],
+)
+def test_the_command_line_says_so_in_one_line(tmp_path, monkeypatch, capsys, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(np, "savez", full)
+    words = ["sample", str(tiny_folder()), str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--count", "2", "--batch-size", "2", "--sampling-steps", "1", "--format=npz"])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert told.startswith("prunedm: ")
+    assert told.count("\n") == 1
+    assert "another place" in told
+    assert not (tmp_path / "out").exists()

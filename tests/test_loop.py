@@ -1,0 +1,390 @@
+"""The training loop: exact resume, and every part of a step against values worked out apart."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise_images, problems, tiny_model
+from safetensors.torch import load_file
+from torch import nn
+
+from prunedm.diffusion import predict, problem_losses
+from prunedm.errors import UserError
+from prunedm.options import LoopOptions
+from prunedm.progress import Silent
+from prunedm.recovery.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
+from prunedm.recovery.distill import recovery_objective
+from prunedm.recovery.ema import Ema
+from prunedm.recovery.loop import fit, learning_rate, make_accelerator
+
+EVERYTHING = {
+    "steps": 7,
+    "batch_size": 2,
+    "accumulation": 2,
+    "lr": 1e-2,
+    "warmup": 3,
+    "schedule": "cosine",
+    "weight_decay": 0.1,
+    "ema_decay": 0.6,
+    "checkpoint_every": 2,
+    "validate_every": 3,
+    "device": "cpu",
+}
+
+
+class Killed(Exception):
+    pass
+
+
+class Line(nn.Module):
+    """One weight, so that a step can be worked out by hand."""
+
+    def __init__(self, start: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([start]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+def train(module: nn.Module, folder: Path, objective=None, **changes) -> History:
+    """`fit` as stages call it, on noise images."""
+    after_step = changes.pop("after_step", lambda step: None)
+    validate = changes.pop("validate", None)
+    options = LoopOptions(**({"device": "cpu"} | changes))
+    return fit(
+        module,
+        objective or recovery_objective(None, 0),
+        problems=problems(noise_images(9), shuffle=True, flip=True),
+        options=options,
+        accelerator=make_accelerator(options),
+        checkpoint=folder / "checkpoint.safetensors",
+        progress=Silent(),
+        label="",
+        after_step=after_step,
+        validate=validate,
+    )
+
+
+def held_out_loss(module: nn.Module) -> float:
+    batch = problems(noise_images(9)).batch(range(4))
+    with torch.no_grad():
+        return float(problem_losses(predict(module, batch), batch.target_NCHW).mean())
+
+
+def slope(module: nn.Module, _, step: int) -> torch.Tensor:
+    """A loss whose gradient is 1 at every step."""
+    return module(torch.ones(1)).sum()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    model = tiny_model(dropout=0.5).denoiser
+    history = train(model, tmp_path_factory.mktemp("whole"), validate=held_out_loss, **EVERYTHING)
+    return model, history
+
+
+@pytest.mark.parametrize("killed_at", range(7))
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(killed_at, unbroken, tmp_path):
+    model, history = unbroken
+
+    def kill(step: int) -> None:
+        if step == killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(
+            tiny_model(dropout=0.5).denoiser,
+            tmp_path,
+            validate=held_out_loss,
+            after_step=kill,
+            **EVERYTHING,
+        )
+    assert (tmp_path / "checkpoint.safetensors").exists() == (killed_at >= 2)
+    steps = []
+    resumed = tiny_model(dropout=0.5).denoiser
+    again = train(resumed, tmp_path, validate=held_out_loss, after_step=steps.append, **EVERYTHING)
+    assert steps == list(range(killed_at // 2 * 2, 7))
+    assert again.losses == history.losses
+    assert again.held_out == history.held_out
+    for (name, wanted), (_, got) in zip(
+        model.named_parameters(), resumed.named_parameters(), strict=True
+    ):
+        assert torch.equal(wanted, got), name
+
+
+def test_dropout_is_at_work_in_the_runs_that_are_compared(unbroken, tmp_path):
+    _, history = unbroken
+    without = train(tiny_model().denoiser, tmp_path, validate=held_out_loss, **EVERYTHING)
+    assert without.losses != history.losses
+
+
+def test_a_checkpoint_brings_every_part_of_the_state_back(tmp_path):
+    def state(seed: int) -> TrainingState:
+        torch.manual_seed(seed)
+        module = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        return TrainingState(module, optimizer, Ema(module, 0.9), History())
+
+    saved = state(0)
+    for _ in range(3):
+        saved.module(torch.ones(1, 3)).square().sum().backward()
+        saved.optimizer.step()
+        saved.ema.update(saved.module)
+    saved.done, saved.history.losses, saved.history.held_out = 3, [0.1, 0.2, 1 / 3], [(2, 0.7)]
+    save_checkpoint(tmp_path / "c.safetensors", saved)
+    loaded = state(1)
+    load_checkpoint(tmp_path / "c.safetensors", loaded)
+    assert (loaded.done, loaded.ema.updates) == (3, 3)
+    assert loaded.history == saved.history
+    for name, value in saved.module.state_dict().items():
+        assert torch.equal(loaded.module.state_dict()[name], value)
+        assert torch.equal(loaded.ema.shadow[name], saved.ema.shadow[name])
+        assert not torch.equal(loaded.ema.shadow[name], value)
+    for index, moments in saved.optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(loaded.optimizer.state_dict()["state"][index][key], value)
+    assert not list(tmp_path.glob("*.writing"))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _other_file(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _other_file, lambda p: p.write_text("no")])
+def test_a_damaged_checkpoint_is_a_clear_error(damage, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    train(Line(), tmp_path, slope, steps=3, checkpoint_every=2)
+    damage(path)
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors is damaged.*delete it"):
+        train(Line(), tmp_path, slope, steps=3, checkpoint_every=2)
+
+
+def test_a_checkpoint_of_another_module_is_a_clear_error(tmp_path):
+    train(Line(), tmp_path, slope, steps=3, checkpoint_every=2)
+    with pytest.raises(UserError, match="of another model"):
+        train(tiny_model().denoiser, tmp_path, steps=3, checkpoint_every=2)
+
+
+def _nan_from(step: int):
+    def objective(module: nn.Module, batch, at: int) -> torch.Tensor:
+        return slope(module, batch, at) * (math.nan if at >= step else 1.0)
+
+    return objective
+
+
+@pytest.mark.parametrize("last_good", [4, 5, 6])
+def test_nan_stops_at_its_step_and_the_last_good_state_stays(last_good, tmp_path):
+    options = {"steps": 40, "lr": 0.1, "warmup": 0, "schedule": "constant", "checkpoint_every": 2}
+    with pytest.raises(
+        UserError, match=rf"loss is nan at step {last_good}: lower --lr.*checkpoint"
+    ):
+        train(Line(), tmp_path, _nan_from(last_good), **options)
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    done = last_good // 2 * 2
+    assert kept["module.weight"].item() == pytest.approx(1 - 0.1 * done)  # Adam: lr a step
+    history = train(Line(), tmp_path, slope, **(options | {"steps": done + 1}))
+    assert len(history.losses) == done + 1
+    assert all(map(math.isfinite, history.losses))
+
+
+def test_nan_without_a_checkpoint_promises_none(tmp_path):
+    with pytest.raises(UserError, match=r"nan at step 1: lower --lr or raise --warmup$"):
+        train(Line(), tmp_path, _nan_from(1), steps=5)
+
+
+def test_weights_that_went_bad_under_a_finite_loss_do_not_replace_the_good_state(tmp_path):
+    def objective(module: nn.Module, _, step: int) -> torch.Tensor:
+        # d sqrt(x) / dx at 0 is infinite, and infinity times 0 no number; the loss itself is 0
+        return slope(module, _, step) * 0 + (
+            torch.sqrt(module.weight * 0).sum() if step == 3 else 0
+        )
+
+    with pytest.raises(UserError, match="nan at step 4"):
+        train(Line(), tmp_path, objective, steps=30, checkpoint_every=2, clip=0)
+    assert load_file(tmp_path / "checkpoint.safetensors")["module.weight"].isfinite().all()
+
+
+def test_held_out_nan_is_an_error_too(tmp_path):
+    with pytest.raises(UserError, match="held-out loss is nan at step 2"):
+        train(Line(), tmp_path, slope, steps=3, validate=lambda _: math.nan)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_learning_rate_by_hand(schedule, expected):
+    options = LoopOptions(steps=8, lr=2.0, warmup=4, schedule=schedule)
+    assert [learning_rate(options, k) / 2 for k in range(8)] == pytest.approx(expected)
+
+
+def test_learning_rate_without_warmup_starts_at_its_peak():
+    assert learning_rate(LoopOptions(steps=1, lr=0.5, warmup=0), 0) == 0.5
+    assert learning_rate(LoopOptions(steps=5, lr=0.5, warmup=20), 4) == pytest.approx(0.5 / 4)
+
+
+def test_the_schedule_reaches_the_optimizer(tmp_path):
+    seen, line = [], Line()
+    options = {"steps": 6, "lr": 0.1, "warmup": 2, "clip": 0, "ema_decay": 0}
+    train(line, tmp_path, slope, after_step=lambda _: seen.append(line.weight.item()), **options)
+    moved = -np.diff([1.0, *seen])  # under a constant gradient, Adam moves by the learning rate
+    wanted = [learning_rate(LoopOptions(**options), k) for k in range(6)]
+    assert moved == pytest.approx(wanted, rel=1e-4)
+
+
+def test_ema_follows_its_recursion_with_warmup(tmp_path):
+    live, line = [], Line()
+    options = {"steps": 30, "lr": 0.1, "warmup": 0, "ema_decay": 0.7}
+    train(line, tmp_path, slope, after_step=lambda _: live.append(line.weight.item()), **options)
+    shadow = 1.0
+    for k, weight in enumerate(live):
+        decay = min(0.7, (1 + k) / (10 + k))  # 0.1 first: the start is soon forgotten
+        shadow = decay * shadow + (1 - decay) * weight
+    assert line.weight.item() == pytest.approx(shadow, abs=1e-6)
+    assert line.weight.item() != pytest.approx(live[-1], abs=1e-3)
+
+
+def test_without_ema_the_last_weights_stay(tmp_path):
+    live, line = [], Line()
+    after_step = lambda _: live.append(line.weight.item())  # noqa: E731
+    train(line, tmp_path, slope, after_step=after_step, steps=3, ema_decay=0)
+    assert line.weight.item() == live[-1]
+
+
+def test_two_half_batches_are_one_batch(tmp_path):
+    models = []
+    for name, size, accumulation in (("one", 4, 1), ("two", 2, 2)):
+        model = tiny_model().denoiser
+        history = train(
+            model,
+            tmp_path / name,
+            steps=3,
+            batch_size=size,
+            accumulation=accumulation,
+            weight_decay=0.1,
+        )
+        models.append((model, history))
+    (one, losses), (two, again) = models
+    assert again.losses == pytest.approx(losses.losses, rel=1e-5)
+    start, a, b = (
+        torch.cat([p.detach().flatten() for p in model.parameters()])
+        for model in (tiny_model().denoiser, one, two)
+    )
+    assert (a - b).norm() < 1e-2 * (
+        a - start
+    ).norm()  # Adam blows rounding up where gradients are 0
+
+
+def test_clip_bounds_the_gradient_norm(tmp_path):
+    def seen_norms(clip: float) -> list[float]:
+        norms, line = [], Line()
+        step = torch.optim.AdamW.step
+
+        def spy(self, *arguments, **named):
+            norms.append(float(line.weight.grad.norm()))
+            return step(self, *arguments, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", spy)
+            steep = lambda module, batch, at: 5 * slope(module, batch, at)  # noqa: E731
+            train(line, tmp_path / str(clip), steep, steps=2, clip=clip)
+        return norms
+
+    assert seen_norms(0) == [5, 5]
+    assert seen_norms(0.5) == pytest.approx([0.5, 0.5], rel=1e-4)
+    assert seen_norms(7) == [5, 5]
+
+
+def test_validation_sees_the_average_and_leaves_no_trace(tmp_path):
+    plain, seen, live = Line(), [], []
+    train(plain, tmp_path / "plain", slope, steps=6, warmup=0)
+    line = Line()
+
+    def validate(module: nn.Module) -> float:
+        seen.append(module.weight.item())
+        module.eval()  # what a validation may do to the mode
+        return 1.0
+
+    def after_step(_: int) -> None:
+        live.append(line.weight.item())
+        assert line.training
+
+    history = train(
+        line, tmp_path / "line", slope, steps=6, warmup=0, validate=validate,
+        validate_every=2, after_step=after_step,
+    )  # fmt: skip
+    assert line.weight.item() == plain.weight.item()
+    assert [step for step, _ in history.held_out] == [2, 4, 6]
+    assert seen[-1] == line.weight.item()  # the EMA weights, which the module holds at the end
+    assert not set(seen) & set(live)
+    assert not line.training
+
+
+def test_the_last_step_is_always_validated(tmp_path):
+    history = train(Line(), tmp_path, slope, steps=5, validate_every=0, validate=lambda _: 0.5)
+    assert history.held_out == [(5, 0.5)]
+
+
+def test_autocast_ends_with_the_training(tmp_path):
+    inside = []
+
+    def objective(module: nn.Module, batch, step: int) -> torch.Tensor:
+        inside.append(nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        return problem_losses(predict(module, batch), batch.target_NCHW).mean()
+
+    model = tiny_model().denoiser
+    train(model, tmp_path, objective, steps=1, batch_size=2, mixed_precision="bf16")
+    assert inside == [torch.bfloat16]
+    fresh = tiny_model().denoiser
+    fresh.load_state_dict(model.state_dict())
+    assert held_out_loss(model) == held_out_loss(fresh)  # in float32, to the bit
+
+
+def test_stages_of_one_process_may_differ_in_precision():
+    for precision in ("no", "bf16", "no"):
+        options = LoopOptions(mixed_precision=precision, device="cpu", accumulation=3)
+        accelerator = make_accelerator(options)
+        assert accelerator.mixed_precision == precision
+        assert accelerator.gradient_accumulation_steps == 3
+
+
+def test_only_what_requires_gradients_is_trained(tmp_path):
+    model = tiny_model().denoiser
+    model.requires_grad_(False)
+    model.conv_out.requires_grad_(True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(model, tmp_path, steps=2, batch_size=2)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"conv_out.weight", "conv_out.bias"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_distillation_mixes_data_and_teacher(share):
+    student, teacher = tiny_model().denoiser, tiny_model(act_fn="relu").denoiser
+    batch = problems().batch(range(3))
+    got = recovery_objective(teacher, share)(student, batch, 0)
+    with torch.no_grad():
+        output, wanted = (predict(m, batch).double() for m in (student, teacher))
+    data = (output - batch.target_NCHW.double()).square().mean()
+    copy = (output - wanted).square().mean()
+    assert got.item() == pytest.approx(float((1 - share) * data + share * copy), rel=1e-5)
+    assert got.requires_grad
+    got.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_curves_keep_means_and_a_bounded_length():
+    curve = History([float(k) for k in range(10)], [(10, 0.5)]).as_figures(points=4)["curve"]
+    assert curve == {"stride": 3, "losses": [1, 4, 7, 9], "held_out": [(10, 0.5)]}

@@ -1,0 +1,174 @@
+"""Sizes, work and loss figures against hand counts."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import noise_images, problems, tiny_model
+from torch import nn
+
+from prunedm.evaluation.loss import LossEstimate, denoising_loss, fixed_batches
+from prunedm.evaluation.paired import psnr
+from prunedm.evaluation.size import (
+    count_macs,
+    count_nonzero,
+    count_parameters,
+    nm_validity,
+    packed_bytes,
+)
+from prunedm.evaluation.speed import latencies, latency
+from prunedm.layers import prunable_layers
+from prunedm.masks import Masks, Pattern
+from prunedm.removal.nm import nm_masks
+
+
+def hand_macs(unet, size: int) -> int:
+    """Sum over layers of positions x weights, and the two attention products."""
+    total, half = 0, size // 2  # two levels: the second and the middle run at half the size
+    for name, layer in unet.named_modules():
+        coarse = name.startswith(("down_blocks.1", "mid_block", "up_blocks.0"))
+        fine_again = name.startswith("up_blocks.0.upsamplers") or "downsamplers" in name
+        side = half if coarse or "downsamplers" in name else size
+        side = size if fine_again and "upsamplers" in name else side
+        if isinstance(layer, nn.Conv2d):
+            total += side * side * layer.weight.numel()
+        elif isinstance(layer, nn.Linear):
+            tokens = half * half if ".to_" in name else 1  # embeddings once an image
+            total += tokens * layer.weight.numel()
+    tokens, width = half * half, 32
+    return total + 2 * tokens * tokens * width  # q k^T, and the weights times v
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("options", [{}, {"in_channels": 3, "num_class_embeds": 4}])
+def test_macs_are_those_counted_by_hand(size, options):
+    unet = tiny_model(**options).denoiser
+    assert len([n for n, _ in unet.named_modules() if n.endswith("to_q")]) == 1
+    assert count_macs(unet, (unet.config.in_channels, size, size)) == hand_macs(unet, size)
+
+
+def test_macs_do_not_see_zeros():
+    unet = tiny_model().denoiser
+    dense = count_macs(unet, (1, 8, 8))
+    masks_of(unet).apply_(unet)
+    assert count_macs(unet, (1, 8, 8)) == dense
+
+
+def masks_of(unet, text: str = "2:4", targets=()) -> Masks:
+    layers = prunable_layers(unet, targets)
+    scores = {name: layer.weight.detach().abs() for name, layer in layers.items()}
+    return nm_masks(layers, scores, Pattern.parse(text))
+
+
+def test_parameters_and_nonzeros():
+    layer = nn.Conv2d(4, 2, 3)
+    assert count_parameters(layer) == 2 * 4 * 9 + 2
+    with torch.no_grad():
+        layer.weight[0] = 0
+        layer.bias[:] = torch.tensor([-0.0, 1.0])
+    assert count_nonzero(layer) == 4 * 9 + 1
+
+
+def test_nonzeros_fall_by_what_the_masks_remove():
+    unet = tiny_model().denoiser
+    before, masks = count_nonzero(unet), masks_of(unet)
+    masks.apply_(unet)
+    assert masks.kept == masks.total // 2
+    assert before - count_nonzero(unet) == masks.total - masks.kept
+
+
+@pytest.mark.parametrize(("text", "share"), [("2:4", 0.5625), ("1:4", 0.3125), ("4:8", 0.5625)])
+def test_packed_layers_take_their_values_and_one_bit_a_weight(text, share):
+    unet = tiny_model().denoiser
+    masks, half = masks_of(unet, text), 2 * count_parameters(unet)
+    assert packed_bytes(unet, None) == half
+    assert packed_bytes(unet, masks) == half - (1 - share) * 2 * masks.total
+
+
+def test_packed_bits_round_up_to_bytes():
+    layer = nn.Sequential(nn.Linear(3, 3, bias=False))
+    masks = Masks({"0": torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]]).bool()})
+    assert packed_bytes(layer, masks) == 3 * 2 + 2
+
+
+def test_nm_validity_looks_at_weights_and_says_what_is_dense():
+    unet = tiny_model().denoiser
+    masks = masks_of(unet, targets=["mid_block"])
+    masks.apply_(unet)
+    validity = nm_validity(unet, masks)
+    assert (validity.pattern, validity.valid, validity.layers) == ("2:4", 1.0, len(masks.by_layer))
+    assert set(validity.dense) == set(prunable_layers(unet)) - set(masks.by_layer)
+    assert set(validity.dense.values()) == {"not among the targets"}
+    name, mask = next(iter(masks))
+    with torch.no_grad():  # a third weight in one group
+        unet.get_submodule(name).weight[tuple((~mask).nonzero()[0])] = 1.0
+    assert nm_validity(unet, masks).valid == pytest.approx(1 - 4 / masks.total, abs=1e-7)
+
+
+def test_nm_validity_of_weights_that_are_not_pruned_is_zero():
+    unet = tiny_model().denoiser
+    assert nm_validity(unet, masks_of(unet)).valid == 0
+    none = nm_validity(unet, None)
+    assert (none.pattern, none.valid, none.layers) == ("", None, 0)
+    assert nm_validity(unet, Masks(masks_of(unet).by_layer)).valid is None
+
+
+def test_nm_validity_names_the_layers_that_do_not_fit():
+    unet = tiny_model(block_out_channels=(8, 12), norm_num_groups=2, attention_head_dim=4).denoiser
+    dense = nm_validity(unet, masks_of(unet, "4:8")).dense
+    assert dense["mid_block.resnets.0.conv1"] == "12 input channels are no multiple of 8"
+    assert "down_blocks.0.resnets.0.conv1" not in dense
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_standard_error_takes_antithetic_pairs_as_one(count):
+    losses = np.random.default_rng(0).random(count)
+    estimate = LossEstimate.of(torch.from_numpy(losses))
+    pairs = [(losses[2 * k] + losses[2 * k + 1]) / 2 for k in range(4)]
+    assert estimate.mean == pytest.approx(losses.mean(), rel=1e-12)
+    assert estimate.standard_error == pytest.approx(np.std(pairs, ddof=1) / 2, rel=1e-12)
+
+
+def test_perfectly_antithetic_losses_have_no_error_and_one_pair_has_no_estimate():
+    assert LossEstimate.of(torch.tensor([0.25, 0.75] * 3)).standard_error == 0
+    assert np.isnan(LossEstimate.of(torch.tensor([0.25, 0.75])).standard_error)
+
+
+def test_the_loss_is_the_mean_square_by_hand_in_any_batches():
+    unet = tiny_model(dropout=0.5).denoiser.train()
+    stream = problems(noise_images(7))
+    estimate = denoising_loss(unet, [stream.batch(range(3)), stream.batch(range(3, 10))])
+    assert unet.training
+    unet.eval()
+    expected = []
+    for p in range(10):
+        batch = stream.batch([p])
+        with torch.no_grad():
+            output = unet(batch.noisy_NCHW, batch.timesteps_N).sample
+        expected.append(np.mean((output.numpy() - batch.target_NCHW.numpy()).astype(float) ** 2))
+    np.testing.assert_allclose(estimate.per_problem_N, expected, rtol=1e-5)
+    assert estimate.mean == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_fixed_batches_are_the_first_problems():
+    batches = fixed_batches(problems(noise_images(7)), 205)
+    assert [len(batch) for batch in batches] == [100, 100, 5]
+    whole = problems(noise_images(7)).batch(range(205))
+    assert torch.equal(torch.cat([batch.noisy_NCHW for batch in batches]), whole.noisy_NCHW)
+
+
+def test_psnr_by_hand():
+    reference = np.full((3, 2, 2, 1), 100, np.uint8)
+    images = reference.copy()
+    images[1] = 0  # squared error 10,000 everywhere: the difference must not wrap
+    images[2, 0, 0, 0] = 102  # 4 / 4 = 1
+    expected = [np.inf, 20 * np.log10(255 / 100), 20 * np.log10(255)]
+    np.testing.assert_allclose(psnr(images, reference), expected, rtol=1e-12)
+
+
+def test_latencies_are_positive_and_for_the_batch_asked():
+    unet = tiny_model(num_class_embeds=3).denoiser
+    one = latency(unet, (1, 8, 8), batch=2, repeats=2)
+    assert one.batch == 2
+    assert one.median_ms > 0
+    assert one.spread_ms >= 0
+    assert len(latencies([unet, unet], (1, 8, 8), batch=1, repeats=1)) == 2
