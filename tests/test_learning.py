@@ -314,7 +314,11 @@ def test_a_model_without_masks_starts_from_a_score(pattern, tmp_path):
 
 def test_unstructured_masks_are_refused(tmp_path):
     sparse = tmp_path / "sparse"
-    prune(tiny_folder(), sparse, PruneOptions(mechanism="weights", target="params=0.3", pictures=0))
+    prune(
+        tiny_folder(),
+        sparse,
+        PruneOptions(mechanism="weights", score="random", target="params=0.3", pictures=0),
+    )
     with pytest.raises(UserError, match="sparse has unstructured masks; learn wants N:M ones"):
         learn(sparse, tmp_path / "out", LearnOptions(steps=1, **QUICK))
     assert not (tmp_path / "out").exists()
@@ -334,7 +338,7 @@ def test_masks_of_unknown_origin_are_refused(masked, tmp_path):
 def test_a_parent_that_is_gone_or_changed_is_named(tmp_path):
     parent, masks = tmp_path / "parent", tmp_path / "masks"
     save(tiny_model(), parent)
-    prune(parent, masks, PruneOptions(mechanism="nm", pictures=0))
+    prune(parent, masks, PruneOptions(mechanism="nm", score="random", pictures=0))
     other = tiny_model()
     torch.nn.init.ones_(other.denoiser.conv_in.weight)
     save(other, parent)
