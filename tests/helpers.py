@@ -29,6 +29,10 @@ TINY: dict[str, Any] = {
 }
 
 
+class Killed(BaseException):
+    """What a test interrupts work with, as Ctrl-C would; pytest would stop at a KeyboardInterrupt."""
+
+
 def tiny_model(**unet: Any) -> Model:
     """A seeded random model with one attention block, in its middle: 8x8 grey unless told."""
     torch.manual_seed(0)

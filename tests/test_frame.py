@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_folder
+from helpers import Killed, tiny_folder
 
 from prunedm import __version__
 from prunedm.cli import main
@@ -184,8 +184,8 @@ def test_a_failed_overwrite_keeps_the_old_result(tmp_path):
 
 
 def test_what_can_be_resumed_is_kept_and_gone_when_done(tmp_path):
-    stage = Stage(KeyboardInterrupt(), resumable=True)
-    with pytest.raises(KeyboardInterrupt):
+    stage = Stage(Killed(), resumable=True)
+    with pytest.raises(Killed):
         stage.run(tmp_path / "out")
     assert names(tmp_path) == ["out.partial"]
     stage.failure = None
@@ -196,8 +196,8 @@ def test_what_can_be_resumed_is_kept_and_gone_when_done(tmp_path):
 
 
 def test_an_unfinished_run_is_not_continued_with_other_options(tmp_path):
-    stage = Stage(KeyboardInterrupt(), resumable=True)
-    with pytest.raises(KeyboardInterrupt):
+    stage = Stage(Killed(), resumable=True)
+    with pytest.raises(Killed):
         stage.run(tmp_path / "out")
     before = content(tmp_path)
     other = OPTIONS.model_copy(update={"lr": 0.5})
@@ -215,11 +215,11 @@ def test_a_kill_while_tidying_up_does_not_leave_half_a_resume_folder(tmp_path, m
 
     def killed(path, **_):
         removed.append(path.name)
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(frame.shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             stage.run(tmp_path / "out")
     assert removed
     assert not (tmp_path / "out.partial" / RESUME).exists()

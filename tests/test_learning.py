@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import noise_images, problems, tiny_folder, tiny_model
+from helpers import Killed, noise_images, problems, tiny_folder, tiny_model
 from scipy.stats import chisquare
 
 from prunedm.diffusion import predict, problem_losses
@@ -239,7 +239,7 @@ def test_the_loss_of_a_step_is_of_masked_weights_against_the_dense_output(tmp_pa
 
     monkeypatch.setattr("prunedm.learning.trainer.fit", spy)
     for objective in ("output", "data"):
-        learned_on_tiny(tmp_path / objective, steps=2, objective=objective)
+        learned_on_tiny(tmp_path / objective, steps=2, tau=(1.0, 1.0), objective=objective)
     (a, again, other_draw), (data, *_) = seen
     assert a == again > 0
     assert a != other_draw
@@ -363,11 +363,11 @@ def test_an_interrupted_stage_ends_with_the_same_bits(masked, tmp_path, monkeypa
     def killed(*arguments, **named):
         taken.append(named["step"])
         if len(taken) == 6:  # in step 5, after the checkpoint of 4
-            raise KeyboardInterrupt
+            raise Killed
         return step(*arguments, **named)
 
     monkeypatch.setattr(loop, "_step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         learn(masked, tmp_path / "broken", options)
     assert not (tmp_path / "broken").exists()
     learn(masked, tmp_path / "broken", options)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import noise_images, problems, tiny_model
+from helpers import Killed, noise_images, problems, tiny_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,10 +32,6 @@ EVERYTHING = {
     "validate_every": 3,
     "device": "cpu",
 }
-
-
-class Killed(Exception):
-    pass
 
 
 class Line(nn.Module):

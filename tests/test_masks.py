@@ -170,7 +170,7 @@ def test_patterns_print_as_they_are_parsed():
 def test_check_pattern_finds_one_wrong_group():
     mask = nm_mask(random_score((2, 8, 3, 3)), Pattern(2, 4))
     mask[1, 4, 2, 2] ^= True
-    with pytest.raises(AssertionError, match="layer is not 2:4"):
+    with pytest.raises(UserError, match="layer are not 2:4"):
         Masks({"layer": mask}, Pattern(2, 4)).check_pattern()
 
 

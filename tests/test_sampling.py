@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
-from helpers import tiny_folder, tiny_model
+from helpers import Killed, tiny_folder, tiny_model
 from PIL import Image
 
 from prunedm.data import to_uint8
@@ -192,12 +192,12 @@ def test_an_interrupted_run_continues_to_the_same_bits(whole, tmp_path, monkeypa
     def killed(*arguments, **named):
         drawn.append(named["indices"])
         if len(drawn) == good_batches + 1:
-            raise KeyboardInterrupt
+            raise Killed
         return draw_batch(*arguments, **named)
 
     monkeypatch.setattr(sampling, "_sample", killed)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         sample(tiny_folder(), out, OPTIONS)
     assert not out.exists()
     sample(tiny_folder(), out, OPTIONS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers import TINY, tiny_folder, tiny_model
+from helpers import TINY, Killed, tiny_folder, tiny_model
 from PIL import Image
 from safetensors import safe_open
 from scipy.linalg import sqrtm
@@ -446,9 +446,9 @@ def test_an_interrupted_comparison_does_not_measure_again(chain, tmp_path, monke
         def say(self, text: str) -> None:
             super().say(text)
             if text == "evaluating final":
-                raise KeyboardInterrupt
+                raise Killed
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         compare(models, tmp_path / "out", options, progress=Stop())
     done = tmp_path / "out.partial" / "resume" / "evaluations" / "dense" / "evaluation_results.json"
     stamp = done.stat().st_mtime_ns

@@ -34,6 +34,7 @@ def input_square_means(
 
         return hook
 
+    denoiser.eval()  # dropout would blur the statistics
     batches = list(batches)
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     bars = (progress or Silent()).task("activations", len(batches))
@@ -53,6 +54,7 @@ def loss_gradients(
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean denoising loss over all problems, by layer, of the weight's shape."""
+    denoiser.eval()
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     batches = list(batches)

@@ -33,6 +33,7 @@ app = App(
     "`prunedm run` does everything on the embedded digits model. Every command takes options from "
     "`--config FILE.yaml`; the command line wins. `--debug` shows tracebacks.",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # `main` says how to go on
 )
 # errors of the place that was to be written to, not of the program
 _UNWRITABLE = (
@@ -216,7 +217,7 @@ def _one_line(error: BaseException) -> str | None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"prunedm: {message}", file=sys.stderr)
+    print("prunedm:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from prunedm.data import ImageSet, to_model_range
+from prunedm.errors import UserError
 from prunedm.randomness import generator_for
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         clean = to_model_range(torch.stack([item["image"] for item in items]))
         noise = torch.stack([item["noise"] for item in items])
         timesteps = torch.tensor([item["timestep"] for item in items])
-        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        noisy = add_noise(self.scheduler, clean, noise, timesteps)
         target = prediction_target(self.scheduler, clean, noise, timesteps)
         labels = torch.tensor([i["label"] for i in items]) if self.conditional else None
         return ProblemBatch(noisy, timesteps, target, labels)
@@ -118,6 +121,29 @@ def scheduler_class(name: str) -> Any:
     return cls if known else None
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise `UserError` for noise that is not variance preserving, or an unknown prediction."""
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"{name} has no alphas_cumprod; supported: variance-preserving noise (DDPM)"
+        )
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTIONS:
+        raise UserError(f"prediction_type {kind!r} is none of {', '.join(PREDICTIONS)}")
+
+
+def add_noise(
+    scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
+
+    Written out because some samplers' `add_noise` (Euler's) lives on another scale.
+    """
+    signal, spread = _rates(scheduler, timesteps)
+    return signal * clean + spread * noise
+
+
 def prediction_target(
     scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
@@ -128,8 +154,14 @@ def prediction_target(
     if kind == "sample":
         return clean
     assert kind == "v_prediction", kind
-    velocity: torch.Tensor = scheduler.get_velocity(clean, noise, timesteps)
-    return velocity
+    signal, spread = _rates(scheduler, timesteps)
+    return signal * noise - spread * clean
+
+
+def _rates(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), each (N, 1, 1, 1)."""
+    abar = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+    return abar.sqrt(), (1 - abar).sqrt()
 
 
 def predict(denoiser: torch.nn.Module, problems: ProblemBatch) -> torch.Tensor:

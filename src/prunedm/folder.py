@@ -14,7 +14,7 @@ from typing import Any
 
 from diffusers import DDPMScheduler, UNet2DModel
 
-from prunedm.diffusion import scheduler_class
+from prunedm.diffusion import check_scheduler, scheduler_class
 from prunedm.errors import UserError
 from prunedm.masks import Masks, load_masks, save_masks
 from prunedm.pruned_unet import PrunedUNet2DModel
@@ -76,6 +76,7 @@ def load(source: str | Path) -> Model:
         pipeline=index.get("_class_name", "DDPMPipeline"),
     )
     if masks is not None:
+        masks.check_pattern()
         _refuse_violations(model, str(source))
     return model
 
@@ -122,16 +123,19 @@ def find(source: str | Path) -> Path:
 def hash_folder(folder: Path) -> str:
     """A hash of weights, masks and configuration files, whatever the folder is called."""
     digest = hashlib.sha256()
-    suffixes = (".safetensors", ".bin", ".json")
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in suffixes):
-        relative = path.relative_to(folder)
-        if path.name == "record.json" or relative.parts[0] not in ("unet", "scheduler", path.name):
-            continue
-        digest.update(str(relative).encode())
+    for path in sorted(path for path in folder.rglob("*") if _is_part_of_model(path, folder)):
+        digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def _is_part_of_model(path: Path, folder: Path) -> bool:
+    if path.parent not in (folder, folder / "unet", folder / "scheduler"):
+        return False
+    configurations = ("model_index.json", "config.json", "scheduler_config.json")
+    return path.name in configurations or path.suffix in (".safetensors", ".bin")
 
 
 def size_on_disk(folder: Path) -> int:
@@ -206,9 +210,11 @@ def _load_scheduler(folder: Path) -> Any:
     if cls is None:
         raise UserError(f"{path} names no diffusers scheduler: {config.get('_class_name')!r}")
     try:
-        return cls.from_config(config)
+        scheduler = cls.from_config(config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{path} describes no {cls.__name__}: {_first_line(error)}") from error
+    check_scheduler(scheduler)
+    return scheduler
 
 
 def _read_json(path: Path) -> dict[str, Any]:

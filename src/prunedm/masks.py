@@ -85,12 +85,13 @@ class Masks:
         return {name: count for name, count in counts.items() if count}
 
     def check_pattern(self) -> None:
-        """Assert exactly N kept in every group of M."""
+        """Raise `UserError` unless exactly N are kept in every group of M."""
         if self.pattern is None:
             return
         for name, mask in self:
             kept_G = to_groups(mask, self.pattern.m).sum(1)
-            assert bool((kept_G == self.pattern.n).all()), f"{name} is not {self.pattern}"
+            if not bool((kept_G == self.pattern.n).all()):
+                raise UserError(f"masks of {name} are not {self.pattern}, though they claim to be")
 
     def _pairs(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         modules = dict(denoiser.named_modules())

@@ -109,7 +109,7 @@ class LearnOptions(LoopOptions):
     """`prunedm learn`: N:M masks by relaxed patterns, weights frozen."""
 
     steps: int = Field(200, ge=1, description="optimizer steps")
-    lr: float = Field(0.3, gt=0, description="peak learning rate, in logits")
+    lr: float = Field(0.5, gt=0, description="peak learning rate, in logits")
     schedule: Literal["cosine", "constant"] = Field("constant", description="after the warm-up")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 is no limit")

@@ -1,0 +1,182 @@
+"""The tree is the architecture: imports point one way, and nothing unsafe is called anywhere."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import prunedm
+
+SOURCE = Path(prunedm.__file__).parent
+# from the top down; a module may import from its own level or below
+LEVELS = [
+    {"__main__"},
+    {"cli"},
+    {"recipe", "console"},
+    {"stages", "configuration"},
+    {"folder", "scores", "removal", "learning", "recovery", "evaluation", "sampling"},
+    {"masks", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"},
+    {"options", "progress", "randomness", "errors"},
+]
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+BELOW_STAGES = {name for names in LEVELS[4:] for name in names}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module's tree by dotted name, without "prunedm."."""
+    trees = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        trees[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"))
+    trees.pop("")  # the public names point to everything, by strings
+    return trees
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """All that a module imports anywhere in it, dotted; `from a import b` is "a.b"."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(tree: ast.Module) -> set[str]:
+    """The top-level parts of prunedm that a module imports."""
+    names = {name.split(".")[1] for name in imports(tree) if name.startswith("prunedm.")}
+    return names - {"__version__"}
+
+
+def calls(tree: ast.Module) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def test_every_module_has_its_place():
+    assert {name.split(".")[0] for name in MODULES} - {"assets"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    top = name.split(".")[0]
+    upward = {other for other in own(MODULES[name]) if LEVEL[other] < LEVEL[top]}
+    assert not upward
+
+
+@pytest.mark.parametrize(
+    ("above", "below"),
+    [
+        ("scores", "removal"),
+        ("removal", "scores"),
+        ("scores", "learning"),
+        ("recovery", "learning"),
+        ("evaluation", "folder"),
+        ("evaluation", "recovery"),
+        ("masks", "pruned_unet"),
+    ],
+)
+def test_parts_that_change_apart_do_not_know_each_other(above, below):
+    for name, tree in MODULES.items():
+        if name.split(".")[0] == above:
+            assert below not in own(tree), name
+
+
+def test_there_are_no_cycles_between_modules():
+    graph = {
+        name: {
+            max((m for m in MODULES if f"{path}.".startswith(f"prunedm.{m}.")), key=len, default="")
+            for path in imports(tree)
+            if path.startswith("prunedm.")
+        }
+        - {name, ""}
+        for name, tree in MODULES.items()
+    }
+    graph = {n: others for n, others in graph.items() if n not in ("stages", "scores")}
+    while graph:
+        leaves = [name for name, others in graph.items() if not others & graph.keys()]
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for name in leaves:
+            del graph[name]
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] in BELOW_STAGES])
+def test_nothing_below_stages_prints_or_parses(name):
+    tree = MODULES[name]
+    allowed = {"rich"} if name == "evaluation.table" else set()  # builds a table, prints none
+    talk = {"rich", "cyclopts", "argparse", "yaml", "logging"}
+    assert not {path.split(".")[0] for path in imports(tree)} & talk - allowed
+    assert not own(tree) & {"cli", "console", "configuration", "recipe"}
+    printed = [
+        c.lineno for c in calls(tree) if isinstance(c.func, ast.Name) and c.func.id == "print"
+    ]
+    assert not printed
+
+
+def test_stages_do_not_print_either():
+    for name, tree in MODULES.items():
+        if name.split(".")[0] in ("stages", "recipe"):
+            assert not {"cli", "console"} & own(tree)
+            assert not [
+                c for c in calls(tree) if isinstance(c.func, ast.Name) and c.func.id == "print"
+            ]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_unpickled_or_executed(name):
+    tree = MODULES[name]
+    for call in calls(tree):
+        function = ast.unparse(call.func)
+        assert function not in ("eval", "exec", "compile", "__import__"), call.lineno
+        assert not function.startswith(("pickle.", "marshal.", "joblib.", "os.system")), call.lineno
+        assert function not in ("torch.save", "pd.read_pickle"), call.lineno
+        named = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if function == "torch.load":
+            assert named.get("weights_only") == "True", call.lineno
+        if function in ("np.load", "numpy.load", "np.save", "numpy.save"):
+            assert named.get("allow_pickle") == "False", call.lineno
+        assert named.get("trust_remote_code", "False") == "False", call.lineno
+        assert named.get("shell", "False") == "False", call.lineno
+    unsafe = {path for path in imports(tree) if path.split(".")[0] in ("joblib", "dill", "marshal")}
+    assert not unsafe
+    # the name of an exception is all that pickle may be imported for
+    used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert {u for u in used if u.startswith("pickle.")} <= {"pickle.UnpicklingError"}
+    assert not {path for path in imports(tree) if path.startswith("pickle.")}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_small(name):
+    path = SOURCE / Path(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
+            assert ast.get_docstring(node) or node.name.startswith("_") or _is_small(node), (
+                node.name
+            )
+
+
+def _is_small(node: ast.FunctionDef) -> bool:
+    """What may go without a docstring: its name and its types say it all."""
+    return node.end_lineno - node.lineno < 20
+
+
+def test_random_numbers_come_from_named_seeds():
+    drawing = {f"torch.{name}" for name in ("rand", "randn", "randint", "randperm")}
+    for name, tree in MODULES.items():
+        drawn = {ast.unparse(c.func) for c in calls(tree)}
+        assert not drawn & {"random.random", "random.seed", "np.random.seed", "np.random.rand"}, (
+            name
+        )
+        assert not any(path.split(".")[0] == "random" for path in imports(tree)), name
+        for call in calls(tree):
+            if ast.unparse(call.func) in drawing:
+                seeded = "generator" in {keyword.arg for keyword in call.keywords}
+                assert seeded or name == "evaluation.speed", f"{name}:{call.lineno}"
