@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import output, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prunedm.errors import UserError
@@ -387,3 +388,22 @@ def test_the_hash_is_of_the_content_and_not_of_the_place(folder, tmp_path):
     scheduler.write_text(scheduler.read_text().replace("1000", "999"))
     seen.add(hash_folder(folder))
     assert len(seen) == 4
+
+
+def test_a_model_keeps_the_type_it_was_stored_in(tmp_path):
+    model = tiny_model()
+    model.dtype = torch.float16
+    model.round_to_dtype()
+    before = {n: p.clone() for n, p in model.denoiser.named_parameters()}
+    save(model, tmp_path / "half")
+    again = load(tmp_path / "half")
+    save(again, tmp_path / "copy")
+    for folder in ("half", "copy"):
+        with safe_open(
+            tmp_path / folder / "unet" / "diffusion_pytorch_model.safetensors", framework="pt"
+        ) as file:
+            assert {file.get_slice(n).get_dtype() for n in file.keys()} == {"F16"}  # noqa: SIM118
+    assert again.dtype == torch.float16
+    for name, parameter in again.denoiser.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name])

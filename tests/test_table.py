@@ -203,7 +203,7 @@ def test_markdown_escapes_labels() -> None:
     assert "0.76M (−30 %)" in lines[3]
 
 
-@pytest.mark.parametrize("width", [100, 160])
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_terminal_shows_six_models_whole(width: int) -> None:
     labels = ["1-prune", "2-recover", "3-mask", "4-learn", "5-finetune"]
     models = [evaluation(), *(pruned(label, psnr_db=24.56) for label in labels)]

@@ -11,11 +11,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.progress import Task as RichTask
 from rich.table import Table
+from rich.text import Text
 
 from prunedm.progress import Task
 
@@ -31,12 +32,10 @@ class Terminal:
     @contextmanager
     def task(self, label: str, total: int, done: int = 0) -> Iterator[Task]:
         columns = (
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=28),
+            TextColumn("{task.description:<14}"),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(compact=True, elapsed_when_finished=True),
             TextColumn("[dim]{task.fields[note]}"),
         )
         with Bars(*columns, console=console) as bars:
@@ -44,6 +43,13 @@ class Terminal:
 
     def say(self, text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)  # paths stay whole
+
+
+class _Left(TimeRemainingColumn):
+    """The remaining time, or, at the end, the time it took."""
+
+    def render(self, task: RichTask) -> Text:
+        return super().render(task).append(" took" if task.finished else " left")
 
 
 class _Bar:

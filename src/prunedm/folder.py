@@ -7,12 +7,16 @@ are looked up in the short tables below, weights are safetensors (or `.bin` read
 
 import hashlib
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from safetensors import safe_open
 
 from prunedm.diffusion import check_scheduler, scheduler_class
 from prunedm.errors import UserError
@@ -37,6 +41,7 @@ class Model:
     name: str = ""
     hash: str = ""
     pipeline: str = "DDPMPipeline"
+    dtype: torch.dtype = torch.float32  # of the weights on disk; in memory they are float32
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -45,6 +50,11 @@ class Model:
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
+
+    def round_to_dtype(self) -> None:
+        """Give the weights the values that the saved file will hold, so figures are of those."""
+        for parameter in self.denoiser.parameters():
+            parameter.data = parameter.data.to(self.dtype).float()
 
     @property
     def conditional(self) -> bool:
@@ -62,7 +72,10 @@ def load(source: str | Path) -> Model:
         _read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     )
     if not index and not (folder / "config.json").exists():
-        raise UserError(f"{source} is no model folder: neither model_index.json nor config.json")
+        raise UserError(
+            f"{source} is no model folder (no model_index.json or config.json); "
+            "give a diffusers pipeline folder, a hub id, or digits"
+        )
     _refuse_other_components(index, folder)
     denoiser = _load_denoiser(_component(folder, "unet"))
     masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
@@ -74,6 +87,7 @@ def load(source: str | Path) -> Model:
         name=str(source),
         hash=hash_folder(folder),
         pipeline=index.get("_class_name", "DDPMPipeline"),
+        dtype=_stored_dtype(_component(folder, "unet")),
     )
     if masks is not None:
         masks.check_pattern()
@@ -88,7 +102,9 @@ def save(model: Model, folder: Path) -> None:
     """
     _refuse_violations(model, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
+    _set_dtype(model.denoiser, model.dtype)
     model.denoiser.save_pretrained(folder / "unet", safe_serialization=True)
+    _set_dtype(model.denoiser, torch.float32)
     _forget_origin(folder / "unet" / "config.json")
     model.scheduler.save_pretrained(folder / "scheduler")
     cls = type(model.denoiser).__name__
@@ -144,6 +160,23 @@ def size_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for kind in _WEIGHTS for path in where.glob(kind))
 
 
+def _set_dtype(denoiser: Any, dtype: torch.dtype) -> None:
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type that most of the stored numbers have; float32 for `.bin` files."""
+    sizes: Counter[str] = Counter()
+    for path in folder.glob(_WEIGHTS[0]):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    most = sizes.most_common(1)[0][0] if sizes else ""
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+
+
 def _forget_origin(config: Path) -> None:
     # diffusers notes the path a model was loaded from, so equal models would differ in their hash
     kept = {key: value for key, value in _read_json(config).items() if key != "_name_or_path"}
@@ -181,7 +214,10 @@ def _load_denoiser(folder: Path) -> Any:
     if name not in DENOISERS:
         raise UserError(f"{folder} holds a {name}; supported denoisers: {', '.join(DENOISERS)}")
     if not any(next(folder.glob(kind), None) for kind in _WEIGHTS):
-        raise UserError(f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing")
+        raise UserError(
+            f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing; "
+            "copy or download the whole folder"
+        )
     try:
         denoiser, loading = DENOISERS[name].from_pretrained(
             folder, local_files_only=True, output_loading_info=True

@@ -43,7 +43,7 @@ class LoopOptions(DataOptions):
     mixed_precision: Precision = Field("no", description="autocast type")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
     workers: int = Field(0, ge=0, description="processes that decode images")
-    checkpoint_every: int = Field(200, ge=0, description="steps between checkpoints; 0 is none")
+    checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 is none")
     validate_every: int = Field(
         100, ge=0, description="steps between held-out losses; 0 is at the end"
     )
@@ -160,7 +160,9 @@ class EvaluateOptions(DataOptions):
     """`prunedm evaluate` and `compare`: loss, FD, size, speed, sparsity."""
 
     problems: int = Field(2000, ge=2, description="held-out problems behind the loss")
-    samples: int = Field(500, ge=0, description="images behind FD; 0 skips FD")
+    samples: int | None = Field(
+        None, ge=0, description="images behind FD; none: enough for the features; 0 skips FD"
+    )
     sampler: str = Field("ddim", description="as in sample")
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
     batch_size: int = Field(100, ge=1, description="images at a time")

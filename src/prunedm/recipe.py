@@ -33,11 +33,11 @@ class Recipe(DataOptions):
     )
     skip: tuple[str, ...] = Field((), description=f"stages to leave out, of {', '.join(STAGES)}")
     prune: PruneOptions = PruneOptions(target="params=0.3")
-    recover: FinetuneOptions = FinetuneOptions(steps=150)
+    recover: FinetuneOptions = FinetuneOptions(steps=120)
     mask: PruneOptions = PruneOptions(mechanism="nm", score="magnitude")
     learn: LearnOptions = LearnOptions()
     finetune: FinetuneOptions = FinetuneOptions(steps=200)
-    evaluate: EvaluateOptions = EvaluateOptions()
+    evaluate: EvaluateOptions = EvaluateOptions(sampling_steps=25)
 
     def stage_options(self, name: str) -> Any:
         """The options of a stage: the recipe's default < its shared values < the stage's own.

@@ -67,18 +67,18 @@ def write_json(value: Any, path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "auto") -> dict[str, Any]:
     """Versions, device and time of now, as the record's fields."""
     versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"versions": versions, "device": device_name(), "created": created}
+    return {"versions": versions, "device": device_name(device), "created": created}
 
 
-def device_name() -> str:
+def device_name(device: str = "auto") -> str:
     """The GPU's name, or the processor's with the number of threads in use."""
     import torch
 
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 

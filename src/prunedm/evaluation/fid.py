@@ -53,7 +53,7 @@ def frechet_distance(a: Statistics, b: Statistics, *, force: bool = False) -> fl
         if 0 < side.count <= side.dim and not force:
             raise UserError(
                 f"{side.count} images are too few for {side.dim} features: the distance would be "
-                f"mostly bias; give more than {side.dim} images, or pass --force"
+                f"mostly bias; give more than {side.dim} images, or use features of fewer dimensions"
             )
     gap_D = a.mu_D - b.mu_D
     traces = np.trace(a.sigma_DD) + np.trace(b.sigma_DD)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -206,11 +206,27 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     ]
 
 
-def rich_table(evaluations: Sequence[Evaluation], *, width: int | None = None) -> Table:
-    """For the terminal: models as rows, or, where `width` is too small for it, as columns."""
+def rich_table(evaluations: Sequence[Evaluation], *, width: int | None = None) -> Group:
+    """For the terminal: models as rows, or, where `width` is too small for it, as columns.
+
+    Where the columns do not fit either, they go on in further tables, each beginning with dense.
+    """
+    width = width or Console().width
     upright = _upright(evaluations)
-    needed = Console(width=10_000).measure(upright).maximum
-    return upright if needed <= (width or Console().width) else _transposed(evaluations)
+    if _width(upright) <= width:
+        return Group(upright)
+    others = evaluations[1:]
+    for count in range(1, len(others) + 1):
+        size = math.ceil(len(others) / count)
+        pages = [others[k : k + size] for k in range(0, len(others), size)]
+        tables = [_transposed([evaluations[0], *page]) for page in pages]
+        if all(_width(table) <= width for table in tables):
+            return Group(*tables)
+    return Group(*(_transposed([e]) for e in evaluations))
+
+
+def _width(table: Table) -> int:
+    return Console(width=10_000).measure(table).maximum
 
 
 def markdown_table(evaluations: Sequence[Evaluation]) -> str:

@@ -3,7 +3,7 @@
 from prunedm.options import EvaluateOptions
 from prunedm.sampling import make_sampler
 from prunedm.stages.compare import compare
-from prunedm.stages.evaluate import evaluate, feature_network
+from prunedm.stages.evaluate import evaluate, with_features
 from prunedm.stages.finetune import finetune
 from prunedm.stages.inputs import images_for
 from prunedm.stages.learn import learn
@@ -20,7 +20,7 @@ def check_inputs(model: str, options: EvaluateOptions) -> None:
     for split in ("train", "test"):
         images = images_for(loaded, options, split)
         images[0]
-    feature_network(options, images)
+    with_features(options, images)
     make_sampler(loaded.scheduler, options.sampler)
 
 

@@ -19,7 +19,7 @@ from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, write_json
 from prunedm.stages.evaluate import evaluate, read_evaluation, read_samples
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import device_for, source_of
+from prunedm.stages.inputs import data_source, device_for, images_for, source_of
 
 RESULTS = "detailed_results.json"
 REPORT = "report.html"
@@ -43,7 +43,10 @@ def compare(
     if not models:
         raise UserError("compare needs at least one model; the first is the one to compare with")
     progress = progress or Silent()
-    inputs: dict[str, Source] = {label: source_of(load(path)) for label, path in models.items()}
+    loaded = {label: load(path) for label, path in models.items()}
+    inputs: dict[str, Source] = {label: source_of(model) for label, model in loaded.items()}
+    images = images_for(next(iter(loaded.values())), options, "test")
+    inputs["held-out images"] = data_source(images)
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
         done = folder / RESUME / "evaluations"

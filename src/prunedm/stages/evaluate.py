@@ -39,6 +39,7 @@ from prunedm.stages.sample import sample_resumably
 
 RESULTS = "evaluation_results.json"
 SAMPLES = "samples.npz"
+LEAST_SAMPLES = 300  # where the number is not given; more where the features need it
 MOST_REFERENCES = 10_000  # held-out images behind FD
 
 
@@ -54,7 +55,7 @@ def evaluate(
     """Measure `source` and write `evaluation_results.json`, `samples.npz` and `samples.png`."""
     model = load(source)
     reference = images_for(model, options, "test")
-    network = feature_network(options, reference)  # fails before any work
+    options, network = with_features(options, reference)  # fails before any work
     make_sampler(model.scheduler, options.sampler)
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
@@ -96,24 +97,29 @@ def read_samples(folder: Path) -> np.ndarray | None:
     return images
 
 
-def feature_network(options: EvaluateOptions, reference: ImageSet) -> FeatureNetwork | None:
-    """The network that FD is measured in; None where FD is skipped.
+def with_features(
+    options: EvaluateOptions, reference: ImageSet
+) -> tuple[EvaluateOptions, FeatureNetwork | None]:
+    """The network that FD is measured in (None where FD is skipped), and the number of samples set.
 
     Raises `UserError` for what would fail only after hours: too few images for its features.
     """
     if options.samples == 0:
-        return None
+        return options, None
     name = options.features
     if name == "auto":
         name = "digits-cnn" if reference.name == "digits" and reference.size == 16 else "inception"
     network = _features(name, options.inception_weights)
+    dim = network.dim or network(reference[0][None]).shape[1]
+    if options.samples is None:
+        options = options.model_copy(update={"samples": max(LEAST_SAMPLES, dim + dim // 4)})
     for what, count in (("samples", options.samples), ("held-out images", len(reference))):
-        if network.dim is not None and count <= network.dim:
+        if count is not None and count <= dim:
             raise UserError(
-                f"{count} {what} are too few for {network.name}, which has {network.dim} features; "
+                f"{count} {what} are too few for {network.name}, which has {dim} features; "
                 "give more, or --samples 0 to go without"
             )
-    return network
+    return options, network
 
 
 def _evaluate(
@@ -174,7 +180,7 @@ def _evaluate(
 
 def _draw(model: Model, options: EvaluateOptions, folder: Path, progress: Progress) -> np.ndarray:
     wanted = SampleOptions(
-        count=options.samples,
+        count=options.samples or LEAST_SAMPLES,
         sampler=options.sampler,
         sampling_steps=options.sampling_steps,
         batch_size=options.batch_size,
@@ -196,12 +202,12 @@ def _conditions(
     return Conditions(
         dataset=reference.name,
         problems=options.problems,
-        samples=options.samples,
+        samples=options.samples or 0,
         sampler=f"{options.sampler}-{options.sampling_steps}",
         seed=options.seed,
         features=network.name if network else "FD",
         reference=min(len(reference), MOST_REFERENCES) if network else 0,
-        device=device_name(),
+        device=device_name(options.device),
         dtype=str(next(model.denoiser.parameters()).dtype).removeprefix("torch."),
         latency_batch=options.latency_batch,
     )

@@ -110,6 +110,7 @@ def _finetune(
         validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
     )
     model.denoiser.to("cpu")
+    model.round_to_dtype()
     after = denoising_loss(model.denoiser, held_out)
     return {
         "loss_before": before.mean,

@@ -56,7 +56,8 @@ def run_stage(
         figures = make(partial, record)
         seconds = round(time.monotonic() - started, 2)
         record = record.model_copy(
-            update={"figures": figures, "wall_time_s": seconds} | environment()
+            update={"figures": figures, "wall_time_s": seconds}
+            | environment(getattr(options, "device", "cpu"))
         )
         write_record(record, partial)
     except BaseException:

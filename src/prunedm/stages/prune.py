@@ -81,6 +81,7 @@ def _prune(model: Model, options: PruneOptions, folder: Path, progress: Progress
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)
+    model.round_to_dtype()
     after = _summary(model) | {"loss": denoising_loss(model.denoiser, held_out).mean}
     _picture(model, options, folder / "vis" / "after_pruning.png")
     write_json({"before": before, "after": after} | details, folder / "pruning_stats.json")

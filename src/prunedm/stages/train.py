@@ -58,7 +58,10 @@ def _new_model(options: TrainOptions) -> Model:
     torch.manual_seed(seed_for(options.seed, "weights"))
     denoiser = _from_config(UNet2DModel, unet, "unet")
     return Model(
-        denoiser, _from_config(DDPMScheduler, options.scheduler, "scheduler"), name="scratch"
+        denoiser,
+        _from_config(DDPMScheduler, options.scheduler, "scheduler"),
+        name="scratch",
+        dtype=getattr(torch, options.save_dtype),
     )
 
 
@@ -90,8 +93,7 @@ def _train(
         label="training",
         validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
     )
-    # the saved type decides the figures: they are of the weights that users load
-    model.denoiser.to("cpu", getattr(torch, options.save_dtype)).float()
+    model.denoiser.to("cpu")
+    model.round_to_dtype()
     final = denoising_loss(model.denoiser, held_out)
-    model.denoiser.to(getattr(torch, options.save_dtype))
     return {"loss": final.mean, "loss_se": final.standard_error} | history.as_figures()
