@@ -22,10 +22,10 @@ from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.progress import Silent
 from prunedm.record import FILE
 from prunedm.recovery import loop
-from prunedm.recovery.loop import make_accelerator
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.scores import score_layers
 from prunedm.stages import finetune, learn, prune
+from prunedm.training.loop import make_accelerator
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "2:8"]
 LAYER = "layer"

@@ -14,10 +14,10 @@ from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Silent
-from prunedm.recovery.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
 from prunedm.recovery.distill import recovery_objective
-from prunedm.recovery.ema import Ema
-from prunedm.recovery.loop import fit, learning_rate, make_accelerator
+from prunedm.training.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
+from prunedm.training.ema import Ema
+from prunedm.training.loop import fit, learning_rate, make_accelerator
 
 EVERYTHING = {
     "steps": 7,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from prunedm.console import rich_table
 from prunedm.evaluation.results import Conditions, Evaluation, Figures
 from prunedm.evaluation.table import (
     COLUMNS,
@@ -17,7 +18,6 @@ from prunedm.evaluation.table import (
     csv_text,
     headers,
     markdown_table,
-    rich_table,
     rows,
     warnings,
 )

@@ -1,12 +1,14 @@
 """What the terminal shows: bars with remaining time, tables, one-line messages."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,12 +20,12 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from prunedm.evaluation.results import Evaluation
+from prunedm.evaluation.table import NONE, Cell, headers, lines, warnings
 from prunedm.progress import Task
 
-if TYPE_CHECKING:
-    from prunedm.evaluation.results import Evaluation
-
 console = Console()
+_TONES = {"better": "green", "worse": "yellow", "": "dim"}
 
 
 class Terminal:
@@ -62,11 +64,11 @@ class _Bar:
         self.bars.update(self.id, advance=units, **fields)
 
 
-def evaluation_table(evaluations: "Sequence[Evaluation]") -> None:
-    """The comparison, one row a model."""
-    from prunedm.evaluation.table import rich_table
-
+def evaluation_table(evaluations: Sequence[Evaluation]) -> None:
+    """The comparison as a table, and what in it does not compare."""
     console.print(rich_table(evaluations, width=console.width))
+    for warning in warnings(evaluations):
+        console.print(warning, style="yellow", markup=False)
 
 
 def pruning_table(stats_file: Path) -> None:
@@ -90,3 +92,58 @@ def _change(value: list[list[int]] | float) -> str:
         return f"{value:.1%} zeros"
     before, after = ("x".join(map(str, widths)) for widths in value)
     return before if before == after else f"{before} => {after}"
+
+
+def rich_table(evaluations: Sequence[Evaluation], *, width: int | None = None) -> Group:
+    """For the terminal: models as rows, or, where `width` is too small for it, as columns.
+
+    Where the columns do not fit either, they go on in further tables, each beginning with dense.
+    """
+    width = width or Console().width
+    upright = _upright(evaluations)
+    if _measure(upright) <= width:
+        return Group(upright)
+    others = evaluations[1:]
+    for count in range(1, len(others) + 1):
+        size = math.ceil(len(others) / count)
+        pages = [others[k : k + size] for k in range(0, len(others), size)]
+        tables = [_transposed([evaluations[0], *page]) for page in pages]
+        if all(_measure(table) <= width for table in tables):
+            return Group(*tables)
+    return Group(*(_transposed([e]) for e in evaluations))
+
+
+def _measure(table: Table) -> int:
+    return Console(width=10_000).measure(table).maximum
+
+
+def _empty_table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+
+
+def _upright(evaluations: Sequence[Evaluation]) -> Table:
+    table = _empty_table()
+    for k, name in enumerate(headers(evaluations)):
+        table.add_column(name, justify="right" if k else "left")
+    for e, line in lines(evaluations):
+        table.add_row(Text(e.label, style="bold"), *map(_text, line))
+    return table
+
+
+def _transposed(evaluations: Sequence[Evaluation]) -> Table:
+    table, names = _empty_table(), headers(evaluations)[1:]
+    table.add_column("", min_width=max(len(word) for name in names for word in name.split()))
+    for e in evaluations:
+        table.add_column(Text(e.label), justify="right")
+    cells_of = [line for _, line in lines(evaluations)]
+    for k, name in enumerate(names):
+        # the spread has its own line: six models must fit into 100 characters
+        cells = (_text(line[k], apart="\n") for line in cells_of)
+        table.add_row(Text(name, style="bold"), *cells)
+    return table
+
+
+def _text(shown: Cell, apart: str = " ") -> Text:
+    figure = shown.figure.replace(" ± ", f"{apart}± ").replace(" in ", "\nin ")
+    text = Text(figure, style="dim" if figure == NONE else "")
+    return text.append(f"\n{shown.change}", style=_TONES[shown.tone]) if shown.change else text

@@ -9,16 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
-
 from prunedm.evaluation.results import Conditions, Evaluation, Figures
 
 NONE = "–"
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-_TONES = {"better": "green", "worse": "yellow", "": "dim"}
 _LOSS = ("dataset", "problems", "seed")
 _FD = ("dataset", "features", "samples", "reference", "sampler", "seed")
 
@@ -173,7 +167,7 @@ def cell(column: Column, evaluation: Evaluation, dense: Evaluation) -> Cell:
 
 def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     """The table's text: one row a model, its label first; the first model is the dense one."""
-    return [[e.label, *map(str, line)] for e, line in _lines(evaluations)]
+    return [[e.label, *map(str, line)] for e, line in lines(evaluations)]
 
 
 def change_in_words(value: float, base: float) -> str:
@@ -206,29 +200,6 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     ]
 
 
-def rich_table(evaluations: Sequence[Evaluation], *, width: int | None = None) -> Group:
-    """For the terminal: models as rows, or, where `width` is too small for it, as columns.
-
-    Where the columns do not fit either, they go on in further tables, each beginning with dense.
-    """
-    width = width or Console().width
-    upright = _upright(evaluations)
-    if _width(upright) <= width:
-        return Group(upright)
-    others = evaluations[1:]
-    for count in range(1, len(others) + 1):
-        size = math.ceil(len(others) / count)
-        pages = [others[k : k + size] for k in range(0, len(others), size)]
-        tables = [_transposed([evaluations[0], *page]) for page in pages]
-        if all(_width(table) <= width for table in tables):
-            return Group(*tables)
-    return Group(*(_transposed([e]) for e in evaluations))
-
-
-def _width(table: Table) -> int:
-    return Console(width=10_000).measure(table).maximum
-
-
 def markdown_table(evaluations: Sequence[Evaluation]) -> str:
     lines = [headers(evaluations), *rows(evaluations)]
     ruler = ["---", *("---:" for _ in COLUMNS)]
@@ -251,7 +222,7 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
     return out.getvalue()
 
 
-def _lines(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, list[Cell]]]:
+def lines(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, list[Cell]]]:
     return [(e, [cell(column, e, evaluations[0]) for column in COLUMNS]) for e in evaluations]
 
 
@@ -276,38 +247,6 @@ def _tone(column: Column, change: float, noise: float) -> Literal["better", "wor
     if abs(change) <= noise:
         return ""
     return "better" if (change < 0) == (column.better == "lower") else "worse"
-
-
-def _empty_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-
-
-def _upright(evaluations: Sequence[Evaluation]) -> Table:
-    table = _empty_table()
-    for k, name in enumerate(headers(evaluations)):
-        table.add_column(name, justify="right" if k else "left")
-    for e, line in _lines(evaluations):
-        table.add_row(Text(e.label, style="bold"), *map(_text, line))
-    return table
-
-
-def _transposed(evaluations: Sequence[Evaluation]) -> Table:
-    table, names = _empty_table(), headers(evaluations)[1:]
-    table.add_column("", min_width=max(len(word) for name in names for word in name.split()))
-    for e in evaluations:
-        table.add_column(Text(e.label), justify="right")
-    lines = [line for _, line in _lines(evaluations)]
-    for k, name in enumerate(names):
-        # the spread has its own line: six models must fit into 100 characters
-        cells = (_text(line[k], apart="\n") for line in lines)
-        table.add_row(Text(name, style="bold"), *cells)
-    return table
-
-
-def _text(shown: Cell, apart: str = " ") -> Text:
-    figure = shown.figure.replace(" ± ", f"{apart}± ").replace(" in ", "\nin ")
-    text = Text(figure, style="dim" if figure == NONE else "")
-    return text.append(f"\n{shown.change}", style=_TONES[shown.tone]) if shown.change else text
 
 
 def _markdown(text: str) -> str:

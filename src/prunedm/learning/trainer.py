@@ -16,8 +16,8 @@ from prunedm.masks import Masks
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
-from prunedm.recovery.checkpoint import History
-from prunedm.recovery.loop import fit
+from prunedm.training.checkpoint import History
+from prunedm.training.loop import fit
 
 
 @dataclass(frozen=True)

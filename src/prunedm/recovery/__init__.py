@@ -1,1 +1,1 @@
-"""Bringing quality back: the training loop, EMA and distillation."""
+"""Bringing quality back: what fine-tuning aims at."""

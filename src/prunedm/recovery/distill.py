@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from prunedm.diffusion import ProblemBatch, predict, problem_losses
-from prunedm.recovery.loop import Objective
+from prunedm.training.loop import Objective
 
 
 def recovery_objective(teacher: nn.Module | None, share: float) -> Objective:

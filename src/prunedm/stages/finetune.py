@@ -11,7 +11,6 @@ from prunedm.options import FinetuneOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
 from prunedm.recovery.distill import recovery_objective
-from prunedm.recovery.loop import fit, make_accelerator
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import (
     data_source,
@@ -22,6 +21,7 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
+from prunedm.training.loop import fit, make_accelerator
 
 
 def finetune(

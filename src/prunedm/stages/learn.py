@@ -14,7 +14,6 @@ from prunedm.masks import Masks, Pattern
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
-from prunedm.recovery.loop import make_accelerator
 from prunedm.removal.nm import nm_masks
 from prunedm.scores import SCORES, score_layers
 from prunedm.stages.frame import RESUME, run_stage
@@ -26,6 +25,7 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
+from prunedm.training.loop import make_accelerator
 
 
 def learn(

@@ -16,9 +16,9 @@ from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
 from prunedm.record import Record
 from prunedm.recovery.distill import recovery_objective
-from prunedm.recovery.loop import fit, make_accelerator
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
+from prunedm.training.loop import fit, make_accelerator
 
 
 def train(

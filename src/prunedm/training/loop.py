@@ -18,8 +18,8 @@ from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
-from prunedm.recovery.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
-from prunedm.recovery.ema import Ema
+from prunedm.training.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
+from prunedm.training.ema import Ema
 
 Objective = Callable[[nn.Module, ProblemBatch, int], torch.Tensor]  # (module, batch, step) -> loss
 FLUSH_EVERY = 10  # steps between looks at the losses: a look waits for the device

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.recovery.ema import Ema
+from prunedm.training.ema import Ema
 
 
 @dataclass
