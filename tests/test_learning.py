@@ -21,10 +21,10 @@ from prunedm.masks import Masks, Pattern
 from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.progress import Silent
 from prunedm.record import FILE
-from prunedm.recovery import loop
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.scores import score_layers
 from prunedm.stages import finetune, learn, prune
+from prunedm.training import loop
 from prunedm.training.loop import make_accelerator
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "4:8", "2:8"]
@@ -353,6 +353,11 @@ def test_targets_that_leave_out_masked_layers_are_refused(masked, tmp_path):
     layers = load(tmp_path / "out").masks.by_layer
     assert layers
     assert all(name.startswith("mid_block.") for name in layers)
+
+
+def test_another_pattern_than_the_masks_is_refused(masked, tmp_path):
+    with pytest.raises(UserError, match="pattern = '1:4', but the model has 2:4 masks"):
+        learn(masked, tmp_path / "out", LearnOptions(steps=1, pattern="1:4", **QUICK))
 
 
 def test_an_interrupted_stage_ends_with_the_same_bits(masked, tmp_path, monkeypatch):

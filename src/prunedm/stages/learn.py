@@ -141,6 +141,11 @@ def _relaxed_masks(
     if masks is None:
         masks = nm_masks(layers, scores, Pattern.parse(options.pattern))
     else:
+        if "pattern" in options.model_fields_set and options.pattern != str(masks.pattern):
+            raise UserError(
+                f"pattern = {options.pattern!r}, but the model has {masks.pattern} masks; "
+                "prune with the pattern you want, or give learn the model before masking"
+            )
         outside = [name for name, _ in masks if name not in layers]
         if outside:
             raise UserError(
