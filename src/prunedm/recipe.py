@@ -84,7 +84,7 @@ def run(
         folders,
         out / "report",
         recipe.stage_options("evaluate"),
-        title=f"prunedm run: {recipe.model}",
+        title=f"prunedm run: {Path(recipe.model).name}",
         progress=progress,
         overwrite=overwrite,
     )
