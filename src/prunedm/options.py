@@ -1,13 +1,44 @@
 """Every stage's options, typed. The command line, YAML files and the docs come from these classes."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
 ScoreName = Literal["magnitude", "random", "taylor", "wanda"]
 Mechanism = Literal["channels", "weights", "nm"]
 TARGETS = ("params", "macs", "channels")
 Precision = Literal["no", "bf16", "fp16"]
+
+
+def parse_target(text: str) -> tuple[str, float]:
+    """'params=0.3' => ("params", 0.3). A bare number means params."""
+    kind, equals, number = text.rpartition("=")
+    kind = kind.strip() if equals else "params"
+    if kind not in TARGETS:
+        raise ValueError(f"{kind!r} is none of {', '.join(TARGETS)}")
+    try:
+        ratio = float(number)
+    except ValueError:
+        raise ValueError(f"{number!r} is no number; write {kind}=0.3") from None
+    if not 0 < ratio < 1:
+        raise ValueError(f"{ratio:g} is not between 0 and 1; {kind}=0.3 removes 30 %")
+    return kind, ratio
+
+
+def _checked_target(text: str) -> str:
+    parse_target(text)
+    return text
+
+
+def _checked_pattern(text: str) -> str:
+    n, colon, m = text.partition(":")
+    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
+        raise ValueError(f"{text!r} is no N:M with 0 < N < M; try 2:4")
+    return text
+
+
+TargetText = Annotated[str, AfterValidator(_checked_target)]
+PatternText = Annotated[str, AfterValidator(_checked_pattern)]
 
 
 class Options(BaseModel):
@@ -25,6 +56,14 @@ class DataOptions(Options):
     flip: bool = Field(False, description="mirror half of the training images")
     convert_channels: bool = Field(False, description="convert images of other channel counts")
     seed: int = Field(0, ge=0, description="decides every random draw")
+
+
+class ScoreOptions(DataOptions):
+    """What matters, and what it is measured on."""
+
+    score: ScoreName = Field("taylor", description="what matters")
+    calibration_problems: int = Field(512, ge=1, description="problems behind taylor and wanda")
+    targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
 
 
 class LoopOptions(DataOptions):
@@ -69,43 +108,29 @@ class TrainOptions(LoopOptions):
     )
 
 
-class PruneOptions(DataOptions):
+class PruneOptions(ScoreOptions):
     """`prunedm prune`: remove channels, single weights, or N:M weights, by a score."""
 
     mechanism: Mechanism = Field("channels", description="what is removed")
-    score: ScoreName = Field("taylor", description="what matters")
-    target: str = Field(
+    target: TargetText = Field(
         "params=0.3",
         description="share removed: params=, macs= or channels= (channels), params= (weights)",
     )
-    pattern: str = Field("2:4", description="N kept of every M input channels (nm)")
+    pattern: PatternText = Field("2:4", description="N kept of every M input channels (nm)")
     scope: Literal["layer", "global"] = Field("global", description="rank weights within (weights)")
-    targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
     round_to: int = Field(
         8, ge=1, description="widths stay multiples of this where they can (channels)"
     )
     max_layer_ratio: float = Field(
         0.7, gt=0, lt=1, description="most that one layer loses (channels)"
     )
-    calibration_problems: int = Field(512, ge=1, description="problems behind taylor and wanda")
     reduction: Literal["sum", "mean", "max", "first"] = Field(
         "max", description="of a channel's scores over the layers that share it (channels)"
     )
     pictures: int = Field(16, ge=0, description="samples before and after, from the same noise")
 
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, text: str) -> str:
-        return checked_pattern(text)
 
-    @field_validator("target")
-    @classmethod
-    def _target(cls, text: str) -> str:
-        parse_target(text)
-        return text
-
-
-class LearnOptions(LoopOptions):
+class LearnOptions(LoopOptions, ScoreOptions):
     """`prunedm learn`: N:M masks by relaxed patterns, weights frozen."""
 
     steps: int = Field(200, ge=1, description="optimizer steps")
@@ -114,9 +139,10 @@ class LearnOptions(LoopOptions):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 is no limit")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="logit averaging; 0 is none")
-    pattern: str = Field("2:4", description="N kept of every M, where the model has no masks yet")
+    pattern: PatternText = Field(
+        "2:4", description="N kept of every M, where the model has no masks yet"
+    )
     score: ScoreName = Field("magnitude", description="first masks, where the model has none yet")
-    targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
     strength: float = Field(1.0, ge=0, description="logit lead of the first masks' weights")
     tau: tuple[PositiveFloat, PositiveFloat] = Field(
         (2.0, 0.1), description="softmax temperature, first and last"
@@ -124,12 +150,6 @@ class LearnOptions(LoopOptions):
     objective: Literal["output", "data"] = Field(
         "output", description="match the unmasked model's output, or the data"
     )
-    calibration_problems: int = Field(512, ge=1, description="problems behind taylor and wanda")
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, text: str) -> str:
-        return checked_pattern(text)
 
 
 class FinetuneOptions(LoopOptions):
@@ -174,26 +194,3 @@ class EvaluateOptions(DataOptions):
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_repeats: int = Field(20, ge=1, description="timed calls")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
-
-
-def parse_target(text: str) -> tuple[str, float]:
-    """'params=0.3' => ("params", 0.3). A bare number means params."""
-    kind, equals, number = text.rpartition("=")
-    kind = kind.strip() if equals else "params"
-    if kind not in TARGETS:
-        raise ValueError(f"{kind!r} is none of {', '.join(TARGETS)}")
-    try:
-        ratio = float(number)
-    except ValueError:
-        raise ValueError(f"{number!r} is no number; write {kind}=0.3") from None
-    if not 0 < ratio < 1:
-        raise ValueError(f"{ratio:g} is not between 0 and 1; {kind}=0.3 removes 30 %")
-    return kind, ratio
-
-
-def checked_pattern(text: str) -> str:
-    """The text, if it is N:M with 0 < N < M."""
-    n, colon, m = text.partition(":")
-    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
-        raise ValueError(f"{text!r} is no N:M with 0 < N < M; try 2:4")
-    return text

@@ -1,16 +1,20 @@
-"""What stages open: the model, its ancestors, the dataset, and problems drawn from it."""
+"""What stages begin with: the model, its ancestors, the dataset, problems from it, and scores."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from prunedm.data import ImageSet, load_images
 from prunedm.diffusion import DenoisingProblems, ProblemBatch
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import EMBEDDED, Model, load
-from prunedm.options import DataOptions
+from prunedm.options import DataOptions, ScoreOptions
+from prunedm.progress import Progress
 from prunedm.record import Record, Source
+from prunedm.scores import SCORES, score_layers
 
 
 def source_of(model: Model) -> Source:
@@ -85,3 +89,21 @@ def held_out_problems(model: Model, options: DataOptions, count: int) -> list[Pr
         conditional=model.conditional,
     )
     return fixed_batches(problems, count)
+
+
+def score_weights(
+    model: Model,
+    layers: Mapping[str, nn.Module],
+    options: ScoreOptions,
+    images: ImageSet,
+    *,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """Scores of these layers; problems are drawn only for scores that look at data."""
+    batches = []
+    if SCORES[options.score].needs_problems:
+        problems = training_problems(model, options, images)
+        batches = fixed_batches(problems, options.calibration_problems)
+    return score_layers(
+        model.denoiser, layers, options.score, batches=batches, seed=options.seed, progress=progress
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
-from prunedm.evaluation.loss import denoising_loss, fixed_batches
+from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.layers import prunable_layers
 from prunedm.learning.relaxation import RelaxedMasks
@@ -15,13 +15,13 @@ from prunedm.options import LearnOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
 from prunedm.removal.nm import nm_masks
-from prunedm.scores import SCORES, score_layers
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import (
     data_source,
     held_out_problems,
     images_for,
     reload,
+    score_weights,
     source_of,
     training_problems,
 )
@@ -131,13 +131,7 @@ def _relaxed_masks(
 ) -> RelaxedMasks:
     """Logits that start from the model's masks, or from the score's."""
     layers = prunable_layers(model.denoiser, options.targets)
-    batches = []
-    if SCORES[options.score].needs_problems:
-        problems = training_problems(model, options, images)
-        batches = fixed_batches(problems, options.calibration_problems)
-    scores = score_layers(
-        model.denoiser, layers, options.score, batches=batches, seed=options.seed, progress=progress
-    )
+    scores = score_weights(model, layers, options, images, progress=progress)
     if masks is None:
         masks = nm_masks(layers, scores, Pattern.parse(options.pattern))
     else:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunedm.data import ImageSet
 from prunedm.errors import UserError
-from prunedm.evaluation.loss import denoising_loss, fixed_batches
+from prunedm.evaluation.loss import denoising_loss
 from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.size import count_macs, count_nonzero, count_parameters
 from prunedm.folder import Model, load, save
@@ -23,14 +24,13 @@ from prunedm.removal.channels import plan_channels, remove_channels
 from prunedm.removal.nm import nm_masks
 from prunedm.removal.weights import weight_masks
 from prunedm.sampling import class_labels, make_sampler, sample_batches
-from prunedm.scores import SCORES, score_layers
 from prunedm.stages.frame import run_stage
 from prunedm.stages.inputs import (
     data_source,
     held_out_problems,
     images_for,
+    score_weights,
     source_of,
-    training_problems,
 )
 
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
@@ -50,11 +50,11 @@ def prune(
     model = load(source)
     if model.masks is not None:
         raise UserError(f"{source} has masks already; prune the model that they were made from")
-    inputs = {"model": source_of(model)}
-    inputs["dataset"] = data_source(images_for(model, options, "test"))
+    images = images_for(model, options, "train")
+    inputs = {"model": source_of(model), "dataset": data_source(images)}
 
     def make(folder: Path, record: Record) -> dict[str, Any]:
-        figures = _prune(model, options, folder, progress)
+        figures = _prune(model, images, options, folder, progress=progress)
         save(model, folder)
         return figures
 
@@ -69,12 +69,14 @@ def prune(
     )
 
 
-def _prune(model: Model, options: PruneOptions, folder: Path, progress: Progress) -> dict[str, Any]:
+def _prune(
+    model: Model, images: ImageSet, options: PruneOptions, folder: Path, *, progress: Progress
+) -> dict[str, Any]:
     held_out = held_out_problems(model, options, HELD_OUT)
     layers = prunable_layers(model.denoiser, options.targets)
     before = _summary(model) | {"loss": denoising_loss(model.denoiser, held_out).mean}
     _picture(model, options, folder / "vis" / "before_pruning.png")
-    scores = score_weights(model, layers, options, progress)
+    scores = score_weights(model, layers, options, images, progress=progress)
     details = {"channels": _channels, "weights": _weights, "nm": _nm}[options.mechanism](
         model, layers, scores, options
     )
@@ -88,22 +90,6 @@ def _prune(model: Model, options: PruneOptions, folder: Path, progress: Progress
     removed = {f"{k}_removed": 1 - after[k] / before[k] for k in ("params", "nonzero", "macs")}
     shown = {key: value for key, value in details.items() if key not in ("layers", "dense")}
     return {"loss_before": before["loss"], **after, **removed, **shown}
-
-
-def score_weights(
-    model: Model,
-    layers: dict[str, torch.nn.Module],
-    options: "PruneOptions | Any",
-    progress: Progress,
-) -> dict[str, torch.Tensor]:
-    """Scores of these layers; problems are drawn only for scores that look at data."""
-    batches = []
-    if SCORES[options.score].needs_problems:
-        problems = training_problems(model, options, images_for(model, options, "train"))
-        batches = fixed_batches(problems, options.calibration_problems)
-    return score_layers(
-        model.denoiser, layers, options.score, batches=batches, seed=options.seed, progress=progress
-    )
 
 
 def _channels(
