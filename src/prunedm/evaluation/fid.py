@@ -73,7 +73,8 @@ def save_statistics(stats: Statistics, path: Path) -> None:
 def load_statistics(path: Path) -> Statistics:
     """Statistics from an .npz of ours or of pytorch-fid. Raises `UserError` on any other file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # np.load would also open a bare .npy, which is no table of arrays
+        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
             mu_D, sigma_DD = np.float64(file["mu"]), np.float64(file["sigma"])
             count = int(file["count"]) if "count" in file else 0
             features = str(file["features"]) if "features" in file else ""
