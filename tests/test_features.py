@@ -74,15 +74,17 @@ def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def test_digits() -> torch.Tensor:
+def held_out_digits() -> torch.Tensor:
     images = load_images("digits", split="test", size=16, channels=1)
     return torch.cat(list(image_batches(images)))
 
 
-def test_the_shipped_cnn_knows_digits_it_never_saw(test_digits: torch.Tensor) -> None:
+def test_the_shipped_cnn_knows_digits_it_never_saw(held_out_digits: torch.Tensor) -> None:
     images = load_images("digits", split="test", size=16, channels=1)
     labels = torch.tensor([images.label(k) for k in range(len(images))])
-    accuracy = float((load_digits_cnn().logits(test_digits).argmax(1) == labels).double().mean())
+    accuracy = float(
+        (load_digits_cnn().logits(held_out_digits).argmax(1) == labels).double().mean()
+    )
     assert accuracy > 0.98
     record = json.loads((ASSETS / "digits_cnn.json").read_text())
     assert record["figures"]["images"] == len(labels)
@@ -90,31 +92,33 @@ def test_the_shipped_cnn_knows_digits_it_never_saw(test_digits: torch.Tensor) ->
     assert (ASSETS / features.DIGITS_CNN_FILE).stat().st_size < 600_000
 
 
-def test_digits_cnn_is_named_for_what_it_is_and_deterministic(test_digits: torch.Tensor) -> None:
+def test_digits_cnn_is_named_for_what_it_is_and_deterministic(
+    held_out_digits: torch.Tensor,
+) -> None:
     first, second = load_features("digits-cnn"), load_features("digits-cnn")
     assert (first.name, first.dim) == ("FD (digits-cnn)", 64)
-    x_ND, y_ND = (extract(net, test_digits.split(100)) for net in (first, second))
+    x_ND, y_ND = (extract(net, held_out_digits.split(100)) for net in (first, second))
     assert x_ND.shape == (299, 64)
     assert x_ND.dtype == torch.float32
     assert torch.equal(x_ND, y_ND)
     assert not x_ND.requires_grad
 
 
-def test_features_do_not_depend_on_the_batches(test_digits: torch.Tensor) -> None:
+def test_features_do_not_depend_on_the_batches(held_out_digits: torch.Tensor) -> None:
     network = load_features("digits-cnn")
-    whole_ND = extract(network, [test_digits])
+    whole_ND = extract(network, [held_out_digits])
     for size in (1, 7, 100):
-        parts_ND = extract(network, test_digits[:50].split(size))
+        parts_ND = extract(network, held_out_digits[:50].split(size))
         torch.testing.assert_close(parts_ND, whole_ND[:50], rtol=1e-4, atol=1e-4)
 
 
-def test_distance_in_the_shipped_features_grows_with_noise(test_digits: torch.Tensor) -> None:
+def test_distance_in_the_shipped_features_grows_with_noise(held_out_digits: torch.Tensor) -> None:
     network = load_features("digits-cnn")
-    clean = statistics(extract(network, [test_digits]))
-    noise = torch.randn(test_digits.shape, generator=torch.Generator().manual_seed(0))
+    clean = statistics(extract(network, [held_out_digits]))
+    noise = torch.randn(held_out_digits.shape, generator=torch.Generator().manual_seed(0))
 
     def distance(strength: float) -> float:
-        noisy = (test_digits + strength * noise).round().clamp(0, 255).to(torch.uint8)
+        noisy = (held_out_digits + strength * noise).round().clamp(0, 255).to(torch.uint8)
         return frechet_distance(clean, statistics(extract(network, [noisy])))
 
     assert 0 <= distance(0) < 1e-9 < distance(5) < distance(10) < distance(20) < distance(40)

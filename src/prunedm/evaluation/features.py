@@ -4,7 +4,6 @@ Shapes: N images, C channels, H W pixels, D features.
 """
 
 import hashlib
-import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ DIGITS_CNN_FILE = "digits_cnn.safetensors"
 # The TensorFlow Inception of Heusel et al. 2017 as ported to PyTorch (pytorch-fid and
 # torch-fidelity publish the same bytes); a distance under any other weights is not "FID".
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, BadZipFile)
+_DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def _check_weights(weights: Path) -> None:
     """torch-fidelity unpickles whatever it is given; let it see only files that hold just tensors."""
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
-    except (OSError, *_DAMAGED) as error:
+    except Exception as error:  # a refused pickle has an error type of its own
         raise UserError(
             f"cannot read Inception weights {str(weights)!r} ({_reason(error)}); give the .pth file "
             "that torch-fidelity or pytorch-fid publishes"
