@@ -28,7 +28,7 @@ class Stage:
     def __init__(self, failure: BaseException | None = None, *, resumable: bool = False) -> None:
         self.calls, self.failure, self.resumable, self.found = 0, failure, resumable, []
 
-    def make(self, folder, record):
+    def make(self, folder):
         self.calls += 1
         self.found = sorted(path.name for path in (folder / RESUME).iterdir())
         (folder / "half.txt").write_text("half")
@@ -165,7 +165,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, failure):
 
 
 def test_folders_without_files_are_nothing_to_resume_from(tmp_path):
-    def make(folder, record):
+    def make(folder):
         (folder / RESUME / "evaluations").mkdir()
         raise ValueError
 

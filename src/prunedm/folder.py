@@ -53,8 +53,8 @@ class Model:
 
     def round_to_dtype(self) -> None:
         """Give the weights the values that the saved file will hold, so figures are of those."""
-        for parameter in self.denoiser.parameters():
-            parameter.data = parameter.data.to(self.dtype).float()
+        _set_dtype(self.denoiser, self.dtype)
+        _set_dtype(self.denoiser, torch.float32)
 
     @property
     def conditional(self) -> bool:

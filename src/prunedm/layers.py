@@ -29,7 +29,7 @@ def prunable_layers(
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not _under(name, protect)
+        if isinstance(module, nn.Conv2d | nn.Linear) and not is_under(name, protect)
     }
     wanted = tuple(targets)
     for target in wanted:
@@ -68,7 +68,8 @@ def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return groups_GM.reshape(shape)
 
 
-def _under(name: str, parents: Iterable[str]) -> bool:
+def is_under(name: str, parents: Iterable[str]) -> bool:
+    """Whether a module is one of these, or inside one of them."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 

@@ -60,8 +60,7 @@ class Masks:
     @torch.no_grad()
     def apply_(self, denoiser: nn.Module) -> None:
         """Zero the removed weights in place. Raises `UserError` where masks are of another model."""
-        for name, weight, mask in self._pairs(denoiser):
-            assert weight.shape == mask.shape, name
+        for _, weight, mask in self._pairs(denoiser):
             weight.mul_(mask.to(weight.device))
 
     def hold(self, denoiser: nn.Module) -> Callable[[], None]:

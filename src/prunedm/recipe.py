@@ -43,7 +43,7 @@ class Recipe(DataOptions):
         """The options of a stage: the recipe's default < its shared values < the stage's own.
 
         A stage that was given a few options keeps the recipe's default for the others: with
-        `recover.lr` set, `recover.steps` is still 150.
+        `recover.lr` set, `recover.steps` is still the recipe's.
         """
         default: Options = type(self).model_fields[name].default
         own: Options = getattr(self, name)

@@ -20,7 +20,7 @@ from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import PROTECTED
+from prunedm.layers import PROTECTED, is_under
 from prunedm.removal.channel_costs import Side, width
 
 # The image's channels and the embedding's width belong to the model's interface: never removable.
@@ -73,10 +73,6 @@ def channel_groups(
     free = [group for group in coupled if _is_free(denoiser, group, protected)]
     cut = [_with_blocks(denoiser, group, round_to) for group in free]
     return [group for group in cut if len(group.blocks) > 1]
-
-
-def is_under(name: str, parents: Iterable[str]) -> bool:
-    return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
 def _refuse_unknown(denoiser: nn.Module) -> None:

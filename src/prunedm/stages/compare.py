@@ -13,7 +13,7 @@ from prunedm.evaluation.report import write_report
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.speed import latencies
 from prunedm.evaluation.table import csv_text, markdown_table
-from prunedm.folder import load
+from prunedm.folder import Model, load
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, write_json
@@ -48,12 +48,12 @@ def compare(
     images = images_for(next(iter(loaded.values())), options, "test")
     inputs["held-out images"] = data_source(images)
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         done = folder / RESUME / "evaluations"
         for label, path in models.items():
             progress.say(f"evaluating {label}")
             evaluate(path, done / label, options, label=label, progress=progress)
-        results = _together(models, done, options)
+        results = _together(loaded, done, options)
         samples = {label: read_samples(done / label) for label in models}
         drawn = {label: images for label, images in samples.items() if images is not None}
         _add_psnr(results, drawn)
@@ -71,14 +71,13 @@ def read_comparison(folder: Path) -> list[Evaluation]:
 
 
 def _together(
-    models: Mapping[str, str | Path], done: Path, options: EvaluateOptions
+    models: Mapping[str, Model], done: Path, options: EvaluateOptions
 ) -> list[Evaluation]:
     """All evaluations, with latencies measured again in turns: times minutes apart do not compare."""
     results = [read_evaluation(done / label) for label in models]
-    loaded = [load(path) for path in models.values()]
     timings = latencies(
-        [model.denoiser for model in loaded],
-        loaded[0].sample_shape,
+        [model.denoiser for model in models.values()],
+        next(iter(models.values())).sample_shape,
         batch=options.latency_batch,
         repeats=options.latency_repeats,
         device=device_for(options.device),

@@ -58,7 +58,7 @@ def evaluate(
     options, network = with_features(options, reference)  # fails before any work
     make_sampler(model.scheduler, options.sampler)
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         result = _evaluate(
             model,
             reference=reference,

@@ -41,7 +41,7 @@ def finetune(
     if teacher is not None:
         inputs["teacher"] = source_of(teacher)
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         figures = _finetune(
             model,
             teacher=teacher,

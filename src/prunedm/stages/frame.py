@@ -18,7 +18,7 @@ _SPENT = "spent"
 # options that change how a result is made but not what it is
 _NOT_IDENTITY = {"device", "workers", "checkpoint_every"}
 
-Make = Callable[[Path, Record], dict[str, Any]]  # (working folder, record) -> figures
+Make = Callable[[Path], dict[str, Any]]  # working folder -> figures
 
 
 def run_stage(
@@ -53,7 +53,7 @@ def run_stage(
     started = time.monotonic()
     try:
         _open(partial, record, overwrite)
-        figures = make(partial, record)
+        figures = make(partial)
         seconds = round(time.monotonic() - started, 2)
         record = record.model_copy(
             update={"figures": figures, "wall_time_s": seconds}

@@ -46,7 +46,7 @@ def learn(
     model = _unmasked(given)
     images = images_for(model, options, "train")
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         figures = _learn(
             model,
             masks=given.masks,

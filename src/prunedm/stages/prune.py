@@ -14,7 +14,7 @@ from prunedm.evaluation.size import count_macs, count_nonzero, count_parameters
 from prunedm.folder import Model, load, save
 from prunedm.layers import prunable_layers, why_not_nm
 from prunedm.masks import Pattern
-from prunedm.options import DataOptions, PruneOptions, parse_target
+from prunedm.options import PruneOptions, parse_target
 from prunedm.progress import Progress, Silent
 from prunedm.pruned_unet import from_resized
 from prunedm.record import Record, write_json
@@ -23,7 +23,7 @@ from prunedm.removal.channel_groups import channel_groups
 from prunedm.removal.channels import plan_channels, remove_channels
 from prunedm.removal.nm import nm_masks
 from prunedm.removal.weights import weight_masks
-from prunedm.sampling import class_labels, make_sampler, sample_batches
+from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.frame import run_stage
 from prunedm.stages.inputs import (
     data_source,
@@ -32,6 +32,7 @@ from prunedm.stages.inputs import (
     score_weights,
     source_of,
 )
+from prunedm.stages.sample import labels_for
 
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
 HELD_OUT = 500  # problems behind the loss before and after
@@ -53,7 +54,7 @@ def prune(
     images = images_for(model, options, "train")
     inputs = {"model": source_of(model), "dataset": data_source(images)}
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         figures = _prune(model, images, options, folder, progress=progress)
         save(model, folder)
         return figures
@@ -161,11 +162,10 @@ def _width(layer: Any) -> list[int]:
     return [layer.weight.shape[1], layer.weight.shape[0]]
 
 
-def _picture(model: Model, options: DataOptions, path: Path) -> None:
-    count = getattr(options, "pictures", 0)
+def _picture(model: Model, options: PruneOptions, path: Path) -> None:
+    count = options.pictures
     if not count:
         return
-    classes = getattr(model.denoiser.config, "num_class_embeds", None)
     batches = sample_batches(
         model.denoiser,
         make_sampler(model.scheduler, "ddim"),
@@ -174,7 +174,7 @@ def _picture(model: Model, options: DataOptions, path: Path) -> None:
         shape=model.sample_shape,
         seed=options.seed,
         batch_size=count,
-        labels=class_labels(classes, count, None) if model.conditional and classes else None,
+        labels=labels_for(model, count),
     )
     images = torch.cat(list(batches)).permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(exist_ok=True)

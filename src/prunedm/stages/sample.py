@@ -32,7 +32,7 @@ def sample(
     model = load(source)
     make_sampler(model.scheduler, options.sampler)  # an unknown name fails before any work
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         images = sample_resumably(model, options, folder / RESUME, progress or Silent())
         if options.format == "npz":
             np.savez(folder / "samples.npz", images=images)
@@ -57,7 +57,7 @@ def sample_resumably(
     model: Model, options: SampleOptions, resume: Path, progress: Progress
 ) -> np.ndarray:
     """All images, uint8 NHWC; each finished batch waits in `resume`, and is not drawn again."""
-    labels = _labels(model, options)
+    labels = labels_for(model, options.count, options.label)
     ready = sorted(resume.glob("batch-*.npy"))
     first = len(ready) * options.batch_size
     batches = sample_batches(
@@ -81,13 +81,14 @@ def sample_resumably(
     return np.concatenate([np.load(file, allow_pickle=False) for file in files])
 
 
-def _labels(model: Model, options: SampleOptions) -> torch.Tensor | None:
+def labels_for(model: Model, count: int, label: int | None = None) -> torch.Tensor | None:
+    """The class of each of `count` images, or None for a model without classes."""
     classes = getattr(model.denoiser.config, "num_class_embeds", None)
     if not model.conditional or classes is None:
-        if options.label is not None:
-            raise UserError(f"label = {options.label}: the model has no classes; leave --label out")
+        if label is not None:
+            raise UserError(f"label = {label}: the model has no classes; leave --label out")
         return None
-    return class_labels(classes, options.count, options.label)
+    return class_labels(classes, count, label)
 
 
 def _drop_gray(image_HWC: np.ndarray) -> np.ndarray:

@@ -32,7 +32,7 @@ def train(
     model = _new_model(options)
     images = images_for(model, options, "train")
 
-    def make(folder: Path, record: Record) -> dict[str, Any]:
+    def make(folder: Path) -> dict[str, Any]:
         figures = _train(model, images, options, folder / RESUME, progress or Silent())
         save(model, folder)
         return figures
