@@ -8,7 +8,14 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import noise_images, problems, tiny_model
 
-from prunedm.diffusion import ProblemBatch, predict, problem_losses, scheduler_class
+from prunedm.diffusion import (
+    ProblemBatch,
+    predict,
+    problem_losses,
+    scheduler_class,
+    time_range,
+)
+from prunedm.errors import UserError
 
 FIELDS = ("noisy_NCHW", "timesteps_N", "target_NCHW", "labels_N")
 
@@ -149,3 +156,45 @@ def test_only_diffusers_schedulers_are_found():
     assert scheduler_class("scheduling_ddpm") is None
     assert scheduler_class("os") is None
     assert scheduler_class("None") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("all", (0, 999)),
+        ("late", (0, 332)),
+        ("middle", (333, 666)),
+        ("early", (667, 999)),
+        ("100-500", (100, 500)),
+        ("7-7", (7, 7)),
+    ],
+)
+def test_time_ranges_are_named_by_noise(text, expected):
+    assert time_range(text, 1000) == expected
+    drawn = problems(time_range=expected).batch(range(200)).timesteps_N
+    assert bool(((drawn >= expected[0]) & (drawn <= expected[1])).all())
+    assert bool((drawn[::2] + drawn[1::2] == sum(expected)).all())  # still antithetic
+    assert len(drawn.unique()) == (1 if text == "7-7" else pytest.approx(170, abs=30))
+
+
+@pytest.mark.parametrize("text", ["900-1000", "500-100", "late-early", "-5", ""])
+def test_time_ranges_outside_the_scheduler_are_refused(text):
+    with pytest.raises(UserError, match=r"0-999|try 100-500"):
+        time_range(text, 1000)
+
+
+def test_a_stream_is_the_same_problems_drawn_when_asked_for():
+    source = problems()
+    stream = source.stream(7, size=3)
+    assert [len(batch) for batch in stream] == [3, 3, 1] == [len(batch) for batch in stream]
+    assert len(stream) == 3
+    whole = source.batch(range(7))
+    assert torch.equal(torch.cat([batch.noisy_NCHW for batch in stream]), whole.noisy_NCHW)
+    assert torch.equal(stream[2].noisy_NCHW, whole.noisy_NCHW[6:])
+
+
+def test_a_sweep_keeps_images_and_noise_and_moves_the_timestep():
+    first, second = list(problems(time_range=(5, 6)).sweep(4))
+    assert (first.timesteps_N.unique().tolist(), second.timesteps_N.unique().tolist()) == ([5], [6])
+    assert torch.equal(first.target_NCHW, second.target_NCHW)
+    assert not torch.equal(first.noisy_NCHW, second.noisy_NCHW)

@@ -1,48 +1,101 @@
-"""Statistics of layers over a stream of denoising problems. Memory does not grow with the stream."""
+"""Statistics of layers over a stream of denoising problems. Memory does not grow with the stream.
 
-from collections.abc import Iterable, Iterator, Mapping
+Shapes: N problems, B time bins, I input channels, a Conv2d's kernel kh x kw.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.errors import UserError
 from prunedm.progress import Progress, Silent
+from prunedm.randomness import generator_for
+
+OverProblems = Literal["mean", "max", "median"]
+RESERVOIR = 32  # problems of a time bin that a median is taken over
 
 
-def input_square_means(
+@dataclass(frozen=True)
+class TimeBins:
+    """`count` bins of equal width over the timesteps first..last, noisiest last."""
+
+    first: int
+    last: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.last - self.first + 1:
+            raise UserError(
+                f"time_bins = {self.count}: timesteps {self.first}-{self.last} take 1 to "
+                f"{self.last - self.first + 1} bins"
+            )
+
+    def of(self, timesteps_N: torch.Tensor) -> torch.Tensor:
+        """The bin of each timestep, (N,)."""
+        width = self.last - self.first + 1
+        return (timesteps_N - self.first) * self.count // width
+
+    @property
+    def edges(self) -> list[tuple[int, int]]:
+        """First and last timestep of each bin."""
+        width = self.last - self.first + 1
+        starts = [self.first + -(-width * b // self.count) for b in range(self.count + 1)]
+        return [(start, after - 1) for start, after in pairwise(starts)]
+
+
+def input_squares(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Iterable[ProblemBatch],
+    batches: Sequence[ProblemBatch],
+    *,
+    bins: TimeBins,
+    over_problems: OverProblems = "mean",
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Squared inputs of each layer, by time bin: Linear (B, I), Conv2d (B, I, kh, kw); float64.
+
+    A problem gives the mean over positions of x^2; `over_problems` combines the problems of a bin, a
+    median from at most `RESERVOIR` of them. Raises `UserError` where a bin has no problem, or a layer
+    sees none.
+    """
+    reducers = {name: _REDUCERS[over_problems](bins.count) for name in layers}
+
+    def add(name: str, inputs: torch.Tensor, timesteps_N: torch.Tensor) -> None:
+        reducers[name].add(tap_means(layers[name], inputs.square()), bins.of(timesteps_N))
+
+    _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
+    _check_reached(reducers, bins)
+    return {name: reducer.value().cpu() for name, reducer in reducers.items()}
+
+
+def input_variances(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[ProblemBatch],
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Mean over problems and positions of each layer's squared inputs, in float64.
+    """Variance over problems and positions of each layer's inputs: (I,) or (I, kh, kw); float64."""
+    moments = {name: (_Mean(1), _Mean(1)) for name in layers}
 
-    Linear: (I,). Conv2d: (I, kh, kw), what an unfold of the inputs would give, without the unfold.
-    """
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
+    def add(name: str, inputs: torch.Tensor, timesteps_N: torch.Tensor) -> None:
+        one_bin_N = torch.zeros_like(timesteps_N)
+        for power, moment in enumerate(moments[name], start=1):
+            moment.add(tap_means(layers[name], inputs**power), one_bin_N)
 
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            squares, count = _square_sums(layer, inputs[0].detach())
-            sums[name] = sums.get(name, 0) + squares
-            counts[name] = counts.get(name, 0) + count
-
-        return hook
-
-    denoiser.eval()  # dropout would blur the statistics
-    batches = list(batches)
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    bars = (progress or Silent()).task("activations", len(batches))
-    with _hooks(handles), torch.no_grad(), bars as bar:
-        for batch in batches:
-            predict(denoiser, batch.to(device))
-            bar.advance()
-    return {name: sums[name] / counts[name] for name in sums}
+    _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
+    _check_reached({name: first for name, (first, _) in moments.items()})
+    # E[x^2] - E[x]^2
+    variances = {n: (m2.value() - m1.value().square())[0] for n, (m1, m2) in moments.items()}
+    return {name: variance.clamp_min(0).cpu() for name, variance in variances.items()}
 
 
 def loss_gradients(
@@ -50,48 +103,164 @@ def loss_gradients(
     layers: Mapping[str, nn.Module],
     batches: Iterable[ProblemBatch],
     *,
+    stop_below: float = 0.0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the mean denoising loss over all problems, by layer, of the weight's shape."""
+    """Gradient of the mean denoising loss over all problems, by layer, of the weight's shape.
+
+    It ends before the first batch whose loss is below `stop_below` times the largest so far.
+    """
     denoiser.eval()
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    batches = list(batches)
-    count = sum(len(batch) for batch in batches)
-    with (progress or Silent()).task("gradients", len(batches)) as bar:
+    length = len(batches) if isinstance(batches, Sequence) else 0
+    largest, count = 0.0, 0
+    with (progress or Silent()).task("gradients", length) as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            loss = problem_losses(predict(denoiser, batch), batch.target_NCHW).sum() / count
+            loss = problem_losses(predict(denoiser, batch), batch.target_NCHW).mean()
+            value = float(loss.detach())
+            largest = max(largest, value)
+            if value < stop_below * largest:  # before the backward pass: this one is not in
+                break
             gradients = torch.autograd.grad(loss, list(weights.values()))
-            torch._foreach_add_(list(totals.values()), list(gradients))
+            torch._foreach_add_(list(totals.values()), list(gradients), alpha=len(batch))
+            count += len(batch)
             bar.advance()
-    return totals
+    return {name: (total / max(1, count)).cpu() for name, total in totals.items()}
 
 
-def _square_sums(layer: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Sums of squared inputs per input channel (and tap), and the number of terms in each."""
+def tap_means(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """Mean over positions of the layer's inputs that each weight meets: (N, I) or (N, I, kh, kw).
+
+    What an unfold of the inputs would give, without the unfold.
+    """
     if isinstance(layer, nn.Linear):
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        return rows.square().sum(0, dtype=torch.float64), len(rows)
+        return values.reshape(len(values), -1, values.shape[-1]).mean(1)
     assert isinstance(layer, nn.Conv2d)
     assert isinstance(layer.padding, tuple)
-    (pad_h, pad_w), (step_h, step_w) = layer.padding, layer.stride
-    squares_IHW = nn.functional.pad(
-        inputs.square().sum(0, dtype=torch.float64), (pad_w, pad_w, pad_h, pad_h)
+    pad_h, pad_w = layer.padding
+    padded_NIHW = nn.functional.pad(values, (pad_w, pad_w, pad_h, pad_h))
+    rows, columns = (_windows(layer, padded_NIHW, axis) for axis in (0, 1))
+    # columns first: each tap then sums over rows of one number
+    by_column = [padded_NIHW[..., window].mean(3) for window in columns]  # kw x (N, I, H)
+    return torch.stack(
+        [torch.stack([means[..., window].mean(2) for means in by_column], 2) for window in rows], 2
     )
-    taps_h, taps_w = layer.kernel_size
-    out_h = (squares_IHW.shape[1] - layer.dilation[0] * (taps_h - 1) - 1) // step_h + 1
-    out_w = (squares_IHW.shape[2] - layer.dilation[1] * (taps_w - 1) - 1) // step_w + 1
-    sums = squares_IHW.new_empty(squares_IHW.shape[0], taps_h, taps_w)
-    for r in range(taps_h):
-        for s in range(taps_w):
-            top, left = r * layer.dilation[0], s * layer.dilation[1]
-            window = squares_IHW[
-                :, top : top + step_h * out_h : step_h, left : left + step_w * out_w : step_w
-            ]
-            sums[:, r, s] = window.sum((1, 2))
-    return sums, inputs.shape[0] * out_h * out_w
+
+
+def _watch_inputs(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[ProblemBatch],
+    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    *,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> None:
+    """`add(name, inputs, timesteps_N)` for every layer and batch."""
+    timesteps_N = torch.empty(0, dtype=torch.long)
+
+    def watch(name: str) -> Any:
+        return lambda _, inputs: add(name, inputs[0].detach(), timesteps_N)
+
+    denoiser.eval()  # dropout would blur the statistics
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    bars = (progress or Silent()).task("activations", len(batches))
+    with _hooks(handles), torch.no_grad(), bars as bar:
+        for batch in batches:
+            timesteps_N = batch.timesteps_N
+            predict(denoiser, batch.to(device))
+            bar.advance()
+
+
+def _windows(layer: nn.Conv2d, padded: torch.Tensor, axis: int) -> list[slice]:
+    """The positions along an axis that each tap of the kernel meets."""
+    taps, step, spread = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+    outputs = (padded.shape[2 + axis] - spread * (taps - 1) - 1) // step + 1
+    return [
+        slice(tap * spread, tap * spread + step * (outputs - 1) + 1, step) for tap in range(taps)
+    ]
+
+
+class _Mean:
+    """Mean over the problems of each bin, in float64."""
+
+    def __init__(self, bins: int) -> None:
+        self.counts_B = torch.zeros(bins, dtype=torch.long)
+        self.totals: torch.Tensor | None = None
+
+    def add(self, values_N: torch.Tensor, bin_N: torch.Tensor) -> None:
+        if self.totals is None:
+            self.totals = self._first(values_N)
+        self._combine(self.totals, values_N.double(), bin_N.to(values_N.device))
+        self.counts_B += torch.bincount(bin_N, minlength=len(self.counts_B))
+
+    def value(self) -> torch.Tensor:
+        assert self.totals is not None
+        counts = self.counts_B.to(self.totals.device)
+        return self.totals / counts.reshape(-1, *[1] * (self.totals.ndim - 1))
+
+    def _first(self, values_N: torch.Tensor) -> torch.Tensor:
+        return values_N.new_zeros(len(self.counts_B), *values_N.shape[1:], dtype=torch.float64)
+
+    def _combine(self, totals: torch.Tensor, values_N: torch.Tensor, bin_N: torch.Tensor) -> None:
+        totals.index_add_(0, bin_N, values_N)
+
+
+class _Max(_Mean):
+    """Largest of the problems of each bin."""
+
+    def _combine(self, totals: torch.Tensor, values_N: torch.Tensor, bin_N: torch.Tensor) -> None:
+        for b in bin_N.unique().tolist():
+            totals[b] = torch.maximum(totals[b], values_N[bin_N == b].amax(0))
+
+    def value(self) -> torch.Tensor:
+        assert self.totals is not None
+        return self.totals
+
+
+class _Median(_Mean):
+    """Median over at most `RESERVOIR` problems of each bin, a uniform sample of them.
+
+    Reservoir sampling (Vitter 1985, algorithm R), seeded by the number of the problem in its bin:
+    every layer keeps the same problems.
+    """
+
+    def _first(self, values_N: torch.Tensor) -> torch.Tensor:
+        return values_N.new_full(
+            (len(self.counts_B), RESERVOIR, *values_N.shape[1:]), torch.nan, dtype=torch.float64
+        )
+
+    def _combine(self, totals: torch.Tensor, values_N: torch.Tensor, bin_N: torch.Tensor) -> None:
+        seen = self.counts_B.tolist()
+        for value, b in zip(values_N, bin_N.tolist(), strict=True):
+            slot = seen[b]
+            if slot >= RESERVOIR:
+                draw = generator_for(0, f"median/{b}", slot)
+                slot = int(torch.randint(slot + 1, (), generator=draw))
+            if slot < RESERVOIR:
+                totals[b, slot] = value
+            seen[b] += 1
+
+    def value(self) -> torch.Tensor:
+        assert self.totals is not None
+        return self.totals.nanquantile(0.5, dim=1)
+
+
+_REDUCERS: dict[str, type[_Mean]] = {"mean": _Mean, "max": _Max, "median": _Median}
+
+
+def _check_reached(reducers: Mapping[str, _Mean], bins: TimeBins | None = None) -> None:
+    for name, reducer in reducers.items():
+        if reducer.totals is None:
+            raise UserError(f"{name} is never called by the denoiser; leave it out of the targets")
+        if bins is not None and not bool(reducer.counts_B.all()):
+            raise UserError(
+                f"{int(reducer.counts_B.sum())} calibration problems leave a time bin of "
+                f"{bins.count} empty; give more problems, or fewer bins"
+            )
 
 
 @contextmanager

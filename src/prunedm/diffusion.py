@@ -4,6 +4,7 @@ Problem p is a function of (seed, p) alone: its image, flip, timestep and noise.
 reads problems 0, 1, 2, ... in batches; a fixed evaluation reads 0..n-1 of another purpose.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +61,12 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         shuffle: bool = False,
         flip: bool = False,
         conditional: bool = False,
+        time_range: tuple[int, int] | None = None,
     ) -> None:
         self.images, self.scheduler, self.seed, self.purpose = images, scheduler, seed, purpose
         self.shuffle, self.flip, self.conditional = shuffle, flip, conditional
-        self.steps: int = scheduler.config.num_train_timesteps
+        steps: int = scheduler.config.num_train_timesteps
+        self.first, self.last = time_range or (0, steps - 1)
         self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
 
     def __getitem__(self, p: int) -> dict[str, Any]:
@@ -82,6 +85,15 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         """The problems of these indices, on the CPU."""
         return self._collate([self[p] for p in indices])
 
+    def stream(self, count: int, *, size: int = 64) -> "ProblemStream":
+        """Problems 0..count-1 in batches, each drawn when it is asked for."""
+        return ProblemStream(self, count, size)
+
+    def sweep(self, count: int) -> Iterator[ProblemBatch]:
+        """Problems 0..count-1 at t = first, then first + 1, ...: the same images and noise."""
+        for t in range(self.first, self.last + 1):
+            yield self._collate([self[p] | {"timestep": t} for p in range(count)])
+
     def batches(self, index_lists: Sequence[Any], *, workers: int = 0) -> Iterator[ProblemBatch]:
         """One batch a list of indices, in order; images are decoded by `workers` processes."""
         return iter(
@@ -92,8 +104,8 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
 
     def _timestep(self, p: int) -> int:
         generator = generator_for(self.seed, self.purpose + "/t", p // 2)
-        t = int(torch.randint(self.steps, (), generator=generator))
-        return t if p % 2 == 0 else self.steps - 1 - t
+        t = self.first + int(torch.randint(self.last - self.first + 1, (), generator=generator))
+        return t if p % 2 == 0 else self.first + self.last - t
 
     def _image_index(self, p: int) -> int:
         epoch, position = divmod(p, len(self.images))
@@ -112,6 +124,62 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         target = prediction_target(self.scheduler, clean, noise, timesteps)
         labels = torch.tensor([i["label"] for i in items]) if self.conditional else None
         return ProblemBatch(noisy, timesteps, target, labels)
+
+
+@dataclass(frozen=True)
+class ProblemStream(Sequence[ProblemBatch]):
+    """Batches of problems 0..total-1, as often as wanted; none is kept."""
+
+    problems: DenoisingProblems
+    total: int
+    size: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.total / self.size)
+
+    def __getitem__(self, k: Any) -> Any:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        return self.problems.batch(range(k * self.size, min((k + 1) * self.size, self.total)))
+
+
+def time_range(text: str, steps: int) -> tuple[int, int]:
+    """First and last timestep of all, early, middle, late (thirds, early = noisiest), or "a-b".
+
+    Raises `UserError` for a range outside 0..steps-1.
+    """
+    thirds = [round(steps * k / 3) for k in range(4)]
+    named = {
+        "all": (0, steps - 1),
+        "late": (0, thirds[1] - 1),
+        "middle": (thirds[1], thirds[2] - 1),
+        "early": (thirds[2], steps - 1),
+    }
+    if text in named:
+        return named[text]
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal()):
+        raise UserError(
+            f"time range {text!r} is none of {', '.join(named)}, and no a-b; try 100-500"
+        )
+    if not int(first) <= int(last) < steps:
+        raise UserError(
+            f"time range {text}: the scheduler's timesteps are 0-{steps - 1}, lower end first"
+        )
+    return int(first), int(last)
+
+
+def check_sample_shape(denoiser: Any, problems: ProblemBatch) -> None:
+    """Raise `UserError` where problems have another shape than the denoiser was trained on."""
+    size = denoiser.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    wanted = (denoiser.config.in_channels, height, width)
+    given = tuple(problems.noisy_NCHW.shape[1:])
+    if given != wanted:
+        shapes = ["x".join(map(str, shape)) for shape in (given, wanted)]
+        raise UserError(
+            f"calibration images are {shapes[0]}, the model takes {shapes[1]}; resize them"
+        )
 
 
 def scheduler_class(name: str) -> Any:

@@ -1,42 +1,73 @@
 """What matters: a score per weight, higher = keep. Any score works with any mechanism.
 
-A score is a small pure function of a layer's weight and statistics. To add one: a file, and a line
-in `SCORES`.
+A score is a small pure function of a layer's weight and one statistic of it. To add one: a file, and
+a line in `SCORES`. A score may be signed: mechanisms sum it over the weights that go together, and
+compare absolute values.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from prunedm.calibration import input_square_means, loss_gradients
-from prunedm.diffusion import ProblemBatch
+from prunedm.calibration import (
+    OverProblems,
+    TimeBins,
+    input_squares,
+    input_variances,
+    loss_gradients,
+)
+from prunedm.diffusion import DenoisingProblems, check_sample_shape
+from prunedm.errors import UserError
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
-from prunedm.scores.magnitude import magnitude
+from prunedm.scores.diff_pruning import diff_pruning, low_noise_gradients
+from prunedm.scores.fluctuation import fluctuation
+from prunedm.scores.magnitude import magnitude, magnitude_l2
 from prunedm.scores.random import random
-from prunedm.scores.taylor import taylor
-from prunedm.scores.wanda import wanda
+from prunedm.scores.taylor import taylor, taylor_multivariable
+from prunedm.scores.wanda import OVER_TIME, wanda
+
+Statistics = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The problems that scores are measured on, and how their statistics are taken."""
+
+    problems: DenoisingProblems
+    count: int = 512
+    batch_size: int = 64
+    time_bins: int = 10  # wanda
+    over_time: str = "mean"  # wanda: of OVER_TIME
+    over_problems: OverProblems = "mean"  # wanda: within a time bin
+    sweep_images: int = 16  # diff-pruning: the one batch that goes through the timesteps
+    stop_below: float = 0.05  # diff-pruning: share of the largest loss
+    device: torch.device | str = "cpu"
 
 
 @dataclass(frozen=True)
 class Score:
-    """`function(weight, statistic)`, and the statistic it wants: nothing, noise, gradient, inputs."""
+    """`function(weight, statistic)`, and which statistic of a layer it wants."""
 
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    statistic: str
+    statistic: str = "nothing"  # of _STATISTICS
 
     @property
     def needs_problems(self) -> bool:
-        return self.statistic in ("gradient", "inputs")
+        return self.statistic not in ("nothing", "noise")
 
 
 SCORES = {
-    "magnitude": Score(magnitude, "nothing"),
     "random": Score(random, "noise"),
+    "magnitude": Score(magnitude),
+    "magnitude-l2": Score(magnitude_l2),
     "taylor": Score(taylor, "gradient"),
-    "wanda": Score(wanda, "inputs"),
+    "taylor-multivariable": Score(taylor_multivariable, "gradient"),
+    "diff-pruning": Score(diff_pruning, "low-noise gradient"),
+    "wanda": Score(wanda, "input norm"),
+    "fluctuation": Score(fluctuation, "input variance"),
 }
 
 
@@ -45,17 +76,21 @@ def score_layers(
     layers: Mapping[str, nn.Module],
     name: str,
     *,
-    batches: Iterable[ProblemBatch] = (),
+    calibration: Calibration | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The score of every weight of every layer, each of its weight's shape."""
+    """The score of every weight of every layer, each of its weight's shape, on the CPU.
+
+    Raises `UserError` for calibration images of another shape than the model's, and for a score
+    that is not finite.
+    """
     score = SCORES[name]
-    weights = {n: layer.get_parameter("weight").detach() for n, layer in layers.items()}
-    if score.statistic == "gradient":
-        statistics = loss_gradients(denoiser, layers, batches, progress=progress)
-    elif score.statistic == "inputs":
-        statistics = input_square_means(denoiser, layers, batches, progress=progress)
+    weights = {n: layer.get_parameter("weight").detach().cpu() for n, layer in layers.items()}
+    if score.needs_problems:
+        assert calibration is not None, f"{name} needs problems"
+        check_sample_shape(denoiser, calibration.problems.batch([0]))
+        statistics = _STATISTICS[score.statistic](denoiser, layers, calibration, progress)
     elif score.statistic == "noise":
         statistics = {
             n: torch.rand(w.shape, generator=generator_for(seed, f"score/{n}"))
@@ -63,4 +98,76 @@ def score_layers(
         }
     else:
         statistics = weights
-    return {n: score.function(weight, statistics[n]) for n, weight in weights.items()}
+    scores = {n: score.function(weight, statistics[n]) for n, weight in weights.items()}
+    for n, values in scores.items():
+        if not bool(torch.isfinite(values.sum(dtype=torch.float64))):
+            raise UserError(
+                f"{name}: the scores of {n} are not finite; is its weight, or the data?"
+            )
+    return scores
+
+
+def _input_norms(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> Statistics:
+    problems = calibration.problems
+    squares = input_squares(
+        denoiser,
+        layers,
+        problems.stream(calibration.count, size=calibration.batch_size),
+        bins=TimeBins(problems.first, problems.last, calibration.time_bins),
+        over_problems=calibration.over_problems,
+        device=calibration.device,
+        progress=progress,
+    )
+    return {
+        n: OVER_TIME[calibration.over_time](squares_B.sqrt()) for n, squares_B in squares.items()
+    }
+
+
+def _gradients(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> Statistics:
+    batches = calibration.problems.stream(calibration.count, size=calibration.batch_size)
+    return loss_gradients(denoiser, layers, batches, device=calibration.device, progress=progress)
+
+
+def _low_noise_gradients(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> Statistics:
+    return low_noise_gradients(
+        denoiser,
+        layers,
+        calibration.problems,
+        images=calibration.sweep_images,
+        threshold=calibration.stop_below,
+        device=calibration.device,
+        progress=progress,
+    )
+
+
+def _input_variances(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Calibration,
+    progress: Progress | None,
+) -> Statistics:
+    batches = calibration.problems.stream(calibration.count, size=calibration.batch_size)
+    return input_variances(denoiser, layers, batches, device=calibration.device, progress=progress)
+
+
+_STATISTICS = {
+    "gradient": _gradients,
+    "low-noise gradient": _low_noise_gradients,
+    "input norm": _input_norms,
+    "input variance": _input_variances,
+}

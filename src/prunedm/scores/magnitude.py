@@ -4,5 +4,10 @@ import torch
 
 
 def magnitude(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    """|w|"""
+    """|w|: channels are compared by their L1 norm."""
     return weight.abs()
+
+
+def magnitude_l2(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    """w^2: single weights rank as by |w|, channels by their L2 norm."""
+    return weight.square()

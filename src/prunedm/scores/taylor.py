@@ -1,8 +1,17 @@
-"""First-order Taylor (Molchanov et al. 2019, "Importance estimation for neural network pruning")."""
+"""First-order Taylor (Molchanov et al. 2019, "Importance estimation for neural network pruning").
+
+Removing weights w changes the loss by about -sum w * dL/dw. The two reductions over the weights of a
+channel differ: |sum w g| lets their effects cancel, sum |w g| does not. For single weights they agree.
+"""
 
 import torch
 
 
 def taylor(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """|w * dL/dw|, the change of the loss when w goes to zero, to first order."""
+    """|w * dL/dw|, so that a channel's is the sum of the sizes of its weights' effects."""
     return (weight * gradient).abs()
+
+
+def taylor_multivariable(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """w * dL/dw, signed: what goes together is summed first, and its absolute value compared."""
+    return weight * gradient

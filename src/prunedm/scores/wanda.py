@@ -1,8 +1,29 @@
-"""Wanda (Sun et al. 2023, "A simple and effective pruning approach for large language models")."""
+"""Wanda (Sun et al. 2023, "A simple and effective pruning approach for large language models").
+
+A diffusion model meets other activations at every noise level, so their norms are taken per time bin
+and then combined. Shapes: B time bins, noisiest last.
+"""
+
+from collections.abc import Callable
 
 import torch
 
 
-def wanda(weight: torch.Tensor, input_square_mean: torch.Tensor) -> torch.Tensor:
-    """|w| * sqrt(E[x^2]), x the input that this weight meets: per channel, and tap of a kernel."""
-    return weight.abs() * input_square_mean.sqrt().to(weight.dtype)
+def wanda(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
+    """|w| * |x|, x the inputs that this weight meets: per channel, and tap of a kernel."""
+    return weight.abs() * input_norm.to(weight.dtype)
+
+
+def weighted_mean(norms_B: torch.Tensor) -> torch.Tensor:
+    """Mean with weights that fall linearly from the cleanest bin to the noisiest: B, ..., 2, 1."""
+    weights_B = torch.arange(len(norms_B), 0, -1, dtype=norms_B.dtype, device=norms_B.device)
+    return torch.tensordot(weights_B / weights_B.sum(), norms_B, dims=1)
+
+
+# norms by time bin => one norm
+OVER_TIME: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda norms_B: norms_B.mean(0),
+    "max": lambda norms_B: norms_B.amax(0),
+    "median": lambda norms_B: norms_B.quantile(0.5, dim=0),
+    "weighted_mean": weighted_mean,
+}
