@@ -215,7 +215,7 @@ def test_the_least_important_blocks_go():
     scores = {name: torch.ones_like(score) for name, score in random_scores(model).items()}
     target = "mid_block.resnets.0.conv1"
     scores[target][4:8] = 0.0
-    plan = plan_channels(model, groups_of(model), scores=scores, ratio=0.01)
+    plan = plan_channels(model, groups_of(model), scores=scores, ratio=0.025)
     assert plan.keep[target, "out"].tolist() == [0, 1, 2, 3, *range(8, 16)]
     assert plan.keep["mid_block.resnets.0.conv2", "in"].equal(plan.keep[target, "out"])
     assert plan.norm_groups == {"mid_block.resnets.0.norm2": 3}
@@ -265,7 +265,7 @@ def test_an_impossible_ratio_names_the_largest():
         ({"ratio": 0.0}, "fraction to remove"),
         ({"ratio": 1.2}, "fraction to remove"),
         ({"ratio": 0.3, "max_ratio": 1.0}, "max_ratio"),
-        ({"ratio": 0.8, "target_kind": "channels"}, "max_ratio"),
+        ({"ratio": 0.8, "target_kind": "channels"}, "at most 0.7 of a layer"),
         ({"ratio": 0.3, "target_kind": "flops"}, "none of params"),
         ({"ratio": 0.3, "target_kind": "macs", "positions": None}, "layer_positions"),
         ({"ratio": 0.3, "reduction": "median"}, "median"),
@@ -308,3 +308,31 @@ def test_planning_leaves_the_model_alone():
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("ratio", [0.13, 0.2, 0.31, 0.4])
+def test_smaller_blocks_fill_what_the_ranking_leaves(kind, ratio):
+    model = unet(block_out_channels=(32, 64), **CONFIGS["heads"])
+    sample_NCHW, _ = problem(model)
+    plan = plan_channels(
+        model,
+        groups_of(model),
+        scores=random_scores(model),
+        ratio=ratio,
+        target_kind=kind,
+        positions=layer_positions(model, sample_NCHW[:1]),
+    )
+    assert plan.figures[f"{kind}_removed"] == pytest.approx(ratio, rel=0.01)
+
+
+def test_the_same_share_of_channels_is_met_over_all_layers_together():
+    model = unet(block_out_channels=(32, 64), **CONFIGS["heads"])
+    plan = plan_channels(
+        model, groups_of(model), scores=random_scores(model), ratio=0.3, target_kind="channels"
+    )
+    assert plan.figures["channels_removed"] == pytest.approx(0.3, rel=0.01)
+    for group in groups_of(model):
+        kept = plan.keep.get((group.name, "out"))
+        lost = 0 if kept is None else 1 - len(kept) / group.channels
+        assert abs(lost - 0.3) <= 1 / len(group.blocks) + 1e-9

@@ -112,7 +112,7 @@ def broken_masks(place: Path):
     shape = load(model).denoiser.mid_block.attentions[0].to_q.weight.shape
     mask = torch.tensor([1, 0, 1, 0]).bool().repeat(shape[0], shape[1] // 4)
     name = "mid_block.attentions.0.to_q"
-    save_masks(Masks({name: mask}, Pattern(2, 4)), model / "masks.safetensors")
+    save_masks(Masks.uniform({name: mask}, Pattern(2, 4)), model / "masks.safetensors")
     return ["finetune", model, place / "out"], [name, "remove masks.safetensors"]
 
 

@@ -39,7 +39,7 @@ def relaxed(
     wanted = Pattern.parse(pattern)
     shape = (groups, wanted.m) + (kernel, kernel) * bool(kernel)
     score = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    masks = Masks({LAYER: nm_mask(score, wanted)}, wanted)
+    masks = Masks.uniform({LAYER: nm_mask(score, wanted)}, wanted)
     return RelaxedMasks(masks, {LAYER: score}, strength=strength)
 
 
@@ -142,7 +142,9 @@ def test_learning_starts_from_the_given_masks_whatever_made_them(pattern, streng
     generator = torch.Generator().manual_seed(0)
     given = nm_mask(torch.rand(shape, generator=generator), wanted)
     other_score = torch.rand(shape, generator=generator) ** 4  # does not agree with the masks
-    masks = RelaxedMasks(Masks({LAYER: given}, wanted), {LAYER: other_score}, strength=strength)
+    masks = RelaxedMasks(
+        Masks.uniform({LAYER: given}, wanted), {LAYER: other_score}, strength=strength
+    )
     assert torch.equal(masks.mode().by_layer[LAYER], given)
 
 
@@ -150,7 +152,7 @@ def test_layers_keep_their_own_logits():
     wanted = Pattern(2, 4)
     shapes = {"a": (3, 8), "b": (2, 4, 3, 3), "c": (5, 4)}
     scores = {name: torch.rand(shape) for name, shape in shapes.items()}
-    masks = Masks({n: nm_mask(s, wanted) for n, s in scores.items()}, wanted)
+    masks = Masks.uniform({n: nm_mask(s, wanted) for n, s in scores.items()}, wanted)
     learned = RelaxedMasks(masks, scores, strength=1.0)
     assert learned.logits.shape == ((24 + 72 + 20) // 4, 4)
     for name, mask in learned.mode():
@@ -165,7 +167,7 @@ def test_temperature_is_geometric_between_its_ends():
 
 def test_groups_changed_by_hand():
     def masks(rows: list[list[int]]) -> Masks:
-        return Masks({LAYER: torch.tensor(rows).bool()}, Pattern(1, 2))
+        return Masks.uniform({LAYER: torch.tensor(rows).bool()}, Pattern(1, 2))
 
     before = masks([[1, 0, 1, 0], [0, 1, 0, 1]])
     assert groups_changed(before, before) == 0

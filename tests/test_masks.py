@@ -51,7 +51,7 @@ def test_nm_mask_is_the_best_of_all_patterns_along_the_input_channels(kind, text
             values = score_I[first : first + pattern.m]
             best = max(subsets, key=lambda subset, values=values: sum(values[list(subset)]))
             assert tuple(mask_I[first : first + pattern.m].nonzero()[0]) == best
-    Masks({"layer": mask}, pattern).check_pattern()
+    Masks.uniform({"layer": mask}, pattern).check_pattern()
 
 
 def test_the_hardware_group_is_four_input_channels_at_one_output_and_tap():
@@ -105,12 +105,20 @@ def test_nm_masks_leave_out_ineligible_layers_and_refuse_none_at_all():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 3, 3), (4, 8), (5, 4, 1, 1)])
-@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
-def test_masks_come_back_from_disk(tmp_path, shape, pattern):
-    masks = Masks({"a.b": random_score(shape) < 0.5, "c": torch.ones(7, 2).bool()}, pattern)
+@pytest.mark.parametrize(
+    ("patterns", "common", "text"),
+    [
+        ({}, None, ""),
+        ({"a.b": Pattern(2, 4), "c": Pattern(2, 4)}, Pattern(2, 4), "2:4"),
+        ({"a.b": Pattern(2, 4), "c": Pattern(1, 4)}, None, "1:4, 2:4"),
+        ({"a.b": Pattern(2, 4)}, None, "2:4"),
+    ],
+)
+def test_masks_come_back_from_disk(tmp_path, shape, patterns, common, text):
+    masks = Masks({"a.b": random_score(shape) < 0.5, "c": torch.ones(7, 2).bool()}, patterns)
     save_masks(masks, tmp_path / "m.safetensors")
     loaded = load_masks(tmp_path / "m.safetensors")
-    assert loaded.pattern == pattern
+    assert (loaded.patterns, loaded.pattern, loaded.pattern_text) == (patterns, common, text)
     assert list(loaded.by_layer) == ["a.b", "c"]
     assert all(torch.equal(mask, masks.by_layer[name]) for name, mask in loaded)
     assert loaded.by_layer["c"].dtype == torch.bool
@@ -128,7 +136,10 @@ def test_a_mask_takes_one_bit_a_weight_in_row_major_order(tmp_path):
 
 def test_equal_masks_make_equal_files(tmp_path):
     for k, names in enumerate(["abc", "cab"] * 4):  # no order, given or random, shows
-        masks = Masks({name: random_score((3, 5)) < 0.5 for name in names}, Pattern(2, 4))
+        masks = Masks(
+            {name: random_score((3, 5)) < 0.5 for name in names},
+            dict.fromkeys(names, Pattern(2, 4)),
+        )
         save_masks(masks, tmp_path / f"{k}.safetensors")
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
@@ -142,7 +153,7 @@ def test_equal_masks_make_equal_files(tmp_path):
         {"shapes": "[]"},
         {"shapes": json.dumps({"layer": "wide"})},
         {"shapes": json.dumps({"layer": [64, 64]})},  # more weights than bits
-        {"shapes": json.dumps({"layer": [2, 4]}), "pattern": "two:four"},
+        {"shapes": json.dumps({"layer": [2, 4]}), "patterns": json.dumps({"layer": "two:four"})},
     ],
 )
 def test_a_damaged_masks_file_is_refused_by_name(tmp_path, metadata):
@@ -171,7 +182,7 @@ def test_check_pattern_finds_one_wrong_group():
     mask = nm_mask(random_score((2, 8, 3, 3)), Pattern(2, 4))
     mask[1, 4, 2, 2] ^= True
     with pytest.raises(UserError, match="layer are not 2:4"):
-        Masks({"layer": mask}, Pattern(2, 4)).check_pattern()
+        Masks.uniform({"layer": mask}, Pattern(2, 4)).check_pattern()
 
 
 def tiny_masks(denoiser) -> Masks:

@@ -97,7 +97,7 @@ def test_nm_validity_looks_at_weights_and_says_what_is_dense():
     validity = nm_validity(unet, masks)
     assert (validity.pattern, validity.valid, validity.layers) == ("2:4", 1.0, len(masks.by_layer))
     assert set(validity.dense) == set(prunable_layers(unet)) - set(masks.by_layer)
-    assert set(validity.dense.values()) == {"not among the targets"}
+    assert set(validity.dense.values()) == {"left dense"}
     name, mask = next(iter(masks))
     with torch.no_grad():  # a third weight in one group
         unet.get_submodule(name).weight[tuple((~mask).nonzero()[0])] = 1.0

@@ -146,7 +146,11 @@ def test_a_class_conditional_model_goes_through_every_stage(tmp_path, features):
     train(dense, TrainOptions(unet=unet, steps=2, **QUICK))
     assert load(dense).conditional
     prune(dense, narrow, PruneOptions(pictures=2, score="taylor", calibration_problems=4))
-    learn(narrow, masked, LearnOptions(steps=2, score="wanda", calibration_problems=4, **QUICK))
+    learn(
+        narrow,
+        masked,
+        LearnOptions(steps=2, score="wanda", calibration_problems=4, time_bins=1, **QUICK),
+    )
     finetune(masked, tmp_path / "tuned", FinetuneOptions(steps=2, **QUICK))
     sample(
         tmp_path / "tuned", tmp_path / "drawn", SampleOptions(count=2, sampling_steps=1, label=7)
@@ -227,7 +231,7 @@ def test_pruning_weights_removes_the_share_asked_for(tmp_path, scope):
     options = PruneOptions(
         mechanism="weights",
         score="magnitude",
-        target="0.4",
+        target="weights=0.4",
         scope=scope,
         targets=("mid_block",),
         pictures=0,
@@ -246,7 +250,22 @@ def test_pruning_weights_removes_the_share_asked_for(tmp_path, scope):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mechanism": "weights", "target": "macs=0.3"}, "weights take params=0.3"),
+        ({"mechanism": "weights", "target": "channels=0.3"}, "weights take weights=0.3"),
+        (
+            {"mechanism": "weights", "target": "params=0.99"},
+            r"params=0.99 cannot be reached: 0\.\d",
+        ),
+        ({"target": "weights=0.3"}, "channels take params=0.3"),
+        ({"target": "channels=0.9"}, "at most 0.7 of a layer's channels can go; 0.9 was asked"),
+        ({"target": "params=0.9"}, r"cannot be reached: 0\.\d+ is the largest here"),
+        ({"target": "macs=0.0001"}, "less than one block"),
+        ({"mechanism": "nm", "target": "params=0.5"}, "removes what its pattern says"),
+        ({"mechanism": "nm", "time_range": "900-1200", "score": "wanda"}, "timesteps are 0-999"),
+        ({"mechanism": "obs-nm", "time_range": "900-1200"}, "timesteps are 0-999"),
+        (
+            {"mechanism": "nm", "allocation": "sensitivity", "candidates": ("half",)},
+            "candidate 'half' is no N:M pattern",
+        ),
         ({"targets": ("mid_block",)}, "--targets narrows weights and nm"),
         ({"mechanism": "nm", "targets": ("nowhere",)}, "target 'nowhere' matches no layer"),
         ({"mechanism": "nm", "pattern": "5:7"}, "5:7 fits no layer"),

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +41,31 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Masks:
-    """Boolean masks by layer name, each of its layer's weight shape; `pattern` where they are N:M."""
+    """Boolean masks by layer name, each of its layer's weight shape.
+
+    `patterns`: of the layers whose masks are N:M; the others are unstructured.
+    """
 
     by_layer: Mapping[str, torch.Tensor]
-    pattern: Pattern | None = None
+    patterns: Mapping[str, Pattern] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, by_layer: Mapping[str, torch.Tensor], pattern: Pattern) -> "Masks":
+        """Masks that all have the same pattern."""
+        return cls(by_layer, dict.fromkeys(by_layer, pattern))
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern of all layers, or None where they differ or some have none."""
+        found = {self.patterns.get(name) for name in self.by_layer}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def pattern_text(self) -> str:
+        """The patterns there are, sparsest first: "1:4, 2:4"; "" where all are unstructured."""
+        return ", ".join(
+            map(str, sorted(set(self.patterns.values()), key=lambda p: (p.n / p.m, p.m)))
+        )
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self.by_layer.items())
@@ -84,13 +105,11 @@ class Masks:
         return {name: count for name, count in counts.items() if count}
 
     def check_pattern(self) -> None:
-        """Raise `UserError` unless exactly N are kept in every group of M."""
-        if self.pattern is None:
-            return
-        for name, mask in self:
-            kept_G = to_groups(mask, self.pattern.m).sum(1)
-            if not bool((kept_G == self.pattern.n).all()):
-                raise UserError(f"masks of {name} are not {self.pattern}, though they claim to be")
+        """Raise `UserError` unless exactly N are kept in every group of M, where there are any."""
+        for name, pattern in self.patterns.items():
+            kept_G = to_groups(self.by_layer[name], pattern.m).sum(1)
+            if not bool((kept_G == pattern.n).all()):
+                raise UserError(f"masks of {name} are not {pattern}, though they claim to be")
 
     def _pairs(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         modules = dict(denoiser.named_modules())
@@ -105,14 +124,14 @@ class Masks:
 
 
 def save_masks(masks: Masks, path: Path) -> None:
-    """One bit a weight, in row-major order of the weight; shapes and pattern in the metadata."""
+    """One bit a weight, in row-major order of the weight; shapes and patterns in the metadata."""
     packed = {
         name: torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy().reshape(-1)))
         for name, mask in masks
     }
     metadata = {
         "shapes": json.dumps({n: list(mask.shape) for n, mask in masks}, sort_keys=True),
-        "pattern": str(masks.pattern or ""),
+        "patterns": json.dumps({n: str(p) for n, p in masks.patterns.items()}, sort_keys=True),
     }
     path.write_bytes(_sorted_header(save(packed, metadata=metadata)))
 
@@ -132,10 +151,11 @@ def load_masks(path: Path) -> Masks:
             metadata = file.metadata() or {}
             shapes = json.loads(metadata["shapes"])
             by_layer = {name: _unpack(file.get_tensor(name), shapes[name]) for name in file.keys()}  # noqa: SIM118
-            pattern = Pattern.parse(metadata["pattern"]) if metadata.get("pattern") else None
+            claimed = json.loads(metadata["patterns"])
+            patterns = {name: Pattern.parse(claimed[name]) for name in by_layer if name in claimed}
     except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no masks file or is damaged ({error})") from error
-    return Masks(by_layer, pattern)
+    return Masks(by_layer, patterns)
 
 
 def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:

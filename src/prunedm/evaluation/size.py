@@ -61,16 +61,17 @@ class NmValidity:
 
 def nm_validity(denoiser: nn.Module, masks: Masks | None) -> NmValidity:
     """Checked on the weights themselves, not on the masks."""
-    if masks is None or masks.pattern is None:
+    if masks is None or not masks.patterns:
         return NmValidity("", None, 0, {})
-    pattern, layers = masks.pattern, prunable_layers(denoiser)
+    layers = prunable_layers(denoiser)
     valid = [
         (to_groups(layers[name].get_parameter("weight"), pattern.m) != 0).sum(1) <= pattern.n
-        for name, _ in masks
+        for name, pattern in masks.patterns.items()
     ]
+    m = min(pattern.m for pattern in masks.patterns.values())
     dense = {
-        name: why_not_nm(layer, pattern.m) or "not among the targets"
+        name: why_not_nm(layer, m) or "left dense"
         for name, layer in layers.items()
         if name not in masks.by_layer
     }
-    return NmValidity(str(pattern), float(torch.cat(valid).float().mean()), len(valid), dense)
+    return NmValidity(masks.pattern_text, float(torch.cat(valid).float().mean()), len(valid), dense)

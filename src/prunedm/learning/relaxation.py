@@ -54,7 +54,8 @@ class RelaxedMasks(nn.Module):
     def mode(self) -> Masks:
         """The most probable masks: in each group the N largest logits."""
         logits = self._by_layer(self.logits.detach())
-        return Masks({n: nm_mask(value, self.pattern) for n, value in logits.items()}, self.pattern)
+        by_layer = {n: nm_mask(value, self.pattern) for n, value in logits.items()}
+        return Masks.uniform(by_layer, self.pattern)
 
     def _by_layer(self, groups_GM: torch.Tensor) -> dict[str, torch.Tensor]:
         sizes = [shape.numel() // self.pattern.m for shape in self.shapes.values()]

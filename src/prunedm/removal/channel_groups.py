@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 import torch
@@ -48,6 +49,17 @@ class ChannelGroup:
     couplings: tuple[Coupling, ...]
     blocks: tuple[torch.Tensor, ...] = ()
 
+    @cached_property
+    def positions_by_block(self) -> list[dict[tuple[str, Side], int]]:
+        """How many positions of each layer and side belong to each block."""
+        return [
+            {
+                (coupling.layer, coupling.side): int(torch.isin(coupling.channel_P, block).sum())
+                for coupling in self.couplings
+            }
+            for block in self.blocks
+        ]
+
 
 def channel_groups(
     denoiser: nn.Module,
@@ -65,14 +77,28 @@ def channel_groups(
     """
     if round_to < 1:
         raise UserError(f"round_to is {round_to}; it must be 1 or more")
+    free = free_groups(
+        denoiser, sample_NCHW, timestep=timestep, class_labels=class_labels, protect=protect
+    )
+    cut = [_with_blocks(denoiser, group, round_to) for group in free]
+    return [group for group in cut if len(group.blocks) > 1]
+
+
+def free_groups(
+    denoiser: nn.Module,
+    sample_NCHW: torch.Tensor,
+    *,
+    timestep: torch.Tensor | int = 0,
+    class_labels: torch.Tensor | None = None,
+    protect: Iterable[str] = (),
+) -> list[ChannelGroup]:
+    """Every coupled set of channels that is no interface and not in `protect`, without blocks."""
     _refuse_unknown(denoiser)
     inputs = {"sample": sample_NCHW, "timestep": timestep, "class_labels": class_labels}
     coupled = _coupled_channels(denoiser, inputs)
     _check_coverage(denoiser, coupled)
     protected = tuple(protect)
-    free = [group for group in coupled if _is_free(denoiser, group, protected)]
-    cut = [_with_blocks(denoiser, group, round_to) for group in free]
-    return [group for group in cut if len(group.blocks) > 1]
+    return [group for group in coupled if _is_free(denoiser, group, protected)]
 
 
 def _refuse_unknown(denoiser: nn.Module) -> None:

@@ -4,13 +4,11 @@
     plan = plan_channels(denoiser, groups, scores=scores, ratio=0.3)
     remove_channels(denoiser, plan)
 
-Blocks of all groups are ranked together and the lowest go, until the wanted share of parameters or
-multiply-accumulates (MACs) is gone. Both are computed from the widths; the search touches no model.
+How many go is searched by `channel_target` from the widths alone; the search touches no model.
 """
 
 import math
-from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +26,12 @@ from prunedm.pruned_unet import (
     sync_attributes,
     widths_of,
 )
-from prunedm.removal.channel_costs import Removed, Side, count_macs, count_params, width
+from prunedm.removal.channel_costs import Side, count_macs, count_params, width
 from prunedm.removal.channel_groups import ChannelGroup
+from prunedm.removal.channel_target import Block, Cost, lowest_blocks, removed_positions, same_share
 
 TargetKind = Literal["params", "macs", "channels"]
 Reduction = Literal["sum", "mean", "max", "first"]
-Block = tuple[int, int]  # group, block within it
 
 # couplings x channels => channels
 _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -70,7 +68,8 @@ def block_importance(
         if coupling.layer in scores:
             score = scores[coupling.layer].detach().to("cpu", torch.float64)
             axis = 0 if coupling.side == "out" else 1
-            value_P = score.mean([d for d in range(score.ndim) if d != axis])
+            # a signed score's effects cancel within a channel before their size counts
+            value_P = score.mean([d for d in range(score.ndim) if d != axis]).abs()
             value_P = value_P / value_P.mean().clamp_min(torch.finfo(torch.float64).tiny)
             total = value_P.new_zeros(group.channels)
             total.index_add_(0, coupling.channel_P, value_P[coupling.index_P])
@@ -102,10 +101,10 @@ def plan_channels(
     _check_targets(ratio, target_kind, max_ratio, positions)
     importances = [block_importance(group, scores, reduction=reduction) for group in groups]
     if target_kind == "channels":
-        chosen = _same_share(importances, ratio, max_ratio)
+        chosen = same_share(groups, importances, ratio=ratio, max_ratio=max_ratio)
     else:
         cost = _cost_function(denoiser, target_kind, positions)
-        chosen = _lowest_until(groups, _ranked(importances, max_ratio), ratio, cost)
+        chosen = lowest_blocks(groups, importances, ratio=ratio, max_ratio=max_ratio, cost=cost)
     keep = _kept_positions(denoiser, groups, chosen)
     norm_groups, regrouped = _new_norm_groups(denoiser, keep)
     heads, figures = _new_heads(denoiser, keep), _figures(denoiser, groups, chosen, positions)
@@ -136,75 +135,17 @@ def _check_targets(
     if target_kind not in ("params", "macs", "channels"):
         raise UserError(f"target_kind {target_kind!r} is none of params, macs, channels")
     if target_kind == "channels" and ratio > max_ratio:
-        raise UserError(f"at most max_ratio = {max_ratio} of a group can go; {ratio} was asked")
+        raise UserError(f"at most {max_ratio:g} of a layer's channels can go; {ratio:g} was asked")
     if target_kind == "macs" and positions is None:
         raise UserError("target_kind 'macs' needs positions; layer_positions() records them")
 
 
-def _allowed(blocks: int, max_ratio: float) -> int:
-    return min(int(max_ratio * blocks + 1e-9), blocks - 1)
-
-
-def _ranked(importances: Sequence[torch.Tensor], max_ratio: float) -> list[Block]:
-    """Blocks that may go, least important first."""
-    entries = []
-    for g, importance_B in enumerate(importances):
-        order = importance_B.argsort(stable=True)[: _allowed(len(importance_B), max_ratio)]
-        entries += [(float(importance_B[b]), g, b) for b in order.tolist()]
-    return [(g, b) for _, g, b in sorted(entries)]
-
-
-def _same_share(importances: Sequence[torch.Tensor], ratio: float, max_ratio: float) -> list[Block]:
-    chosen = []
-    for g, importance_B in enumerate(importances):
-        count = min(round(ratio * len(importance_B)), _allowed(len(importance_B), max_ratio))
-        chosen += [(g, b) for b in importance_B.argsort(stable=True)[:count].tolist()]
-    return chosen
-
-
-def _lowest_until(
-    groups: Sequence[ChannelGroup],
-    ranked: Sequence[Block],
-    ratio: float,
-    cost: Callable[[Removed], int],
-) -> list[Block]:
-    """The shortest head of the ranking that removes about `ratio` of the cost."""
-    counts: dict[Block, Removed] = {(g, b): _positions_of(groups[g], b) for g, b in ranked}
-    dense = cost({})
-
-    def share(k: int) -> float:
-        removed: Counter[tuple[str, Side]] = Counter()
-        for block in ranked[:k]:
-            removed.update(counts[block])
-        return 1 - cost(removed) / dense
-
-    most = share(len(ranked))
-    if most < ratio:
-        reachable = math.floor(1000 * most) / 1000
-        raise UserError(
-            f"a ratio of {ratio} cannot be reached: {reachable} is the largest here;"
-            " raise max_ratio or protect fewer layers"
-        )
-    k = bisect_left(range(len(ranked) + 1), ratio, key=share)
-    if k > 1 and ratio - share(k - 1) < share(k) - ratio:
-        k -= 1
-    return list(ranked[:k])
-
-
 def _cost_function(
     denoiser: nn.Module, target_kind: str, positions: Mapping[str, int] | None
-) -> Callable[[Removed], int]:
+) -> Cost:
     if target_kind == "macs" and positions is not None:
         return partial(count_macs, denoiser, positions)
     return partial(count_params, denoiser)
-
-
-def _positions_of(group: ChannelGroup, block: int) -> dict[tuple[str, Side], int]:
-    channels = group.blocks[block]
-    return {
-        (coupling.layer, coupling.side): int(torch.isin(coupling.channel_P, channels).sum())
-        for coupling in group.couplings
-    }
 
 
 def _kept_positions(
@@ -261,9 +202,7 @@ def _figures(
     chosen: Sequence[Block],
     positions: Mapping[str, int] | None,
 ) -> dict[str, int | float]:
-    removed: Counter[tuple[str, Side]] = Counter()
-    for g, b in chosen:
-        removed.update(_positions_of(groups[g], b))
+    removed = removed_positions(groups, chosen)
     channels = sum(group.channels for group in groups)
     left = channels - sum(len(groups[g].blocks[b]) for g, b in chosen)
     params = (count_params(denoiser), count_params(denoiser, removed))

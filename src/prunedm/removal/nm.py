@@ -6,24 +6,51 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import from_groups, to_groups, why_not_nm
+from prunedm.layers import why_not_nm
 from prunedm.masks import Masks, Pattern
+
+_CHUNK = 1 << 18  # weights at a time: what is compared stays in the cache
 
 
 def nm_mask(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Boolean mask of the score's shape with exactly N kept in every group; ties keep the first."""
-    score_GM = to_groups(score, pattern.m)
-    best_GN = score_GM.sort(dim=1, descending=True, stable=True).indices[:, : pattern.n]
-    mask_GM = torch.zeros_like(score_GM, dtype=torch.bool).scatter_(1, best_GN, True)
-    return from_groups(mask_GM, score.shape).contiguous()
+    """Boolean mask of the score's shape with exactly N kept in every group; ties keep the first.
+
+    A weight's rank is the number of weights of its group that go before it. M (M-1) / 2 comparisons
+    of whole tensors count it, many times faster than sorting rows of M.
+    """
+    m = pattern.m
+    outputs, inputs = score.shape[:2]
+    assert inputs % m == 0, f"{tuple(score.shape)} has no groups of {m}"
+    score_OGMK = score.reshape(outputs, inputs // m, m, -1)  # K kernel taps
+    mask_OGMK = torch.empty(score_OGMK.shape, dtype=torch.bool, device=score.device)
+    rows = max(1, _CHUNK // score_OGMK[0].numel())
+    for start in range(0, outputs, rows):
+        member_MOGK = score_OGMK[start : start + rows].movedim(2, 0).contiguous()
+        rank_MOGK = torch.zeros(member_MOGK.shape, dtype=torch.uint8, device=score.device)
+        for j in range(m):
+            for i in range(j):
+                first = member_MOGK[i] >= member_MOGK[j]
+                rank_MOGK[j] += first
+                rank_MOGK[i] += ~first
+        mask_OGMK[start : start + rows] = (rank_MOGK < pattern.n).movedim(0, 2)
+    return mask_OGMK.reshape(score.shape)
+
+
+def eligible_layers(
+    layers: Mapping[str, nn.Module], pattern: Pattern
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers that can take the pattern, and of the others why not. `UserError` if none can."""
+    reasons = {name: why_not_nm(layer, pattern.m) for name, layer in layers.items()}
+    eligible = {name: layer for name, layer in layers.items() if reasons[name] is None}
+    if not eligible:
+        found = "; ".join(sorted({str(reason) for reason in reasons.values()}))
+        raise UserError(f"pattern {pattern} fits no layer: {found}")
+    return eligible, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def nm_masks(
     layers: Mapping[str, nn.Module], scores: Mapping[str, torch.Tensor], pattern: Pattern
 ) -> Masks:
     """Masks for every layer that can take the pattern. Raises `UserError` if none can."""
-    eligible = [name for name, layer in layers.items() if why_not_nm(layer, pattern.m) is None]
-    if not eligible:
-        reasons = {why_not_nm(layer, pattern.m) for layer in layers.values()}
-        raise UserError(f"pattern {pattern} fits no layer: {'; '.join(sorted(map(str, reasons)))}")
-    return Masks({name: nm_mask(scores[name], pattern) for name in eligible}, pattern)
+    eligible, _ = eligible_layers(layers, pattern)
+    return Masks.uniform({name: nm_mask(scores[name].abs(), pattern) for name in eligible}, pattern)

@@ -1,26 +1,84 @@
 """Unstructured masks: the lowest-scored weights go, per layer or over all layers together."""
 
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
+from prunedm.errors import UserError
 from prunedm.masks import Masks
 
 
-def weight_masks(scores: Mapping[str, torch.Tensor], ratio: float, *, scope: str) -> Masks:
-    """Remove round(ratio * count) weights of each layer (`scope="layer"`) or of all ("global")."""
+def weight_masks(
+    scores: Mapping[str, torch.Tensor],
+    ratio: float,
+    *,
+    scope: str,
+    positions: Mapping[str, int] | None = None,
+) -> Masks:
+    """Remove the share `ratio` of the weights of each layer (`scope="layer"`) or of all ("global").
+
+    With `positions`, a weight counts as often as its layer has output positions: `ratio` is then a
+    share of the layers' MACs.
+    """
     if scope == "layer":
-        return Masks({name: _keep_highest(score, ratio) for name, score in scores.items()})
+        return Masks({name: keep_highest(score, ratio) for name, score in scores.items()})
     together = torch.cat([score.reshape(-1) for score in scores.values()])
-    parts = _keep_highest(together, ratio).split([score.numel() for score in scores.values()])
+    if positions is None:
+        kept = keep_highest(together, ratio)
+    else:
+        sizes = torch.tensor([score.numel() for score in scores.values()])
+        each = torch.tensor([positions[name] for name in scores])
+        kept = _keep_highest_by_cost(together, each.repeat_interleave(sizes), ratio)
+    parts = kept.split([score.numel() for score in scores.values()])
     return Masks(
         {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=True)}
     )
 
 
-def _keep_highest(score: torch.Tensor, ratio: float) -> torch.Tensor:
-    flat = score.reshape(-1)
-    removed = flat.topk(round(ratio * flat.numel()), largest=False, sorted=False).indices
-    return (
-        torch.ones_like(flat, dtype=torch.bool).index_fill_(0, removed, False).reshape(score.shape)
-    )
+def keep_highest(score: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Boolean mask without the round(ratio * count) lowest absolute scores; ties go first to last."""
+    size = score.abs().reshape(-1).cpu().numpy()
+    removed = round(ratio * size.size)
+    mask = np.ones(size.shape, dtype=bool)
+    if removed:
+        limit = np.partition(size, removed - 1)[removed - 1]
+        mask[size < limit] = False
+        ties = np.flatnonzero(size == limit)
+        mask[ties[: removed - (size.size - int(mask.sum()))]] = False
+    return torch.from_numpy(mask).reshape(score.shape).to(score.device)
+
+
+def share_of_weights(
+    kind: str,
+    ratio: float,
+    *,
+    weights: Mapping[str, int],
+    total: int,
+    positions: Mapping[str, int] | None = None,
+) -> float:
+    """The share of the layers' weights (of their MACs, with `positions`) to remove for a target.
+
+    `weights`: how many each layer has. `total`: parameters or MACs of the whole model; what the
+    layers do not have cannot go. Raises `UserError` where that leaves too few.
+    """
+    if kind == "weights":
+        return ratio
+    each = positions or dict.fromkeys(weights, 1)
+    here = sum(count * each[name] for name, count in weights.items())
+    if ratio * total > here:
+        most = math.floor(1000 * here / total) / 1000
+        raise UserError(
+            f"{kind}={ratio:g} cannot be reached: {most:g} of the {kind} are in the layers that "
+            "can be pruned"
+        )
+    return ratio * total / here
+
+
+def _keep_highest_by_cost(score: torch.Tensor, cost: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Without the lowest absolute scores, as many as make up `ratio` of the cost."""
+    order = score.abs().argsort(stable=True)
+    gone = cost[order].cumsum(0)
+    count = int(torch.searchsorted(gone, round(ratio * int(gone[-1])), right=True))
+    return torch.ones_like(score, dtype=torch.bool).index_fill_(0, order[:count], False)

@@ -1,0 +1,139 @@
+"""Gram matrices X^T X of layers' inputs, streamed: memory does not grow with the problems.
+
+Letters: K columns of a layer's weight, ordered (kh, kw, I) with the input channel innermost, so
+that M consecutive columns are one N:M group; P positions (pixels or tokens of all problems);
+N problems; Y, X output rows and columns; r, s kernel taps.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from prunedm.diffusion import ProblemBatch, predict
+from prunedm.progress import Task
+
+CHUNK = 1 << 24  # entries of an unfolded input held at once
+ROWS = 512  # rows of a Gram computed together; what lies below the diagonal is mirrored
+
+
+def columns_of(layer: nn.Module) -> int:
+    """Columns of the weight: inputs times kernel taps."""
+    return layer.get_parameter("weight")[0].numel()
+
+
+def log_time_weights(
+    timesteps_N: torch.Tensor, train_timesteps: int, ends: tuple[float, float]
+) -> torch.Tensor:
+    """Weights that fall with the logarithm of the denoising step s = T-1-t (OBS-Diff 2025).
+
+    `ends`: the weight of the noisiest step (t = T-1), and of the last (t = 0).
+    """
+    step_N = train_timesteps - 1 - timesteps_N.double()
+    share_N = torch.log1p(step_N) / math.log(max(train_timesteps, 2))
+    return ends[0] + (ends[1] - ends[0]) * share_N
+
+
+def execution_order(
+    denoiser: nn.Module, layers: Mapping[str, nn.Module], batch: ProblemBatch
+) -> list[str]:
+    """Names of the layers in the order in which a forward pass first reaches them."""
+    order: dict[str, None] = {}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+
+            def record(_: nn.Module, __: object, name: str = name) -> None:
+                order.setdefault(name)
+
+            hooks.callback(layer.register_forward_pre_hook(record).remove)
+        predict(denoiser, batch)
+    return list(order)
+
+
+def input_grams(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[ProblemBatch],
+    *,
+    weigh: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device | str = "cpu",
+    bar: Task | None = None,
+) -> dict[str, torch.Tensor]:
+    """sum over problems n of `weigh(t_n)` X_n^T X_n by layer, (K, K).
+
+    float64 where the layer's inputs are, else float32.
+    """
+    grams: dict[str, torch.Tensor] = {}
+    weights_N = torch.ones(0)  # of the batch that is passing through
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = _scaled(inputs[0].detach(), weights_N.sqrt())
+            if name not in grams:
+                grams[name] = x.new_zeros(columns_of(layer), columns_of(layer))
+            for x_PK in _unfolded(layer, x):
+                _add_upper(grams[name], x_PK)
+
+        return hook
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
+        for cpu_batch in batches:
+            batch = cpu_batch.to(device)
+            weights_N = weigh(batch.timesteps_N)
+            predict(denoiser, batch)
+            if bar is not None:
+                bar.advance()
+    for gram in grams.values():
+        _mirror(gram)
+    return grams
+
+
+def _scaled(x: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+    """Inputs times a factor a problem, in a type whose sums can be trusted."""
+    x = x if x.dtype == torch.float64 else x.float()
+    assert len(x) % len(scale_N) == 0, f"{len(x)} rows of inputs for {len(scale_N)} problems"
+    scale_N = scale_N.repeat_interleave(len(x) // len(scale_N)).to(x.dtype)  # tokens folded into N
+    return x * scale_N.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _unfolded(layer: nn.Module, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The inputs as the layer's weight meets them, (P, K), in chunks of bounded size."""
+    if isinstance(layer, nn.Linear):
+        rows_PK = inputs.reshape(-1, inputs.shape[-1])
+        yield from rows_PK.split(max(1, CHUNK // rows_PK.shape[1]))
+        return
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.groups == 1
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    view_NYXrsI = padded.permute(0, 2, 3, 1)
+    for axis in (0, 1):
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        view_NYXrsI = view_NYXrsI.unfold(1 + axis, reach, layer.stride[axis])
+    view_NYXrsI = view_NYXrsI[..., :: layer.dilation[0], :: layer.dilation[1]]
+    view_NYXrsI = view_NYXrsI.permute(0, 1, 2, 4, 5, 3)
+    _, high, wide = view_NYXrsI.shape[:3]
+    columns = columns_of(layer)
+    problems = max(1, CHUNK // (high * wide * columns))
+    lines = max(1, CHUNK // (problems * wide * columns))
+    for some in view_NYXrsI.split(problems):
+        for part in some.split(lines, dim=1):
+            yield part.reshape(-1, columns)
+
+
+def _add_upper(gram_KK: torch.Tensor, x_PK: torch.Tensor) -> None:
+    for top in range(0, len(gram_KK), ROWS):
+        rows = gram_KK[top : top + ROWS, top:]
+        rows.addmm_(x_PK[:, top : top + ROWS].T, x_PK[:, top:])
+
+
+def _mirror(gram_KK: torch.Tensor) -> None:
+    for top in range(0, len(gram_KK), ROWS):
+        end = top + ROWS
+        gram_KK[end:, top:end] = gram_KK[top:end, end:].T

@@ -1,0 +1,237 @@
+"""One-shot pruning with weight update: SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774).
+
+For each layer, with H = X^T X of its inputs (time-weighted as in OBS-Diff, 2025): a sweep over the
+columns removes weights and moves the later columns to make up for them. The sweep cannot mend
+columns that it has passed, so in the end the kept weights are fitted once more, all together.
+
+Letters: O output channels; K columns, ordered (kh, kw, I); B columns of a block; S of a span.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from prunedm.diffusion import ProblemBatch
+from prunedm.errors import UserError
+from prunedm.layers import from_groups, to_groups, why_not_nm
+from prunedm.masks import Pattern
+from prunedm.progress import Progress, Silent
+from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
+from prunedm.removal.nm import nm_mask
+
+Choice = Pattern | float | torch.Tensor
+Choose = Callable[[torch.Tensor, int], torch.Tensor]  # saliency_OS, its first column => keep_OS
+
+BLOCK = 128  # columns whose updates are gathered before the columns behind them are touched
+FIT_STEPS = 30  # of conjugate gradients; the loss is the same from 20 on
+DAMPINGS = 6  # tried, each ten times the one before
+
+
+def obs_prune(
+    denoiser: nn.Module,
+    choices: Mapping[str, Choice],
+    *,
+    batches: Sequence[ProblemBatch],
+    train_timesteps: int,
+    time_weights: tuple[float, float] = (1.2, 0.8),
+    damping: float = 0.01,
+    memory: int = 2 << 30,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Prune the named Conv2d and Linear layers in place; returns their masks (True = kept).
+
+    `choices`, by layer: an N:M pattern; a share of the layer's weights to remove; or a boolean mask
+    of the weight's shape, whose kept weights are then only updated.
+    `time_weights`: of a problem at the noisiest timestep and at the last one, logarithmic between.
+    `damping`: added to the diagonal of H, as a share of its mean.
+    `memory`: bytes of Grams held at once (a layer that needs more is taken alone). Layers are taken
+    in the order of execution, as many as fit; each such set reads `batches` once, with the layers
+    before it already pruned.
+    Raises `UserError` for a choice that does not fit its layer, and a Gram that has no inverse.
+    """
+    layers = {name: denoiser.get_submodule(name) for name in choices}
+    for name, layer in layers.items():
+        _check(name, layer, choices[name])
+    if not batches:
+        raise UserError("OBS looks at the layers' inputs; give it at least one denoising problem")
+    was_training = denoiser.training
+    denoiser.eval()
+    weigh = partial(log_time_weights, train_timesteps=train_timesteps, ends=time_weights)
+    order = execution_order(denoiser, layers, batches[0].to(device))
+    if missed := sorted(layers.keys() - set(order)):
+        raise UserError(f"{missed[0]} takes no part in the forward pass; leave it out")
+    sets = _sets_that_fit(layers, order, memory)
+    masks: dict[str, torch.Tensor] = {}
+    total = len(sets) * len(batches) + len(layers)
+    with (progress or Silent()).task("second-order pruning", total) as bar:
+        for names in sets:
+            some = {name: layers[name] for name in names}
+            grams = input_grams(denoiser, some, batches, weigh=weigh, device=device, bar=bar)
+            for name in names:
+                masks[name] = _prune_layer(
+                    name, layers[name], grams.pop(name), choices[name], damping
+                )
+                bar.advance(note=name)
+    denoiser.train(was_training)
+    return {name: masks[name] for name in choices}
+
+
+def _check(name: str, layer: nn.Module, choice: Choice) -> None:
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or getattr(layer, "groups", 1) != 1:
+        raise UserError(f"{name}: OBS takes Conv2d of one group and Linear; leave it out")
+    if isinstance(choice, Pattern):
+        if reason := why_not_nm(layer, choice.m):
+            raise UserError(f"pattern {choice} does not fit {name}: {reason}")
+    elif isinstance(choice, torch.Tensor):
+        if choice.dtype != torch.bool or choice.shape != layer.weight.shape:
+            raise UserError(
+                f"the mask of {name} is {choice.dtype} {tuple(choice.shape)}; it must be boolean "
+                f"{tuple(layer.weight.shape)}"
+            )
+    elif not 0 <= choice < 1:
+        raise UserError(f"{name}: the share to remove is {choice}; it must be in [0, 1)")
+
+
+def _sets_that_fit(
+    layers: Mapping[str, nn.Module], order: Sequence[str], memory: int
+) -> list[list[str]]:
+    """Consecutive layers whose Grams fit in `memory` together; at least one each."""
+    sets: list[list[str]] = []
+    held = 0
+    for name in order:
+        size = columns_of(layers[name]) ** 2 * max(4, layers[name].get_parameter("weight").itemsize)
+        if not sets or held + size > memory:
+            sets.append([])
+            held = 0
+        sets[-1].append(name)
+        held += size
+    return sets
+
+
+@torch.no_grad()
+def _prune_layer(
+    name: str, layer: nn.Module, gram_KK: torch.Tensor, choice: Choice, damping: float
+) -> torch.Tensor:
+    """Replace the layer's weight; returns its mask."""
+    weight = layer.get_parameter("weight")
+    w_OK = _to_columns(weight.detach().to(gram_KK.device, torch.float64))
+    h_KK = gram_KK.double()
+    dead_K = h_KK.diagonal() == 0
+    w_OK[:, dead_K] = 0
+    h_KK, u_KK = _damped_factor(h_KK, damping, name)
+    choose, span = _chooser(choice, w_OK, u_KK)
+    swept_OK, keep_OK = _sweep(w_OK, u_KK, choose, span)
+    fitted_OK = _fit(w_OK, swept_OK, keep_OK, h_KK)
+    weight.copy_(from_groups(fitted_OK, weight.shape))
+    return from_groups(keep_OK, weight.shape).contiguous()
+
+
+def _to_columns(weight: torch.Tensor) -> torch.Tensor:
+    """W[O, I, ...] => w_OK, always a copy."""
+    return to_groups(weight, weight.shape[1]).reshape(len(weight), -1).clone()
+
+
+def _damped_factor(
+    h_KK: torch.Tensor, damping: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The damped H, and the upper triangular U with H^-1 = U^T U.
+
+    The rows of U from i on belong to the inverse of H without its first i rows and columns: what
+    the sweep needs once columns 0..i-1 are frozen.
+    """
+    mean = h_KK.diagonal().mean()
+    identity_KK = torch.eye(len(h_KK), dtype=h_KK.dtype, device=h_KK.device)
+    share = damping
+    for _ in range(DAMPINGS):
+        damped_KK = h_KK + share * mean * identity_KK
+        dead_K = damped_KK.diagonal() == 0  # where nothing is damped, or all inputs are zero
+        damped_KK.diagonal()[dead_K] = mean if mean > 0 else 1
+        # H = R R^T with R upper, by a Cholesky from the last column to the first; U = R^-1
+        lower_KK, info = torch.linalg.cholesky_ex(damped_KK.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower_KK).all()):
+            inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False)
+            return damped_KK, inverse_KK.flip(0, 1)
+        share = 10 * max(share, 1e-6)
+    raise UserError(
+        f"{name}: H has no inverse even with damping {share / 10:g}; its inputs may not be finite"
+    )
+
+
+def _chooser(choice: Choice, w_OK: torch.Tensor, u_KK: torch.Tensor) -> tuple[Choose, int]:
+    """How the sweep chooses, and for how many columns at once."""
+    if isinstance(choice, Pattern):
+        pattern = choice
+        return lambda saliency_OM, _: nm_mask(saliency_OM, pattern), pattern.m
+    if isinstance(choice, torch.Tensor):
+        given_OK = _to_columns(choice).to(w_OK.device)
+        return lambda saliency_OB, first: given_OK[:, first : first + saliency_OB.shape[1]], BLOCK
+    # How many go from each block is ranked over the whole layer beforehand, which makes the total
+    # exact; which ones, when the sweep has come to them and the weights have moved.
+    planned_OK = _without_lowest(_saliency(w_OK, u_KK), round(choice * w_OK.numel()))
+
+    def choose(saliency_OB: torch.Tensor, first: int) -> torch.Tensor:
+        count = int((~planned_OK[:, first : first + saliency_OB.shape[1]]).sum())
+        return _without_lowest(saliency_OB, count)
+
+    return choose, BLOCK
+
+
+def _saliency(w_OS: torch.Tensor, u_SS: torch.Tensor) -> torch.Tensor:
+    """w^2 / [H^-1]_ii, the error that the removal of a weight leaves when later ones make up for it."""
+    return (w_OS / u_SS.diagonal()).square()
+
+
+def _without_lowest(score: torch.Tensor, count: int) -> torch.Tensor:
+    flat = score.reshape(-1)
+    lowest = flat.sort(stable=True).indices[:count]
+    keep = torch.ones_like(flat, dtype=torch.bool).index_fill_(0, lowest, False)
+    return keep.reshape(score.shape)
+
+
+def _sweep(
+    w_OK: torch.Tensor, u_KK: torch.Tensor, choose: Choose, span: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove column by column, moving the later columns (SparseGPT, algorithm 1): weights, mask."""
+    w_OK, columns = w_OK.clone(), w_OK.shape[1]
+    keep_OK = torch.ones_like(w_OK, dtype=torch.bool)
+    block = span * max(1, BLOCK // span)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        w_OB, keep_OB = w_OK[:, start:stop], keep_OK[:, start:stop]  # views
+        u_BB = u_KK[start:stop, start:stop]
+        error_OB = torch.zeros_like(w_OB)
+        for i in range(stop - start):
+            if i % span == 0:
+                part = slice(i, i + span)
+                saliency_OS = _saliency(w_OB[:, part], u_BB[part, part])
+                keep_OB[:, part] = choose(saliency_OS, start + i)
+            error_OB[:, i] = w_OB[:, i].masked_fill(keep_OB[:, i], 0) / u_BB[i, i]
+            w_OB[:, i:] -= error_OB[:, i, None] * u_BB[i, i:]
+        w_OK[:, stop:] -= error_OB @ u_KK[start:stop, stop:]
+    return w_OK * keep_OK, keep_OK
+
+
+def _fit(
+    dense_OK: torch.Tensor, start_OK: torch.Tensor, keep_OK: torch.Tensor, h_KK: torch.Tensor
+) -> torch.Tensor:
+    """The kept weights that minimise tr((W - dense) H (W - dense)^T), from `start_OK` on.
+
+    Conjugate gradients on each row, preconditioned by the diagonal of H: one product with H a step
+    serves all rows, where a direct solution needs a factorisation for every row's mask.
+    """
+    w_OK, tiny = start_OK, torch.finfo(start_OK.dtype).tiny
+    residual_OK = ((dense_OK - w_OK) @ h_KK) * keep_OK
+    scaled_OK = residual_OK / h_KK.diagonal()
+    direction_OK, size_O = scaled_OK, (residual_OK * scaled_OK).sum(1)
+    for _ in range(FIT_STEPS):
+        image_OK = (direction_OK @ h_KK) * keep_OK
+        step_O = size_O / (direction_OK * image_OK).sum(1).clamp_min(tiny)
+        w_OK = w_OK + step_O[:, None] * direction_OK
+        residual_OK = residual_OK - step_O[:, None] * image_OK
+        scaled_OK = residual_OK / h_KK.diagonal()
+        last_O, size_O = size_O, (residual_OK * scaled_OK).sum(1)
+        direction_OK = scaled_OK + (size_O / last_O.clamp_min(tiny))[:, None] * direction_OK
+    return w_OK

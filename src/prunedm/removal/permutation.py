@@ -1,0 +1,208 @@
+"""Channel permutation before N:M pruning (Pool & Yu 2021, "Channel permutations for N:M sparsity").
+
+    permutation = find_permutation(denoiser, sample_NCHW, scores, patterns)
+    permute_(denoiser, permutation)
+    scores = permuted(scores, permutation)
+
+Channels are reordered wherever they are coupled, so the denoiser computes the same function, while
+the N:M groups of the layers that read them keep more score (`stripes` has the search).
+
+Norm groups and attention heads must stay whole. A *cell* is a set of channels that every norm has
+in one group and every attention in one head. Single channels move within their cell; equal cells
+swap with each other where each norm sees both whole, or both inside one of its groups. A cell that
+is one stripe leaves nothing to choose: norm groups of M channels gain nothing.
+
+Left as they are: what channel removal treats as interface (the image's channels, the output of the
+time embedding and so the inputs of all `time_emb_proj`), and channels that share a stripe with
+channels of another set. Whole cells of M or more channels are not swapped, nor cells split over
+stripes.
+
+C channels, or their slots; K copies of them in one layer's input; P positions; L norms and heads;
+Z cells.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.layers import to_groups, why_not_nm
+from prunedm.masks import Pattern
+from prunedm.removal.channel_costs import Side, width
+from prunedm.removal.channel_groups import ChannelGroup, free_groups
+from prunedm.removal.stripes import View, best_content, kept_score, stripe_homes
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """New position -> old position by layer and side, and what it gains for each coupled set.
+
+    `kept`: the score that N:M masks keep before and after, by the layer that makes the channels:
+    shares of the whole score of each layer that reads them, summed over these layers.
+    """
+
+    order: dict[tuple[str, Side], torch.Tensor]  # sides that stay as they are may be absent
+    kept: dict[str, tuple[float, float]]
+
+
+def find_permutation(
+    denoiser: nn.Module,
+    sample_NCHW: torch.Tensor,
+    scores: Mapping[str, torch.Tensor],
+    patterns: Mapping[str, Pattern],
+    *,
+    class_labels: torch.Tensor | None = None,
+    timestep: torch.Tensor | int = 0,
+) -> Permutation:
+    """A permutation that raises the score kept by the `patterns` of these layers (local optimum).
+
+    `scores`: weight-shaped, higher = keep, for at least the layers in `patterns`; each is divided
+    by the layer's sum of absolute values. Few scores compare across layers (magnitudes depend on
+    the scale of what a norm passes on), and undivided the largest layer would decide alone what
+    all layers on a residual stream get; so a single layer may keep less while the sum rises.
+    Deterministic; `denoiser` is not changed. Raises `UserError` where a pattern does not fit its
+    layer or a score is missing or of another shape.
+    """
+    rows = {name: _normalised_rows(denoiser, name, scores, p) for name, p in patterns.items()}
+    order: dict[tuple[str, Side], torch.Tensor] = {}
+    kept: dict[str, tuple[float, float]] = {}
+    groups = free_groups(denoiser, sample_NCHW, timestep=timestep, class_labels=class_labels)
+    for group in groups:
+        places = _places(group)
+        views = _views(places, rows, patterns)
+        if not views:
+            continue
+        content_C = best_content(views, *_cells(denoiser, places))
+        start_C = torch.arange(group.channels)
+        kept[group.name] = (kept_score(views, start_C), kept_score(views, content_C))
+        if not torch.equal(content_C, start_C):
+            for (name, side), place_KC in places.items():
+                whole = torch.arange(width(denoiser.get_submodule(name), side))
+                whole = order.setdefault((name, side), whole)
+                whole[place_KC] = place_KC[:, content_C]
+    return Permutation(order, kept)
+
+
+@torch.no_grad()
+def permute_(denoiser: nn.Module, permutation: Permutation) -> None:
+    """Reorder the parameters in place. Raises `UserError` where the model is of other widths."""
+    for (name, side), order in permutation.order.items():
+        module = dict(denoiser.named_modules()).get(name)
+        if module is None or width(module, side) != len(order):
+            raise UserError(f"permutation of another model: {name} has no {len(order)} {side}puts")
+    for name in dict.fromkeys(layer for layer, _ in permutation.order):
+        for parameter in denoiser.get_submodule(name).parameters(recurse=False):
+            parameter.copy_(_reordered(parameter, name, permutation))
+
+
+def permuted(
+    by_layer: Mapping[str, torch.Tensor], permutation: Permutation
+) -> dict[str, torch.Tensor]:
+    """Weight-shaped tensors by layer (scores, masks) in the order that `permute_` gives weights."""
+    return {name: _reordered(value, name, permutation) for name, value in by_layer.items()}
+
+
+def _reordered(value: torch.Tensor, name: str, permutation: Permutation) -> torch.Tensor:
+    sides: tuple[Side, ...] = ("out", "in")  # the first two axes of a weight; a bias has one
+    for axis, side in enumerate(sides[: value.ndim]):
+        order = permutation.order.get((name, side))
+        if order is not None:
+            value = value.index_select(axis, order.to(value.device))
+    return value
+
+
+def _normalised_rows(
+    denoiser: nn.Module, name: str, scores: Mapping[str, torch.Tensor], pattern: Pattern
+) -> torch.Tensor:
+    """The layer's score as (rows, input channels), its absolute values adding up to one."""
+    layer = dict(denoiser.named_modules()).get(name)
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        raise UserError(f"pattern {pattern} is for {name!r}, which is no layer of this model")
+    if reason := why_not_nm(layer, pattern.m):
+        raise UserError(f"pattern {pattern} does not fit {name}: {reason}")
+    score = scores.get(name)
+    if score is None or score.shape != layer.weight.shape:
+        found = "no score" if score is None else f"a score of shape {tuple(score.shape)}"
+        raise UserError(f"{name} has {found}; its weight is {tuple(layer.weight.shape)}")
+    score = score.detach().to("cpu", torch.float64)
+    total = score.abs().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return to_groups(score / total, score.shape[1])
+
+
+def _places(group: ChannelGroup) -> dict[tuple[str, Side], torch.Tensor]:
+    """Where each channel is, by layer and side: position of copy k of channel c.
+
+    Empty where some layer does not hold whole copies: then the channels cannot be moved.
+    """
+    found: dict[tuple[str, Side], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for coupling in group.couplings:
+        found[coupling.layer, coupling.side].append((coupling.index_P, coupling.channel_P))
+    places = {}
+    for key, parts in found.items():
+        index_P = torch.cat([index for index, _ in parts])
+        ascending_P = index_P.argsort()
+        channel_P = torch.cat([channel for _, channel in parts])[ascending_P]
+        if len(channel_P) % group.channels:
+            return {}
+        channel_KC = channel_P.reshape(-1, group.channels)
+        if not bool((channel_KC.sort(1).values == torch.arange(group.channels)).all()):
+            return {}
+        place_KC = index_P[ascending_P].reshape(-1, group.channels)
+        places[key] = place_KC.gather(1, channel_KC.argsort(1))
+    return places
+
+
+def _views(
+    places: Mapping[tuple[str, Side], torch.Tensor],
+    rows: Mapping[str, torch.Tensor],
+    patterns: Mapping[str, Pattern],
+) -> list[View]:
+    """The inputs that take a pattern; those of equal pattern and stripes are one view."""
+    found: dict[tuple[Pattern, tuple[int, ...]], list[torch.Tensor]] = defaultdict(list)
+    for (name, side), place_KC in places.items():
+        if side == "in" and name in patterns:
+            for place_C in place_KC:
+                home_C = stripe_homes(place_C, patterns[name].m)
+                columns_RC = rows[name][:, place_C]
+                found[patterns[name], tuple(home_C.tolist())].append(columns_RC)
+    views = []
+    for (pattern, home), parts in found.items():
+        views.append(View(pattern, torch.cat(parts), torch.tensor(home)))
+    return views
+
+
+def _cells(
+    denoiser: nn.Module, places: Mapping[tuple[str, Side], torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Slots of each cell, and families (cells, U) of cells that may swap with each other."""
+    channels = next(iter(places.values())).shape[1]
+    seen, sizes = [torch.zeros(channels, dtype=torch.long)], [channels]
+    for (name, side), place_KC in places.items():
+        size = _indivisible(denoiser, name, side)
+        seen += [place_C // size for place_C in place_KC if size > 0]
+        sizes += [size for _ in place_KC if size > 0]
+    part_LC = torch.stack(seen)  # the norm group or head of each channel, by norm or head
+    parts_LZ, cell_C = part_LC.unique(dim=1, return_inverse=True)
+    cells = [(cell_C == z).nonzero().flatten() for z in range(parts_LZ.shape[1])]
+    families: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
+    for cell, parts in zip(cells, parts_LZ.T.tolist(), strict=True):
+        # -1: the cell is the whole of the norm group, so it may become the whole of another
+        key = [-1 if size == len(cell) else part for part, size in zip(parts, sizes, strict=True)]
+        families[(len(cell), *key)].append(cell)
+    return cells, [torch.stack(family) for family in families.values()]
+
+
+def _indivisible(denoiser: nn.Module, name: str, side: Side) -> int:
+    """How many neighbouring positions make a norm group or a head here; 0 where there is none."""
+    module = denoiser.get_submodule(name)
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups
+    parent = denoiser.get_submodule(name.rpartition(".")[0])
+    projects = name.rpartition(".")[2] in ("to_q", "to_k", "to_v") and side == "out"
+    if isinstance(parent, Attention) and projects:
+        return width(module, "out") // parent.heads
+    return 0
