@@ -20,6 +20,7 @@ _HOME = {
     "sample": "prunedm.stages",
     "evaluate": "prunedm.stages",
     "compare": "prunedm.stages",
+    "analyze": "prunedm.stages",
     "run": "prunedm.recipe",
     "Recipe": "prunedm.recipe",
     "UserError": "prunedm.errors",

@@ -14,6 +14,7 @@ from prunedm import __version__
 from prunedm.configuration import merge_file, preset_file, validation_message
 from prunedm.errors import UserError
 from prunedm.options import (
+    AnalyzeOptions,
     EvaluateOptions,
     FinetuneOptions,
     LearnOptions,
@@ -92,12 +93,29 @@ def prune(
     config: Config = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Remove channels, single weights, or N:M weights, by a score."""
+    """Remove channels, single weights, or N:M weights, by a score or by OBS."""
     from prunedm.console import pruning_table
     from prunedm.stages import prune as stage
 
     _report(stage, model, out, merge_file(options, config), overwrite=overwrite)
     pruning_table(out / "pruning_stats.json")
+
+
+@app.command
+def analyze(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[AnalyzeOptions, Flat] = AnalyzeOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure what layers see at each noise level: JSON, heat map, and which score to try."""
+    from prunedm.console import analysis_table
+    from prunedm.stages import analyze as stage
+
+    _report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    analysis_table(out)
 
 
 @app.command

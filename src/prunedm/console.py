@@ -25,6 +25,7 @@ from prunedm.evaluation.table import NONE, Cell, headers, lines, warnings
 from prunedm.progress import Task
 
 console = Console()
+SHOWN_LAYERS = 12  # of an analysis; all are in its JSON
 _TONES = {"better": "green", "worse": "yellow", "": "dim"}
 
 
@@ -75,8 +76,9 @@ def pruning_table(stats_file: Path) -> None:
     """What pruning did to each layer: widths before and after, or the share of zeros."""
     stats = json.loads(stats_file.read_text(encoding="utf-8"))
     table = Table("layer", "before => after", title="pruning", title_justify="left")
+    patterns = stats.get("patterns", {})
     for name, value in stats["layers"].items():
-        table.add_row(name, _change(value))
+        table.add_row(name, f"{_change(value)}  {patterns.get(name, '')}".rstrip())
     for name, reason in stats.get("dense", {}).items():
         table.add_row(name, f"dense: {reason}")
     before, after = stats["before"], stats["after"]
@@ -84,7 +86,36 @@ def pruning_table(stats_file: Path) -> None:
         share = 1 - after[key] / before[key]
         table.add_row(f"[bold]{key}", f"{before[key]:,} => {after[key]:,}  (-{share:.1%})")
     table.add_row("[bold]loss", f"{before['loss']:.4f} => {after['loss']:.4f}")
+    for kind, wanted in stats.get("requested", {}).items():
+        if kind in stats.get("achieved", {}):
+            table.add_row(f"[bold]{kind} asked", f"{wanted:.1%}, got {stats['achieved'][kind]:.2%}")
     console.print(table)
+    if "reason" in stats:
+        console.print(stats["reason"], style="yellow", markup=False)
+
+
+def analysis_table(folder: Path) -> None:
+    """The layers with most outlier channels, and what follows for the choice of a score."""
+    found = json.loads((folder / "activations.json").read_text(encoding="utf-8"))
+    table = _empty_table()
+    table.add_column("layer", no_wrap=True)
+    for heading in ("largest", "outliers", "mean", "drift"):
+        table.add_column(heading, justify="right")
+    peak = {name: max(layer["largest"]) for name, layer in found["layers"].items()}
+    for name in sorted(peak, key=lambda n: -peak[n])[:SHOWN_LAYERS]:
+        layer = found["layers"][name]
+        outliers = sum(layer["outliers"]) / len(layer["outliers"])
+        table.add_row(
+            name, f"{peak[name]:.1f}x", f"{outliers:.1%}", f"{layer['mean_share']:.0%}",
+            f"{layer['drift']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "[dim]largest channel over the median one; outlier channels; share of E\\[x^2] that is "
+        "the mean's; change of the channels' profile from clean to noisy[/]"
+    )
+    console.print(found["verdict"], markup=False, highlight=False)
+    console.print(f"heat map: {(folder / 'activations.png').resolve()}", soft_wrap=True)
 
 
 def _change(value: list[list[int]] | float) -> str:

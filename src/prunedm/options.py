@@ -4,9 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
-ScoreName = Literal["magnitude", "random", "taylor", "wanda"]
-Mechanism = Literal["channels", "weights", "nm"]
-TARGETS = ("params", "macs", "channels")
+ScoreName = Literal[
+    "random",
+    "magnitude",
+    "magnitude-l2",
+    "taylor",
+    "taylor-multivariable",
+    "diff-pruning",
+    "wanda",
+    "fluctuation",
+]
+Mechanism = Literal["channels", "weights", "nm", "obs-weights", "obs-nm"]
+TARGETS = ("params", "macs", "channels", "weights")
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -32,11 +41,21 @@ def _checked_target(text: str) -> str:
 
 def _checked_pattern(text: str) -> str:
     n, colon, m = text.partition(":")
-    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
-        raise ValueError(f"{text!r} is no N:M with 0 < N < M; try 2:4")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 16):
+        raise ValueError(f"{text!r} is no N:M with 0 < N < M <= 16; try 2:4")
     return text
 
 
+def _checked_time_range(text: str) -> str:
+    first, dash, last = text.partition("-")
+    numbers = dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last)
+    if text not in TIME_RANGES and not numbers:
+        raise ValueError(f"{text!r} is none of {', '.join(TIME_RANGES)}, and no a-b; try 100-500")
+    return text
+
+
+TIME_RANGES = ("all", "early", "middle", "late")
+TimeRangeText = Annotated[str, AfterValidator(_checked_time_range)]
 TargetText = Annotated[str, AfterValidator(_checked_target)]
 PatternText = Annotated[str, AfterValidator(_checked_pattern)]
 
@@ -56,14 +75,35 @@ class DataOptions(Options):
     flip: bool = Field(False, description="mirror half of the training images")
     convert_channels: bool = Field(False, description="convert images of other channel counts")
     seed: int = Field(0, ge=0, description="decides every random draw")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
 
 
-class ScoreOptions(DataOptions):
+class CalibrationOptions(DataOptions):
+    """The problems that statistics of layers are taken from."""
+
+    calibration_problems: int = Field(512, ge=1, description="problems behind a score")
+    calibration_batch: int = Field(64, ge=1, description="problems at a time")
+    time_range: TimeRangeText = Field(
+        "all", description="their timesteps: all, early (noisiest third), middle, late, or a-b"
+    )
+    time_bins: int = Field(10, ge=1, description="time bins of activation statistics")
+    targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
+
+
+class ScoreOptions(CalibrationOptions):
     """What matters, and what it is measured on."""
 
     score: ScoreName = Field("taylor", description="what matters")
-    calibration_problems: int = Field(512, ge=1, description="problems behind taylor and wanda")
-    targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
+    over_time: Literal["mean", "max", "median", "weighted_mean"] = Field(
+        "mean", description="of activation norms over time bins (wanda)"
+    )
+    over_problems: Literal["mean", "max", "median"] = Field(
+        "mean", description="of activations over the problems of a bin (wanda)"
+    )
+    sweep_images: int = Field(16, ge=1, description="images of the sweep over t (diff-pruning)")
+    stop_below: float = Field(
+        0.05, ge=0, lt=1, description="share of the largest loss that ends the sweep (diff-pruning)"
+    )
 
 
 class LoopOptions(DataOptions):
@@ -80,7 +120,6 @@ class LoopOptions(DataOptions):
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 is no limit")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="weight averaging; 0 is none")
     mixed_precision: Precision = Field("no", description="autocast type")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
     workers: int = Field(0, ge=0, description="processes that decode images")
     checkpoint_every: int = Field(50, ge=0, description="steps between checkpoints; 0 is none")
     validate_every: int = Field(
@@ -109,23 +148,45 @@ class TrainOptions(LoopOptions):
 
 
 class PruneOptions(ScoreOptions):
-    """`prunedm prune`: remove channels, single weights, or N:M weights, by a score."""
+    """`prunedm prune`: remove channels, single weights, or N:M weights."""
 
-    mechanism: Mechanism = Field("channels", description="what is removed")
+    mechanism: Mechanism = Field(
+        "channels", description="what is removed; obs- updates the weights that stay"
+    )
     target: TargetText = Field(
         "params=0.3",
-        description="share removed: params=, macs= or channels= (channels), params= (weights)",
+        description="share removed: params=, macs=, channels= (channels), weights= (of the layers)",
     )
     pattern: PatternText = Field("2:4", description="N kept of every M input channels (nm)")
+    allocation: Literal["uniform", "sensitivity"] = Field(
+        "uniform", description="same for all layers, or by measured loss to meet the target"
+    )
+    candidates: tuple[str, ...] = Field(
+        (), description="patterns or ratios a layer may get besides dense (sensitivity)"
+    )
+    sensitivity_problems: int = Field(
+        128, ge=2, description="problems behind a layer's sensitivity"
+    )
+    permute: bool = Field(
+        False, description="reorder channels first so that groups lose less (nm, obs-nm)"
+    )
     scope: Literal["layer", "global"] = Field("global", description="rank weights within (weights)")
-    round_to: int = Field(
-        8, ge=1, description="widths stay multiples of this where they can (channels)"
+    obs_damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal (obs)")
+    obs_time_weights: tuple[PositiveFloat, PositiveFloat] = Field(
+        (1.2, 0.8), description="of problems, from the noisiest step to the cleanest (obs)"
+    )
+    obs_memory: float = Field(2.0, gt=0, description="GiB of Hessians at a time (obs)")
+    round_to: int | None = Field(
+        None, ge=1, description="widths' multiple; none: 16, or 8 where none is over 64 (channels)"
     )
     max_layer_ratio: float = Field(
         0.7, gt=0, lt=1, description="most that one layer loses (channels)"
     )
     reduction: Literal["sum", "mean", "max", "first"] = Field(
         "max", description="of a channel's scores over the layers that share it (channels)"
+    )
+    reinitialise: bool = Field(
+        False, description="fresh weights in the smaller network: a baseline (channels)"
     )
     pictures: int = Field(16, ge=0, description="samples before and after, from the same noise")
 
@@ -193,4 +254,13 @@ class EvaluateOptions(DataOptions):
     inception_weights: str = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_repeats: int = Field(20, ge=1, description="timed calls")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
+
+
+class AnalyzeOptions(CalibrationOptions):
+    """`prunedm analyze`: activation statistics of every layer and time bin."""
+
+    outlier: float = Field(
+        3.0, gt=1, description="an input channel is an outlier above this times the layer's median"
+    )
+    pattern: PatternText = Field("2:4", description="pattern that both scores are tried with")
+    problems: int = Field(500, ge=2, description="held-out problems of that trial; see the report")

@@ -28,9 +28,6 @@ class Recipe(DataOptions):
     """
 
     model: str = Field("digits", description="a model folder, a hub id, or digits")
-    device: str = Field(
-        "auto", pattern="^(auto|cpu)$", description="auto takes a GPU if there is one"
-    )
     skip: tuple[str, ...] = Field((), description=f"stages to leave out, of {', '.join(STAGES)}")
     prune: PruneOptions = PruneOptions(target="params=0.3")
     recover: FinetuneOptions = FinetuneOptions(steps=120)

@@ -2,6 +2,7 @@
 
 from prunedm.options import EvaluateOptions
 from prunedm.sampling import make_sampler
+from prunedm.stages.analyze import analyze
 from prunedm.stages.compare import compare
 from prunedm.stages.evaluate import evaluate, with_features
 from prunedm.stages.finetune import finetune
@@ -24,4 +25,14 @@ def check_inputs(model: str, options: EvaluateOptions) -> None:
     make_sampler(loaded.scheduler, options.sampler)
 
 
-__all__ = ["check_inputs", "compare", "evaluate", "finetune", "learn", "prune", "sample", "train"]
+__all__ = [
+    "analyze",
+    "check_inputs",
+    "compare",
+    "evaluate",
+    "finetune",
+    "learn",
+    "prune",
+    "sample",
+    "train",
+]

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet, load_images
-from prunedm.diffusion import DenoisingProblems, ProblemBatch
+from prunedm.diffusion import DenoisingProblems, ProblemBatch, time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import EMBEDDED, Model, load
-from prunedm.options import DataOptions, ScoreOptions
+from prunedm.options import CalibrationOptions, DataOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import Record, Source
-from prunedm.scores import SCORES, score_layers
+from prunedm.scores import Calibration, score_layers
 
 
 def source_of(model: Model) -> Source:
@@ -61,12 +61,26 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
         channels=channels,
         convert=options.convert_channels,
     )
-    if model.conditional and images.labels is None:
-        raise UserError(f"{options.dataset!r} has no labels, and the model is class-conditional")
+    if model.conditional:
+        _check_labels(model, images, options.dataset)
     return images
 
 
-def training_problems(model: Model, options: DataOptions, images: ImageSet) -> DenoisingProblems:
+def _check_labels(model: Model, images: ImageSet, dataset: str) -> None:
+    if images.labels is None:
+        raise UserError(f"{dataset!r} has no labels, and the model is class-conditional")
+    classes, highest = model.denoiser.config.num_class_embeds, max(images.labels)
+    if classes is not None and highest >= classes:
+        raise UserError(f"{dataset!r} has label {highest}, and the model {classes} classes")
+
+
+def training_problems(
+    model: Model,
+    options: DataOptions,
+    images: ImageSet,
+    *,
+    time_range: tuple[int, int] | None = None,
+) -> DenoisingProblems:
     """The endless stream that training, learning and calibration read."""
     return DenoisingProblems(
         images,
@@ -76,6 +90,7 @@ def training_problems(model: Model, options: DataOptions, images: ImageSet) -> D
         shuffle=True,
         flip=options.flip,
         conditional=model.conditional,
+        time_range=time_range,
     )
 
 
@@ -91,6 +106,16 @@ def held_out_problems(model: Model, options: DataOptions, count: int) -> list[Pr
     return fixed_batches(problems, count)
 
 
+def calibration_problems(
+    model: Model, options: CalibrationOptions, images: ImageSet
+) -> DenoisingProblems:
+    """The training stream, narrowed to the options' timesteps."""
+    steps = model.scheduler.config.num_train_timesteps
+    return training_problems(
+        model, options, images, time_range=time_range(options.time_range, steps)
+    )
+
+
 def score_weights(
     model: Model,
     layers: Mapping[str, nn.Module],
@@ -99,11 +124,24 @@ def score_weights(
     *,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Scores of these layers; problems are drawn only for scores that look at data."""
-    batches = []
-    if SCORES[options.score].needs_problems:
-        problems = training_problems(model, options, images)
-        batches = fixed_batches(problems, options.calibration_problems)
+    """Scores of these layers by the options' score, on the options' device."""
+    device = device_for(options.device)
+    calibration = Calibration(
+        problems=calibration_problems(model, options, images),
+        count=options.calibration_problems,
+        batch_size=options.calibration_batch,
+        time_bins=options.time_bins,
+        over_time=options.over_time,
+        over_problems=options.over_problems,
+        sweep_images=options.sweep_images,
+        stop_below=options.stop_below,
+        device=device,
+    )
     return score_layers(
-        model.denoiser, layers, options.score, batches=batches, seed=options.seed, progress=progress
+        model.denoiser.to(device),
+        layers,
+        options.score,
+        calibration=calibration,
+        seed=options.seed,
+        progress=progress,
     )

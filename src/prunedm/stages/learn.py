@@ -74,13 +74,19 @@ def _unmasked(given: Model) -> Model:
     if given.masks is None:
         return given
     if given.masks.pattern is None:
+        found = f"masks of several kinds ({given.masks.pattern_text})" * bool(given.masks.patterns)
         raise UserError(
-            f"{given.name} has unstructured masks; learn wants N:M ones (prune with nm)"
+            f"{given.name} has {found or 'unstructured masks'}; learn wants one N:M pattern for all"
         )
     if given.record is None or given.record.stage not in ("prune", "learn"):
         raise UserError(
             f"{given.name} does not say which model its masks were applied to: give learn the "
             "model before masking"
+        )
+    if given.record.options.get("permute"):
+        raise UserError(
+            f"{given.name} had its channels reordered when it was pruned, so no model on disk has "
+            "the weights under its masks; give learn one that was pruned without --permute"
         )
     parent = reload(given.record.inputs["model"])
     return _unmasked(parent) if given.record.stage == "learn" else parent

@@ -1,0 +1,126 @@
+"""analyze: what layers see at each noise level, and whether a score that looks at it would help."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunedm.calibration import TimeBins, input_squares, input_variances
+from prunedm.data import ImageSet
+from prunedm.evaluation.activations import (
+    Activations,
+    Trial,
+    heat_map,
+    layer_activations,
+    verdict,
+)
+from prunedm.evaluation.loss import denoising_loss
+from prunedm.folder import Model, load
+from prunedm.layers import prunable_layers
+from prunedm.masks import Pattern
+from prunedm.options import AnalyzeOptions, ScoreOptions
+from prunedm.progress import Progress, Silent
+from prunedm.record import Record, write_json
+from prunedm.removal.nm import nm_masks
+from prunedm.stages.frame import run_stage
+from prunedm.stages.inputs import (
+    calibration_problems,
+    data_source,
+    device_for,
+    held_out_problems,
+    images_for,
+    score_weights,
+    source_of,
+)
+
+STATISTICS = "activations.json"
+PICTURE = "activations.png"
+TRIED = ("magnitude", "wanda", "fluctuation")
+
+
+def analyze(
+    source: str | Path,
+    out: str | Path,
+    options: AnalyzeOptions = AnalyzeOptions(),
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> tuple[Record, bool]:
+    """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
+    progress = progress or Silent()
+    model = load(source)
+    images = images_for(model, options, "train")
+
+    def make(folder: Path) -> dict[str, Any]:
+        found = _activations(model, images, options, progress)
+        trial = _trial(model, images, options, progress)
+        sentence = verdict(found, trial)
+        write_json(
+            {"verdict": sentence, "trial": trial.model_dump()} | found.model_dump(),
+            folder / STATISTICS,
+        )
+        heat_map(found, folder / PICTURE)
+        return {
+            "verdict": sentence,
+            "outlier_ratio": found.outlier_ratio,
+            "mean_share": found.mean_share,
+            "trial": trial.model_dump(),
+        }
+
+    return run_stage(
+        "analyze",
+        out,
+        options=options,
+        inputs={"model": source_of(model), "dataset": data_source(images)},
+        parent=model.record,
+        make=make,
+        overwrite=overwrite,
+    )
+
+
+def _activations(
+    model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress
+) -> Activations:
+    device = device_for(options.device)
+    denoiser = model.denoiser.to(device)
+    layers = prunable_layers(denoiser, options.targets)
+    problems = calibration_problems(model, options, images)
+    bins = TimeBins(problems.first, problems.last, options.time_bins)
+    batches = problems.stream(options.calibration_problems, size=options.calibration_batch)
+    squares = input_squares(denoiser, layers, batches, bins=bins, device=device, progress=progress)
+    variances = input_variances(denoiser, layers, batches, device=device, progress=progress)
+    return Activations(
+        bins=bins.edges,
+        outlier=options.outlier,
+        layers={
+            name: layer_activations(squares[name], variances[name], outlier=options.outlier)
+            for name in layers
+        },
+    )
+
+
+def _trial(model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress) -> Trial:
+    """Prune a copy by each score, and see."""
+    device = device_for(options.device)
+    held_out = held_out_problems(model, options, options.problems)
+    dense = denoising_loss(model.denoiser.to(device), held_out, device=device)
+    shared = {
+        k: getattr(options, k) for k in type(options).model_fields if k in ScoreOptions.model_fields
+    }
+    pattern, losses = Pattern.parse(options.pattern), {}
+    for score in TRIED:
+        layers = prunable_layers(model.denoiser, options.targets)
+        wanted = ScoreOptions(**shared, score=score)
+        scores = score_weights(model, layers, wanted, images, progress=progress)
+        pruned: nn.Module = deepcopy(model.denoiser)
+        nm_masks(layers, scores, pattern).apply_(pruned)
+        losses[score] = denoising_loss(pruned, held_out, device=device).mean
+    model.denoiser.to(torch.device("cpu"))
+    return Trial(
+        pattern=options.pattern,
+        dense=dense.mean,
+        standard_error=dense.standard_error,
+        losses=losses,
+    )

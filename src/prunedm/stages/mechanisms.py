@@ -1,0 +1,255 @@
+"""The mechanisms behind `prune`: each changes the model in place, and says what it did."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from prunedm.errors import UserError
+from prunedm.evaluation.loss import fixed_batches
+from prunedm.masks import Masks, Pattern
+from prunedm.options import parse_target
+from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
+from prunedm.randomness import seed_for
+from prunedm.removal.allocation import (
+    Choice,
+    allocate,
+    dense_targets,
+    fitting,
+    sensitivities,
+    weight_costs,
+)
+from prunedm.removal.channel_groups import channel_groups
+from prunedm.removal.channels import plan_channels, remove_channels
+from prunedm.removal.nm import eligible_layers, nm_mask
+from prunedm.removal.obs import obs_prune
+from prunedm.removal.permutation import find_permutation, permute_, permuted
+from prunedm.removal.weights import keep_highest, weight_masks
+from prunedm.stages.inputs import calibration_problems, device_for
+from prunedm.stages.pruning_job import (
+    Details,
+    Job,
+    removed_share,
+    requested,
+    share_to_remove,
+    widths,
+)
+
+RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
+PATTERNS = ("2:4", "1:4")  # and of N:M
+STEPS = "layers take only the candidates; more --candidates make finer steps"
+
+
+def remove_by_channels(job: Job) -> Details:
+    """Narrow the model: it becomes a `PrunedUNet2DModel`."""
+    options, denoiser = job.options, job.model.denoiser
+    if options.targets:
+        raise UserError("--targets narrows weights and nm; channels are coupled across the network")
+    kind, ratio = parse_target(options.target)
+    if kind == "weights":
+        raise UserError(f"--target weights= is for single weights; channels take params={ratio:g}")
+    before = {name: widths(layer) for name, layer in job.layers.items()}
+    groups = channel_groups(denoiser, job.sample, class_labels=job.labels, round_to=job.round_to)
+    plan = plan_channels(
+        denoiser,
+        groups,
+        scores=job.scores(),
+        ratio=ratio,
+        target_kind=kind,  # type: ignore[arg-type]
+        positions=job.positions,
+        reduction=options.reduction,
+        max_ratio=options.max_layer_ratio,
+    )
+    remove_channels(denoiser, plan)
+    job.model.denoiser = from_resized(denoiser)
+    if options.reinitialise:
+        job.model.denoiser = _fresh(job.model.denoiser, options.seed)
+    changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
+    achieved = float(plan.figures[f"{kind}_removed"])
+    return requested(kind, ratio, achieved, _why_channels(job.round_to)) | {
+        "round_to": job.round_to,
+        "norms_regrouped": len(plan.regrouped),
+        "layers": changes,
+    }
+
+
+def remove_weights(job: Job) -> Details:
+    """Unstructured masks from scores, or by OBS; uniform, global or allocated ratios."""
+    options = job.options
+    kind, ratio = parse_target(options.target)
+    if kind == "channels":
+        raise UserError(f"--target channels= is for channels; weights take weights={ratio:g}")
+    share = share_to_remove(job, kind, ratio)
+    obs, by_layer = options.mechanism == "obs-weights", options.allocation == "sensitivity"
+    scores = {} if obs and not by_layer else job.scores()
+    choices = (
+        _allocated(job, scores, options.candidates or RATIOS)
+        if by_layer
+        else dict.fromkeys(job.layers, share)
+    )
+    if obs:
+        masks = Masks(_obs(job, choices))
+    elif by_layer:
+        masks = Masks(_masks(scores, choices))
+    else:
+        positions = job.positions if kind == "macs" else None
+        masks = weight_masks(scores, share, scope=options.scope, positions=positions)
+    job.model.masks = masks
+    details = requested(kind, ratio, removed_share(job, kind), STEPS) | _zeros(job)
+    return details | {"dense": _left_dense(choices)} if by_layer else details
+
+
+def remove_nm(job: Job) -> Details:
+    """N:M masks from scores, or by OBS; one pattern, or one allocated to each layer."""
+    options = job.options
+    obs, by_layer = options.mechanism == "obs-nm", options.allocation == "sensitivity"
+    if not by_layer and "target" in options.model_fields_set:
+        raise UserError(
+            "--target: N:M removes what its pattern says; --allocation sensitivity meets a target"
+        )
+    scores = job.scores() if by_layer or options.permute or not obs else {}
+    details: Details = {"dense": {}}
+    if by_layer:
+        choices = _allocated(job, scores, options.candidates or PATTERNS)
+        details["dense"] = _left_dense(choices)
+    else:
+        pattern = Pattern.parse(options.pattern)
+        eligible, details["dense"] = eligible_layers(job.layers, pattern)
+        choices = dict.fromkeys(eligible, pattern)
+    patterns = {name: choice for name, choice in choices.items() if isinstance(choice, Pattern)}
+    if options.permute:
+        details["permutation"] = _permute(job, scores, patterns)
+    masks = _obs(job, patterns) if obs else _masks(scores, patterns)
+    job.model.masks = Masks(masks, patterns)
+    if by_layer:
+        kind, ratio = parse_target(options.target)
+        details |= requested(kind, ratio, removed_share(job, kind), STEPS)
+        details["patterns"] = {name: str(pattern) for name, pattern in patterns.items()}
+    else:
+        details["requested"] = {"pattern": options.pattern}
+    return details | _zeros(job)
+
+
+MECHANISMS: dict[str, Callable[[Job], Details]] = {
+    "channels": remove_by_channels,
+    "weights": remove_weights,
+    "nm": remove_nm,
+    "obs-weights": remove_weights,
+    "obs-nm": remove_nm,
+}
+
+
+def _allocated(
+    job: Job, scores: dict[str, torch.Tensor], texts: tuple[str, ...]
+) -> dict[str, Choice]:
+    """Each layer's choice, from measured losses, under the budget that the target leaves."""
+    options = job.options
+    kind, ratio = parse_target(options.target)
+    candidates = fitting(job.layers, [None, *map(_choice, texts)])
+    positions = job.positions if kind == "macs" else None
+    costs = weight_costs(job.layers, candidates, positions)
+    removable = sum(max(cost.values()) for cost in costs.values())
+    here = share_to_remove(job, kind, ratio) * sum(
+        layer.get_parameter("weight").numel() * (positions[name] if positions else 1)
+        for name, layer in job.layers.items()
+    )
+    device = device_for(options.device)
+    problems = calibration_problems(job.model, options, job.images)
+    denoiser = job.model.denoiser.to(device)
+    batches = fixed_batches(problems, options.sensitivity_problems)
+    losses = sensitivities(
+        denoiser,
+        job.layers,
+        lambda name, choice: _mask(scores[name], choice),
+        candidates,
+        batches=dense_targets(denoiser, batches, device=device),
+        device=device,
+        progress=job.progress,
+    )
+    job.model.denoiser.cpu()
+    return allocate(losses, costs, removable - here)
+
+
+def _choice(text: str) -> Choice:
+    """'2:4' => a pattern, '0.5' => a share removed."""
+    if ":" in text:
+        return Pattern.parse(text)
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise UserError(
+            f"candidate {text!r} is no N:M pattern and no ratio; try 2:4 or 0.5"
+        ) from None
+    if not 0 < ratio < 1:
+        raise UserError(f"candidate {text} is not between 0 and 1; dense is always among them")
+    return ratio
+
+
+def _mask(score: torch.Tensor, choice: Choice) -> torch.Tensor:
+    assert choice is not None
+    if isinstance(choice, Pattern):
+        return nm_mask(score.abs(), choice)
+    return keep_highest(score, choice)
+
+
+def _masks(scores: dict[str, torch.Tensor], choices: Any) -> dict[str, torch.Tensor]:
+    return {n: _mask(scores[n], choice) for n, choice in choices.items() if choice is not None}
+
+
+def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
+    """Masks by OBS; the weights that stay are changed."""
+    options, device = job.options, device_for(job.options.device)
+    chosen = {name: choice for name, choice in choices.items() if choice is not None}
+    problems = calibration_problems(job.model, options, job.images)
+    masks = obs_prune(
+        job.model.denoiser.to(device),
+        chosen,
+        batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
+        train_timesteps=job.model.scheduler.config.num_train_timesteps,
+        time_weights=options.obs_time_weights,
+        damping=options.obs_damping,
+        memory=int(options.obs_memory * 2**30),
+        device=device,
+        progress=job.progress,
+    )
+    job.model.denoiser.cpu()
+    return masks
+
+
+def _permute(
+    job: Job, scores: dict[str, torch.Tensor], patterns: dict[str, Pattern]
+) -> dict[str, tuple[float, float]]:
+    """Reorder channels so that groups lose less; the scores go along.
+
+    Returns the share of the scores kept, before and after, by coupled set.
+    """
+    permutation = find_permutation(
+        job.model.denoiser, job.sample, scores, patterns, class_labels=job.labels
+    )
+    permute_(job.model.denoiser, permutation)
+    scores.update(permuted(scores, permutation))
+    return permutation.kept
+
+
+def _why_channels(round_to: int) -> str:
+    return (
+        f"channels go in whole norm groups or heads, in multiples of {round_to}; "
+        "a smaller --round-to makes finer steps"
+    )
+
+
+def _left_dense(choices: Mapping[str, Choice]) -> dict[str, str]:
+    return {name: "left dense by allocation" for name, choice in choices.items() if choice is None}
+
+
+def _zeros(job: Job) -> Details:
+    assert job.model.masks is not None
+    return {"layers": {name: 1 - float(mask.float().mean()) for name, mask in job.model.masks}}
+
+
+def _fresh(denoiser: PrunedUNet2DModel, seed: int) -> PrunedUNet2DModel:
+    """The same architecture with newly initialised weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_for(seed, "reinitialise"))
+        fresh: PrunedUNet2DModel = PrunedUNet2DModel.from_config(denoiser.config)
+    return fresh.eval()

@@ -1,0 +1,97 @@
+"""What a pruning mechanism is given, and what a target means for it: asked for, reached, and why."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunedm.data import ImageSet
+from prunedm.evaluation.size import count_parameters
+from prunedm.folder import Model
+from prunedm.layers import prunable_layers
+from prunedm.options import PruneOptions
+from prunedm.progress import Progress
+from prunedm.removal.channel_costs import count_macs, layer_positions
+from prunedm.removal.weights import share_of_weights
+from prunedm.stages.inputs import score_weights
+
+Details = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a mechanism is given."""
+
+    model: Model
+    options: PruneOptions
+    images: ImageSet
+    progress: Progress
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Module]:
+        return prunable_layers(self.model.denoiser, self.options.targets)
+
+    @cached_property
+    def round_to(self) -> int:
+        """Kernels work in blocks of 16 channels; narrow models need finer steps."""
+        widest = max(widths(layer)[1] for layer in self.layers.values())
+        return self.options.round_to or (16 if widest > 64 else 8)
+
+    @cached_property
+    def sample(self) -> torch.Tensor:
+        return torch.zeros(1, *self.model.sample_shape)
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        return torch.zeros(1, dtype=torch.long) if self.model.conditional else None
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        return layer_positions(self.model.denoiser.cpu(), self.sample, class_labels=self.labels)
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Of the model as it is now; it ends on the CPU."""
+        scores = score_weights(
+            self.model, self.layers, self.options, self.images, progress=self.progress
+        )
+        self.model.denoiser.cpu()
+        return scores
+
+
+def share_to_remove(job: Job, kind: str, ratio: float) -> float:
+    """The share of the layers' weights, or of their MACs, that meets the target."""
+    total, positions = count_parameters(job.model.denoiser), None
+    if kind == "macs":
+        positions = job.positions
+        total = count_macs(job.model.denoiser, positions)
+    weights = {name: layer.get_parameter("weight").numel() for name, layer in job.layers.items()}
+    return share_of_weights(kind, ratio, weights=weights, total=total, positions=positions)
+
+
+def removed_share(job: Job, kind: str) -> float:
+    """The share of the target's kind that the masks remove."""
+    masks = job.model.masks
+    assert masks is not None
+    gone = {name: int((~mask).sum()) for name, mask in masks}
+    if kind == "macs":
+        total = count_macs(job.model.denoiser, job.positions)
+        return sum(count * job.positions[name] for name, count in gone.items()) / total
+    if kind == "params":
+        return sum(gone.values()) / count_parameters(job.model.denoiser)
+    return sum(gone.values()) / sum(m.get_parameter("weight").numel() for m in job.layers.values())
+
+
+def requested(kind: str, ratio: float, achieved: float, why: str) -> Details:
+    """What was asked for and what was reached, with the reason where they differ by over 1 %."""
+    details: Details = {"requested": {kind: ratio}, "achieved": {kind: achieved}}
+    if abs(achieved - ratio) > 0.01 * ratio:
+        details["reason"] = f"{kind}={achieved:.4f} is the nearest: {why}"
+    return details
+
+
+def widths(layer: nn.Module) -> list[int]:
+    """Input and output channels."""
+    weight = layer.get_parameter("weight")
+    return [weight.shape[1], weight.shape[0]]
