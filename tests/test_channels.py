@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunedm.pruned_unet import from_resized
+from prunedm.pruned_unet import PrunedUNet2DModel, _dense_config, from_resized, widths_of
 from prunedm.removal.channel_costs import count_macs, count_params, layer_positions
 from prunedm.removal.channel_groups import ChannelGroup, channel_groups
 from prunedm.removal.channels import (
@@ -336,3 +336,22 @@ def test_the_same_share_of_channels_is_met_over_all_layers_together():
         kept = plan.keep.get((group.name, "out"))
         lost = 0 if kept is None else 1 - len(kept) / group.channels
         assert abs(lost - 0.3) <= 1 / len(group.blocks) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["heads", "classes", "scale_shift", "resnet_resampling"])
+def test_removal_is_a_new_small_network_with_the_kept_channels_copied(name):
+    model = unet(block_out_channels=(32, 64), **CONFIGS[name])
+    dense = deepcopy(model)
+    plan = plan_for(model, 0.3)
+    remove_channels(model, plan)
+    small = PrunedUNet2DModel(**_dense_config(dense), widths=widths_of(model)).eval()
+    layers = dict(dense.named_modules())
+    with torch.no_grad():
+        for layer, module in small.named_modules():
+            for kind, parameter in module.named_parameters(recurse=False):
+                value = getattr(layers[layer], kind)
+                for axis, side in enumerate(("out", "in")[: value.ndim]):
+                    kept = plan.keep.get((layer, side), torch.arange(value.shape[axis]))
+                    value = torch.stack([value.select(axis, int(k)) for k in kept], axis)
+                parameter.copy_(value)
+    torch.testing.assert_close(output(model), output(small), rtol=1e-6, atol=1e-6)

@@ -156,6 +156,17 @@ def test_channels_meet_their_target_or_say_why(target):
     assert near != ("multiples of 16" in coarse.get("reason", ""))
 
 
+def test_layers_that_cannot_get_narrower_say_so():
+    _, fine = pruned(**WAYS["channels"], score="random")
+    assert fine["dense"] == {}
+    _, coarse = pruned(mechanism="channels", target="macs=0.2", round_to=16, score="random")
+    assert coarse["dense"]
+    for name, reason in coarse["dense"].items():
+        before, after = coarse["layers"][name]
+        assert before == after
+        assert "cannot be split" in reason
+
+
 def test_allocation_gives_layers_different_patterns():
     model, details = pruned(**MORE["allocated"])
     assert len(set(model.masks.patterns.values())) > 1 or details["dense"]

@@ -351,3 +351,22 @@ def test_every_score_makes_exact_weight_masks(scored, scope, ratio):
         kept = torch.cat([masks.by_layer[name].ravel() for name in pool])
         assert int((~kept).sum()) == round(ratio * len(score))
         assert score[kept].min() >= score[~kept].max()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "removed"),
+    [
+        (5 / 12, [1, 4]),  # 1 + 4 of 12
+        (6 / 12, [1, 4, 2]),
+        (0.44, [1, 4]),  # rounds to 5 of 12
+        (0.37, [1]),  # 4 of 12: the next would make it 5
+        (1.0, [1, 4, 2, 5, 0, 3]),
+    ],
+)
+def test_macs_count_weights_by_their_positions(ratio, removed):
+    # in order of score: costs 1 4 1 4 1 1
+    scores = {"cheap": torch.tensor([[5.0, 1, -3, 6]]), "dear": torch.tensor([[-2.0, 4]])}
+    positions = {"cheap": 1, "dear": 4}
+    masks = weight_masks(scores, ratio, scope="global", positions=positions)
+    kept = torch.cat([mask.flatten() for _, mask in masks])
+    assert (~kept).nonzero().flatten().tolist() == sorted(removed)

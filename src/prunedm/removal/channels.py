@@ -97,7 +97,9 @@ def plan_channels(
     No group loses more than `max_ratio` of its blocks. Raises if `ratio` cannot be reached.
     """
     if not groups:
-        raise UserError("channels: there is no group to remove from; protect fewer layers")
+        raise UserError(
+            "channels: no layer has two blocks to choose from; a smaller round_to helps"
+        )
     _check_targets(ratio, target_kind, max_ratio, positions)
     importances = [block_importance(group, scores, reduction=reduction) for group in groups]
     if target_kind == "channels":

@@ -60,8 +60,8 @@ def find_permutation(
 ) -> Permutation:
     """A permutation that raises the score kept by the `patterns` of these layers (local optimum).
 
-    `scores`: weight-shaped, higher = keep, for at least the layers in `patterns`; each is divided
-    by the layer's sum of absolute values. Few scores compare across layers (magnitudes depend on
+    `scores`: weight-shaped, for at least the layers in `patterns`; absolute values count, divided by
+    the layer's sum. Few scores compare across layers (magnitudes depend on
     the scale of what a norm passes on), and undivided the largest layer would decide alone what
     all layers on a residual stream get; so a single layer may keep less while the sum rises.
     Deterministic; `denoiser` is not changed. Raises `UserError` where a pattern does not fit its
@@ -128,8 +128,8 @@ def _normalised_rows(
     if score is None or score.shape != layer.weight.shape:
         found = "no score" if score is None else f"a score of shape {tuple(score.shape)}"
         raise UserError(f"{name} has {found}; its weight is {tuple(layer.weight.shape)}")
-    score = score.detach().to("cpu", torch.float64)
-    total = score.abs().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    score = score.detach().to("cpu", torch.float64).abs()
+    total = score.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return to_groups(score / total, score.shape[1])
 
 

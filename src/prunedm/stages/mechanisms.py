@@ -37,6 +37,7 @@ from prunedm.stages.pruning_job import (
 
 RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
 PATTERNS = ("2:4", "1:4")  # and of N:M
+TIED = "its channels are tied to protected layers, or form one block that cannot be split"
 STEPS = "layers take only the candidates; more --candidates make finer steps"
 
 
@@ -65,11 +66,13 @@ def remove_by_channels(job: Job) -> Details:
     if options.reinitialise:
         job.model.denoiser = _fresh(job.model.denoiser, options.seed)
     changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
+    free = {coupling.layer for group in groups for coupling in group.couplings}
     achieved = float(plan.figures[f"{kind}_removed"])
     return requested(kind, ratio, achieved, _why_channels(job.round_to)) | {
         "round_to": job.round_to,
         "norms_regrouped": len(plan.regrouped),
         "layers": changes,
+        "dense": {name: TIED for name in before if name not in free},
     }
 
 
@@ -118,7 +121,7 @@ def remove_nm(job: Job) -> Details:
         choices = dict.fromkeys(eligible, pattern)
     patterns = {name: choice for name, choice in choices.items() if isinstance(choice, Pattern)}
     if options.permute:
-        details["permutation"] = _permute(job, scores, patterns)
+        scores, details["permutation"] = _permute(job, scores, patterns)
     masks = _obs(job, patterns) if obs else _masks(scores, patterns)
     job.model.masks = Masks(masks, patterns)
     if by_layer:
@@ -218,17 +221,17 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
 
 def _permute(
     job: Job, scores: dict[str, torch.Tensor], patterns: dict[str, Pattern]
-) -> dict[str, tuple[float, float]]:
-    """Reorder channels so that groups lose less; the scores go along.
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
+    """Reorder channels so that groups lose less.
 
-    Returns the share of the scores kept, before and after, by coupled set.
+    Returns the scores in the new order, and what the patterns keep of them before and after, by
+    coupled set.
     """
     permutation = find_permutation(
         job.model.denoiser, job.sample, scores, patterns, class_labels=job.labels
     )
     permute_(job.model.denoiser, permutation)
-    scores.update(permuted(scores, permutation))
-    return permutation.kept
+    return permuted(scores, permutation), permutation.kept
 
 
 def _why_channels(round_to: int) -> str:
