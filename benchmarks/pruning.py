@@ -3,12 +3,12 @@
     python benchmarks/pruning.py digits
     python benchmarks/pruning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
         --dataset ../shared/data/cifar10 --features ../shared/models/cifar10_features.pt \\
-        --samples 320 --sampling-steps 10 --compile --without-reductions
+        --samples 320 --sampling-steps 10 --compile --without-reductions \\
+        --sensitivity-problems 32
 
-One row is one pruned model: its denoising loss on 2,000 held-out problems with the standard error,
-and FD. Rows are kept in `runs/pruning-NAME/` as they are made, so the same command goes on where it
-was interrupted. At the end: `benchmarks/results/pruning-NAME.json`, and the section pruning-NAME of
-`docs/results.md`.
+A row is a pruned model: its loss on 2,000 held-out problems with the standard error, and FD. Rows are
+kept in `runs/pruning-NAME/`, so the same command goes on where it was interrupted. At the end:
+`benchmarks/results/pruning-NAME.json`, and the section pruning-NAME of `docs/results.md`.
 """
 
 import argparse
@@ -85,15 +85,6 @@ MORE: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ),
         ("2:4, obs", {"mechanism": "obs-nm"}),
         ("2:4, obs, permuted", {"mechanism": "obs-nm", "score": "magnitude", "permute": True}),
-        (
-            "weights 50 % by sensitivity, obs",
-            {
-                "mechanism": "obs-weights",
-                "score": "magnitude",
-                "allocation": "sensitivity",
-                "target": "weights=0.5",
-            },
-        ),
     ],
     REDUCTIONS: [
         (
@@ -130,7 +121,7 @@ class Bench:
     name: str
     arguments: argparse.Namespace
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         return Path("runs") / f"pruning-{self.name}"
 
@@ -171,23 +162,25 @@ class Bench:
         copy = deepcopy(self.dense.denoiser)
         return torch.compile(copy, dynamic=False) if self.arguments.compile else copy
 
-    def row(self, key: str, make: Callable[[], tuple[Model, dict[str, Any]]]) -> dict[str, Any]:
-        """A row from disk, or made, measured and kept."""
+    def row(self, key: str, job: Job | None = None) -> dict[str, Any]:
+        """A row from disk, or pruned, measured and kept; rows of equal options are measured once."""
         path = self.folder / "rows" / f"{re.sub(r'[^a-z0-9]+', '-', key.lower())}.json"
         if path.exists():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
+            return _read(path)
+        options = job.options.model_dump(mode="json", exclude_defaults=True) if job else {}
+        for other in map(_read, path.parent.glob("*.json")):
+            if other.get("options") == options:
+                write_json(other | {"key": key}, path)
+                return _read(path)
         started = time.perf_counter()
-        model, details = make()
+        model, details = prune(job) if job else (self.dense, {})
         pruned = time.perf_counter() - started
-        figures = self.measure(model)
-        result = {"key": key, "seconds_pruning": round(pruned, 1), **figures, **details}
+        result = {"key": key, "seconds_pruning": round(pruned, 1), "options": options}
+        result |= self.measure(model) | details
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(result, path)
-        print(
-            f"{key:55s} loss {result['loss']:.4f}  FD {result['fd']:.1f}  ({pruned:.0f} s)",
-            flush=True,
-        )
+        loss, distance = result["loss"], result["fd"]
+        print(f"{key:55s} loss {loss:.4f}  FD {distance:.1f}  ({pruned:.0f} s)", flush=True)
         return result
 
     def measure(self, model: Model) -> dict[str, float]:
@@ -208,17 +201,15 @@ class Bench:
         return {"loss": loss.mean, "loss_se": loss.standard_error, "fd": distance}
 
     def _fast(self, model: Model) -> Any:
-        if not self.arguments.compile or model.denoiser.num_parameters() < self.total:
+        if (
+            not self.arguments.compile
+            or model.denoiser.num_parameters() < self.dense.denoiser.num_parameters()
+        ):
             return model.denoiser
         self.compiled.load_state_dict(
             {f"_orig_mod.{k}": v for k, v in model.denoiser.state_dict().items()}
         )
         return self.compiled
-
-    @cached_property
-    def total(self) -> int:
-        count: int = self.dense.denoiser.num_parameters()
-        return count
 
     def job(self, **options: Any) -> Job:
         wanted = PruneOptions(**(self.base.model_dump(exclude_unset=True) | options))
@@ -238,6 +229,11 @@ class ScoredJob(Job):
         return self.cache[name]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def prune(job: Job) -> tuple[Model, dict[str, Any]]:
     details = MECHANISMS[job.options.mechanism](job)
     if job.model.masks is not None:
@@ -249,7 +245,7 @@ def prune(job: Job) -> tuple[Model, dict[str, Any]]:
 
 
 def rows_of(bench: Bench) -> Iterator[dict[str, Any]]:
-    yield bench.row("dense", lambda: (bench.dense, {}))
+    yield bench.row("dense")
     for score in [*SCORES, "obs"]:
         for setting, options in SETTINGS.items():
             channels = options["mechanism"] == "channels"
@@ -260,11 +256,13 @@ def rows_of(bench: Bench) -> Iterator[dict[str, Any]]:
             )
             job = bench.job(**wanted)
             scored = ScoredJob(job.model, job.options, job.images, job.progress)
-            yield bench.row(f"{score} / {setting}", lambda scored=scored: prune(scored))
+            yield bench.row(f"{score} / {setting}", scored)
     for title, entries in bench.more.items():
         for label, options in entries:
             wanted = {"mechanism": "nm"} | options
-            yield bench.row(f"{title} / {label}", lambda wanted=wanted: prune(bench.job(**wanted)))
+            if "allocation" in options:
+                wanted["sensitivity_problems"] = bench.arguments.sensitivity_problems
+            yield bench.row(f"{title} / {label}", bench.job(**wanted))
 
 
 def kernel_ratio() -> dict[str, float]:
@@ -348,7 +346,7 @@ def side_measurement(bench: Bench, name: str, make: Callable[[], Any]) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(make(), path)
         print(f"{name}: done", flush=True)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read(path)
 
 
 def main() -> None:

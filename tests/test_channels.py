@@ -282,7 +282,7 @@ def test_nothing_to_remove_is_an_error():
     assert (
         groups_of(model, protect=["time_embedding", "down_blocks", "mid_block", "up_blocks"]) == []
     )
-    with pytest.raises(ValueError, match="no group"):
+    with pytest.raises(ValueError, match="no layer has two blocks"):
         plan_channels(model, [], scores=random_scores(model), ratio=0.3)
 
 
