@@ -384,8 +384,8 @@ def main() -> None:
     body = markdown(
         result,
         conditions=(
-            f"the denoising loss on {PROBLEMS} held-out problems ± its standard error, then FD "
-            f"({bench.features.name}) of {arguments.samples} ddim-{arguments.sampling_steps} samples"
+            f"the denoising loss on {PROBLEMS} held-out problems ± its standard error, then "
+            f"{bench.features.name} of {arguments.samples} ddim-{arguments.sampling_steps} samples"
             f"{', both in bf16 autocast' if arguments.compile else ''}"
         ),
         scores=[*SCORES, "obs"],
