@@ -357,6 +357,7 @@ def main() -> None:
     parser.add_argument("--features", default="digits-cnn")
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--sampling-steps", type=int, default=25)
+    parser.add_argument("--sensitivity-problems", type=int, default=128)
     parser.add_argument(
         "--compile", action="store_true", help="compiled and in bf16: loss and samples"
     )

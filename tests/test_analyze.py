@@ -47,7 +47,9 @@ def test_taps_of_a_kernel_are_averaged():
         (0.1, 0.05, ["10.0%", "is likely to help; and tried", "wanda loses less than magnitude"]),
         (0.1, 0.08, ["is likely to help; but tried", "wanda loses more than magnitude"]),
         (0.01, 0.08, ["is unlikely to help; and tried", "wanda loses more"]),
-        (0.01, 0.0601, ["is unlikely to help; but tried", "wanda and magnitude lose alike"]),
+        (0.01, 0.0601, ["is unlikely to help; and tried", "wanda and magnitude lose alike"]),
+        (0.1, 0.0601, ["is likely to help; but tried", "wanda and magnitude lose alike"]),
+        (0.01, 0.05, ["is unlikely to help; but tried", "wanda loses less"]),
     ],
 )
 def test_the_verdict_says_what_to_expect_and_what_came(outliers, wanda, words):
@@ -56,7 +58,9 @@ def test_the_verdict_says_what_to_expect_and_what_came(outliers, wanda, words):
     )
     found = Activations(bins=[(0, 999)], outlier=3.0, layers={"a": layer})
     losses = {"magnitude": 0.06, "wanda": wanda}
-    sentence = verdict(found, Trial(pattern="2:4", dense=0.02, standard_error=0.001, losses=losses))
+    errors = {"magnitude": 0.0, "wanda": 0.001}
+    trial = Trial(pattern="2:4", dense=0.02, losses=losses, standard_error=errors)
+    sentence = verdict(found, trial)
     assert all(word in sentence for word in [*words, "40%", "2:4", f"{wanda:.4f}", "0.0600"])
 
 

@@ -234,3 +234,38 @@ def test_patterns_parse_up_to_sixteen():
     with pytest.raises(ValueError, match="0 < N < M <= 16"):
         PruneOptions(pattern="2:17")
     assert Pattern.parse("15:16").m == 16
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (WAYS["channels"] | {"score": "magnitude"}, {"max_layer_ratio": 0.4}),
+        (WAYS["channels"] | {"score": "magnitude"}, {"reduction": "first"}),
+        (WAYS["channels"] | {"score": "magnitude"}, {"round_to": 8}),
+        (WAYS["2:4"] | {"score": "wanda", "time_range": "all"}, {"over_problems": "max"}),
+        (WAYS["2:4"] | {"score": "wanda", "time_range": "all"}, {"time_range": "late"}),
+        (WAYS["2:4"] | {"score": "wanda", "time_bins": 2}, {"over_time": "max"}),
+        (WAYS["2:4"] | {"score": "diff-pruning"}, {"sweep_images": 1}),
+        (WAYS["2:4"] | {"score": "diff-pruning", "time_range": "0-20"}, {"stop_below": 0.9999}),
+        (WAYS["weights"] | {"score": "magnitude"}, {"scope": "row"}),
+        (MORE["obs 2:4"], {"obs_damping": 1.0}),
+        (MORE["obs 2:4"] | {"time_range": "all"}, {"obs_time_weights": (100.0, 0.01)}),
+        (MORE["allocated"], {"candidates": ("1:4",)}),
+    ],
+)
+def test_options_reach_what_they_are_for(base, change):
+    one, other = (pruned(**(base | more))[0].denoiser.state_dict() for more in ({}, change))
+    same = [n for n in one if one[n].shape == other[n].shape and torch.equal(one[n], other[n])]
+    assert len(same) < len(one)
+
+
+def test_rows_lose_the_same_share():
+    model, _ = pruned(mechanism="weights", target="weights=0.5", scope="row", score="magnitude")
+    dense = tiny_model(**CONDITIONAL).denoiser
+    for name, mask in model.masks:
+        kept_OK, size_OK = mask.flatten(1), dense.get_submodule(name).weight.abs().flatten(1)
+        assert (kept_OK.sum(1) == size_OK.shape[1] - round(0.5 * size_OK.shape[1])).all()
+        assert (
+            size_OK.masked_fill(~kept_OK, torch.inf).amin(1)
+            >= size_OK.masked_fill(kept_OK, -torch.inf).amax(1)
+        ).all()

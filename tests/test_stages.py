@@ -33,6 +33,7 @@ from prunedm.stages.compare import read_comparison
 from prunedm.stages.evaluate import read_evaluation, read_samples
 from prunedm.stages.inputs import held_out_problems
 
+SMALL = {"score": "magnitude", "sensitivity_problems": 2}
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 MEASURE = {
     "problems": 10,
@@ -262,6 +263,18 @@ def test_pruning_weights_removes_the_share_asked_for(tmp_path, scope):
         ({"mechanism": "nm", "target": "params=0.5"}, "removes what its pattern says"),
         ({"mechanism": "nm", "time_range": "900-1200", "score": "wanda"}, "timesteps are 0-999"),
         ({"mechanism": "obs-nm", "time_range": "900-1200"}, "timesteps are 0-999"),
+        (
+            {"mechanism": "nm", "allocation": "sensitivity", "target": "channels=0.5"},
+            "weights take weights=0.5",
+        ),
+        ({"mechanism": "nm", "candidates": ("0.5",)}, "'0.5': nm takes patterns like 2:4"),
+        ({"mechanism": "weights", "candidates": ("2:4",)}, "'2:4': weights takes ratios like 0.5"),
+        ({"mechanism": "nm", "candidates": ("8:32",)}, "at most 16 channels"),
+        (
+            {"mechanism": "nm", "allocation": "sensitivity", "target": "params=0.9", **SMALL},
+            r"params=0.9 cannot be reached: 0\.\d+ is the largest with the candidates 2:4, 1:4",
+        ),
+        ({"mechanism": "nm", "targets": ("conv_in",)}, "'conv_in' is protected"),
         (
             {"mechanism": "nm", "allocation": "sensitivity", "candidates": ("half",)},
             "candidate 'half' is no N:M pattern",
@@ -517,3 +530,25 @@ def test_a_changed_input_is_not_called_done(tmp_path):
     save(other, source)
     with pytest.raises(UserError, match="another model"):
         prune(source, out, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mechanism": "obs-nm", "calibration_problems": 4}, "pruned by OBS, whose moved weights"),
+        ({"mechanism": "nm", "score": "magnitude", "permute": True}, "channels reordered"),
+        (
+            {"mechanism": "nm", "allocation": "sensitivity", "target": "params=0.6", **SMALL},
+            "masks of several kinds .*finetune it",
+        ),
+    ],
+)
+def test_learn_refuses_masks_whose_weights_are_not_on_disk(tmp_path, options, message):
+    prune(tiny_folder(), tmp_path / "pruned", PruneOptions(pictures=0, **options))
+    with pytest.raises(UserError, match=message):
+        learn(tmp_path / "pruned", tmp_path / "out", LearnOptions(steps=2, **QUICK))
+    loop = {"steps": 2, "warmup": 1, **QUICK}
+    record, _ = finetune(tmp_path / "pruned", tmp_path / "tuned", FinetuneOptions(**loop))
+    before, after = load(tmp_path / "pruned").masks, load(tmp_path / "tuned").masks
+    assert before.patterns == after.patterns
+    assert np.isfinite(record.figures["loss"])

@@ -104,17 +104,19 @@ def loss_gradients(
     batches: Iterable[ProblemBatch],
     *,
     stop_below: float = 0.0,
+    total: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean denoising loss over all problems, by layer, of the weight's shape.
 
     It ends before the first batch whose loss is below `stop_below` times the largest so far.
+    `total`: batches there may be, for the progress of an iterable that does not say.
     """
     denoiser.eval()
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
     totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    length = len(batches) if isinstance(batches, Sequence) else 0
+    length = len(batches) if isinstance(batches, Sequence) else total
     largest, count = 0.0, 0
     with (progress or Silent()).task("gradients", length) as bar:
         for cpu_batch in batches:

@@ -75,7 +75,9 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> None:
 def pruning_table(stats_file: Path) -> None:
     """What pruning did to each layer: widths before and after, or the share of zeros."""
     stats = json.loads(stats_file.read_text(encoding="utf-8"))
-    table = Table("layer", "before => after", title="pruning", title_justify="left")
+    pattern = stats.get("requested", {}).get("pattern", "")
+    title = f"pruning {pattern}".rstrip()
+    table = Table("layer", "before => after", title=title, title_justify="left")
     patterns = stats.get("patterns", {})
     for name, value in stats["layers"].items():
         table.add_row(name, f"{_change(value)}  {patterns.get(name, '')}".rstrip())
@@ -84,7 +86,10 @@ def pruning_table(stats_file: Path) -> None:
     before, after = stats["before"], stats["after"]
     for key in ("params", "nonzero", "macs"):
         share = 1 - after[key] / before[key]
-        table.add_row(f"[bold]{key}", f"{before[key]:,} => {after[key]:,}  (-{share:.1%})")
+        change = (
+            f"{before[key]:,} => {after[key]:,}  (-{share:.1%})" if share else f"{before[key]:,}"
+        )
+        table.add_row(f"[bold]{key}", change)
     table.add_row("[bold]loss", f"{before['loss']:.4f} => {after['loss']:.4f}")
     for kind, wanted in stats.get("requested", {}).items():
         if kind in stats.get("achieved", {}):

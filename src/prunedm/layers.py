@@ -34,6 +34,8 @@ def prunable_layers(
     wanted = tuple(targets)
     for target in wanted:
         if not any(_matches(name, target) for name in layers):
+            if is_under(target, protect):
+                raise UserError(f"target {target!r} is protected: {', '.join(protect)} stay whole")
             tops = sorted({".".join(name.split(".")[:2]) for name in layers})
             raise UserError(f"target {target!r} matches no layer; there are {', '.join(tops)}")
     if not wanted:

@@ -87,7 +87,9 @@ class CalibrationOptions(DataOptions):
         "all", description="their timesteps: all, early (noisiest third), middle, late, or a-b"
     )
     time_bins: int = Field(10, ge=1, description="time bins of activation statistics")
-    targets: tuple[str, ...] = Field((), description="only layers of these prefixes or expressions")
+    targets: tuple[str, ...] = Field(
+        (), description="only this prefix or expression of layers; repeat it"
+    )
 
 
 class ScoreOptions(CalibrationOptions):
@@ -162,7 +164,7 @@ class PruneOptions(ScoreOptions):
         "uniform", description="same for all layers, or by measured loss to meet the target"
     )
     candidates: tuple[str, ...] = Field(
-        (), description="patterns or ratios a layer may get besides dense (sensitivity)"
+        (), description="a pattern or ratio that layers may get; repeat it (sensitivity)"
     )
     sensitivity_problems: int = Field(
         128, ge=2, description="problems behind a layer's sensitivity"
@@ -170,7 +172,9 @@ class PruneOptions(ScoreOptions):
     permute: bool = Field(
         False, description="reorder channels first so that groups lose less (nm, obs-nm)"
     )
-    scope: Literal["layer", "global"] = Field("global", description="rank weights within (weights)")
+    scope: Literal["row", "layer", "global"] = Field(
+        "global", description="rank weights within an output row, a layer, or all (weights)"
+    )
     obs_damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal (obs)")
     obs_time_weights: tuple[PositiveFloat, PositiveFloat] = Field(
         (1.2, 0.8), description="of problems, from the noisiest step to the cleanest (obs)"

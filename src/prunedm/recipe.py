@@ -29,7 +29,7 @@ class Recipe(DataOptions):
 
     model: str = Field("digits", description="a model folder, a hub id, or digits")
     skip: tuple[str, ...] = Field((), description=f"stages to leave out, of {', '.join(STAGES)}")
-    prune: PruneOptions = PruneOptions(target="params=0.3")
+    prune: PruneOptions = PruneOptions()
     recover: FinetuneOptions = FinetuneOptions(steps=120)
     mask: PruneOptions = PruneOptions(mechanism="nm", score="magnitude")
     learn: LearnOptions = LearnOptions()
@@ -59,6 +59,10 @@ def run(
     unknown = set(recipe.skip) - set(STAGES)
     if unknown:
         raise UserError(f"skip: no stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
+    if recipe.stage_options("mask").mechanism.startswith("obs") and not {"mask", "learn"} & set(
+        recipe.skip
+    ):
+        raise UserError("mask: OBS moves weights, which learn would undo; --skip learn")
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     verbs = {
         "prune": stages.prune,

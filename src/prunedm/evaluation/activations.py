@@ -32,8 +32,8 @@ class Trial(BaseModel):
 
     pattern: str
     dense: float
-    standard_error: float
     losses: dict[str, float]
+    standard_error: dict[str, float]  # of the difference to magnitude, problem by problem
 
 
 class Activations(BaseModel):
@@ -78,13 +78,13 @@ def verdict(found: Activations, trial: Trial) -> str:
     expected = ratio > LIKELY
     aware = min((s for s in losses if s != "magnitude"), key=lambda s: losses[s])
     gained = losses["magnitude"] - losses[aware]
-    clear = abs(gained) > trial.standard_error
+    clear = abs(gained) > 2 * trial.standard_error[aware]
     outcome = (
         f"{aware} loses {'less' if gained > 0 else 'more'} than magnitude"
         if clear
         else f"{aware} and magnitude lose alike"
     )
-    agrees = "and" if clear and (gained > 0) == expected else "but"
+    agrees = "and" if (clear and gained > 0) == expected else "but"
     return (
         f"{ratio:.1%} of the input channels are outliers (above {found.outlier:g}x their layer's "
         f"median), so an activation-aware score is {'likely' if expected else 'unlikely'} to help; "

@@ -43,7 +43,7 @@ def lowest_blocks(
         reachable = math.floor(1000 * most) / 1000
         raise UserError(
             f"a ratio of {ratio:g} cannot be reached: {reachable:g} is the largest here; "
-            "raise max_layer_ratio"
+            "a smaller --round-to or a larger --max-layer-ratio gives more"
         )
     heads = range(len(ranked) + 1)
     k = bisect_right(heads, ratio, key=lambda n: share(ranked[:n])) - 1

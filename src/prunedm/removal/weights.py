@@ -17,11 +17,15 @@ def weight_masks(
     scope: str,
     positions: Mapping[str, int] | None = None,
 ) -> Masks:
-    """Remove the share `ratio` of the weights of each layer (`scope="layer"`) or of all ("global").
+    """Remove the share `ratio` of the weights of each output row, of each layer, or of all.
+
+    `scope`: "row" (Wanda's for unstructured pruning), "layer" or "global".
 
     With `positions`, a weight counts as often as its layer has output positions: `ratio` is then a
     share of the layers' MACs.
     """
+    if scope == "row":
+        return Masks({name: _keep_highest_of_rows(score, ratio) for name, score in scores.items()})
     if scope == "layer":
         return Masks({name: keep_highest(score, ratio) for name, score in scores.items()})
     together = torch.cat([score.reshape(-1) for score in scores.values()])
@@ -48,6 +52,13 @@ def keep_highest(score: torch.Tensor, ratio: float) -> torch.Tensor:
         ties = np.flatnonzero(size == limit)
         mask[ties[: removed - (size.size - int(mask.sum()))]] = False
     return torch.from_numpy(mask).reshape(score.shape).to(score.device)
+
+
+def _keep_highest_of_rows(score: torch.Tensor, ratio: float) -> torch.Tensor:
+    size_OK = score.abs().flatten(1)
+    removed_OR = size_OK.argsort(dim=1, stable=True)[:, : round(ratio * size_OK.shape[1])]
+    mask_OK = torch.ones_like(size_OK, dtype=torch.bool).scatter_(1, removed_OR, False)
+    return mask_OK.reshape(score.shape)
 
 
 def share_of_weights(

@@ -34,6 +34,7 @@ def low_noise_gradients(
         layers,
         problems.sweep(images),
         stop_below=threshold,
+        total=problems.last - problems.first + 1,
         device=device,
         progress=progress,
     )

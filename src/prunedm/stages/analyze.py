@@ -16,14 +16,14 @@ from prunedm.evaluation.activations import (
     layer_activations,
     verdict,
 )
-from prunedm.evaluation.loss import denoising_loss
+from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model, load
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import AnalyzeOptions, ScoreOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, write_json
-from prunedm.removal.nm import nm_masks
+from prunedm.removal.nm import eligible_layers, nm_masks
 from prunedm.stages.frame import run_stage
 from prunedm.stages.inputs import (
     calibration_problems,
@@ -52,6 +52,9 @@ def analyze(
     progress = progress or Silent()
     model = load(source)
     images = images_for(model, options, "train")
+    eligible_layers(
+        prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
+    )
 
     def make(folder: Path) -> dict[str, Any]:
         found = _activations(model, images, options, progress)
@@ -109,18 +112,23 @@ def _trial(model: Model, images: ImageSet, options: AnalyzeOptions, progress: Pr
     shared = {
         k: getattr(options, k) for k in type(options).model_fields if k in ScoreOptions.model_fields
     }
-    pattern, losses = Pattern.parse(options.pattern), {}
+    pattern, losses = Pattern.parse(options.pattern), dict[str, LossEstimate]()
     for score in TRIED:
         layers = prunable_layers(model.denoiser, options.targets)
         wanted = ScoreOptions(**shared, score=score)
         scores = score_weights(model, layers, wanted, images, progress=progress)
         pruned: nn.Module = deepcopy(model.denoiser)
         nm_masks(layers, scores, pattern).apply_(pruned)
-        losses[score] = denoising_loss(pruned, held_out, device=device).mean
+        losses[score] = denoising_loss(pruned, held_out, device=device)
     model.denoiser.to(torch.device("cpu"))
     return Trial(
         pattern=options.pattern,
         dense=dense.mean,
-        standard_error=dense.standard_error,
-        losses=losses,
+        losses={score: loss.mean for score, loss in losses.items()},
+        standard_error={
+            score: LossEstimate.of(
+                loss.per_problem_N - losses["magnitude"].per_problem_N
+            ).standard_error
+            for score, loss in losses.items()
+        },
     )

@@ -76,12 +76,18 @@ def _unmasked(given: Model) -> Model:
     if given.masks.pattern is None:
         found = f"masks of several kinds ({given.masks.pattern_text})" * bool(given.masks.patterns)
         raise UserError(
-            f"{given.name} has {found or 'unstructured masks'}; learn wants one N:M pattern for all"
+            f"{given.name} has {found or 'unstructured masks'}; learn wants one N:M pattern for all; "
+            "finetune it, or prune with one --pattern"
         )
     if given.record is None or given.record.stage not in ("prune", "learn"):
         raise UserError(
             f"{given.name} does not say which model its masks were applied to: give learn the "
             "model before masking"
+        )
+    if str(given.record.options.get("mechanism", "")).startswith("obs"):
+        raise UserError(
+            f"{given.name} was pruned by OBS, whose moved weights learn would undo; finetune it, or "
+            "give learn a model pruned with --mechanism nm"
         )
     if given.record.options.get("permute"):
         raise UserError(

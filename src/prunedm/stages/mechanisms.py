@@ -1,14 +1,17 @@
 """The mechanisms behind `prune`: each changes the model in place, and says what it did."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from prunedm.diffusion import time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
+from prunedm.layers import why_not_nm
 from prunedm.masks import Masks, Pattern
-from prunedm.options import parse_target
+from prunedm.options import PruneOptions, parse_target
 from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
 from prunedm.randomness import seed_for
 from prunedm.removal.allocation import (
@@ -41,14 +44,37 @@ TIED = "its channels are tied to protected layers, or form one block that cannot
 STEPS = "layers take only the candidates; more --candidates make finer steps"
 
 
+def check_options(options: PruneOptions, train_timesteps: int) -> None:
+    """Raise `UserError` for what a mechanism cannot do, before any work."""
+    kind, ratio = parse_target(options.target)
+    time_range(options.time_range, train_timesteps)
+    if options.mechanism == "channels":
+        if options.targets:
+            raise UserError(
+                "--targets narrows weights and nm; channels are coupled across the network"
+            )
+        if kind == "weights":
+            raise UserError(
+                f"--target weights= is for single weights; channels take params={ratio:g}"
+            )
+        return
+    nm, by_layer = options.mechanism.endswith("nm"), options.allocation == "sensitivity"
+    if kind == "channels":
+        raise UserError(f"--target channels= is for channels; weights take weights={ratio:g}")
+    if nm and not by_layer and "target" in options.model_fields_set:
+        raise UserError(
+            "--target: N:M removes what its pattern says; --allocation sensitivity meets a target"
+        )
+    for text in options.candidates:
+        if isinstance(_choice(text), Pattern) != nm:
+            takes = "patterns like 2:4" if nm else "ratios like 0.5"
+            raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")
+
+
 def remove_by_channels(job: Job) -> Details:
     """Narrow the model: it becomes a `PrunedUNet2DModel`."""
     options, denoiser = job.options, job.model.denoiser
-    if options.targets:
-        raise UserError("--targets narrows weights and nm; channels are coupled across the network")
     kind, ratio = parse_target(options.target)
-    if kind == "weights":
-        raise UserError(f"--target weights= is for single weights; channels take params={ratio:g}")
     before = {name: widths(layer) for name, layer in job.layers.items()}
     groups = channel_groups(denoiser, job.sample, class_labels=job.labels, round_to=job.round_to)
     plan = plan_channels(
@@ -80,8 +106,6 @@ def remove_weights(job: Job) -> Details:
     """Unstructured masks from scores, or by OBS; uniform, global or allocated ratios."""
     options = job.options
     kind, ratio = parse_target(options.target)
-    if kind == "channels":
-        raise UserError(f"--target channels= is for channels; weights take weights={ratio:g}")
     share = share_to_remove(job, kind, ratio)
     obs, by_layer = options.mechanism == "obs-weights", options.allocation == "sensitivity"
     scores = {} if obs and not by_layer else job.scores()
@@ -99,22 +123,18 @@ def remove_weights(job: Job) -> Details:
         masks = weight_masks(scores, share, scope=options.scope, positions=positions)
     job.model.masks = masks
     details = requested(kind, ratio, removed_share(job, kind), STEPS) | _zeros(job)
-    return details | {"dense": _left_dense(choices)} if by_layer else details
+    return details | {"dense": _left_dense(job, choices)} if by_layer else details
 
 
 def remove_nm(job: Job) -> Details:
     """N:M masks from scores, or by OBS; one pattern, or one allocated to each layer."""
     options = job.options
     obs, by_layer = options.mechanism == "obs-nm", options.allocation == "sensitivity"
-    if not by_layer and "target" in options.model_fields_set:
-        raise UserError(
-            "--target: N:M removes what its pattern says; --allocation sensitivity meets a target"
-        )
     scores = job.scores() if by_layer or options.permute or not obs else {}
     details: Details = {"dense": {}}
     if by_layer:
         choices = _allocated(job, scores, options.candidates or PATTERNS)
-        details["dense"] = _left_dense(choices)
+        details["dense"] = _left_dense(job, choices)
     else:
         pattern = Pattern.parse(options.pattern)
         eligible, details["dense"] = eligible_layers(job.layers, pattern)
@@ -156,6 +176,13 @@ def _allocated(
         layer.get_parameter("weight").numel() * (positions[name] if positions else 1)
         for name, layer in job.layers.items()
     )
+    least = sum(min(cost.values()) for cost in costs.values())
+    if least > removable - here:
+        most = math.floor(1000 * ratio * (removable - least) / here) / 1000
+        raise UserError(
+            f"{kind}={ratio:g} cannot be reached: {most:g} is the largest with the candidates "
+            f"{', '.join(texts)}; add sparser ones"
+        )
     device = device_for(options.device)
     problems = calibration_problems(job.model, options, job.images)
     denoiser = job.model.denoiser.to(device)
@@ -176,7 +203,10 @@ def _allocated(
 def _choice(text: str) -> Choice:
     """'2:4' => a pattern, '0.5' => a share removed."""
     if ":" in text:
-        return Pattern.parse(text)
+        pattern = Pattern.parse(text)
+        if pattern.m > 16:
+            raise UserError(f"candidate {text}: groups have at most 16 channels; try 2:4")
+        return pattern
     try:
         ratio = float(text)
     except ValueError:
@@ -241,8 +271,15 @@ def _why_channels(round_to: int) -> str:
     )
 
 
-def _left_dense(choices: Mapping[str, Choice]) -> dict[str, str]:
-    return {name: "left dense by allocation" for name, choice in choices.items() if choice is None}
+def _left_dense(job: Job, choices: Mapping[str, Choice]) -> dict[str, str]:
+    """Layers that got no pattern or ratio, and whether they could have taken one."""
+    nm = job.options.mechanism.endswith("nm")
+    sizes = [Pattern.parse(text).m for text in job.options.candidates or PATTERNS] if nm else []
+    reasons = {}
+    for name in (name for name, choice in choices.items() if choice is None):
+        why = [why_not_nm(job.layers[name], m) for m in sizes]
+        reasons[name] = why[0] if why and why[0] and all(why) else "left dense by allocation"
+    return reasons
 
 
 def _zeros(job: Job) -> Details:

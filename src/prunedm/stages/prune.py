@@ -19,7 +19,7 @@ from prunedm.record import Record, write_json
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.frame import run_stage
 from prunedm.stages.inputs import data_source, device_for, held_out_problems, images_for, source_of
-from prunedm.stages.mechanisms import MECHANISMS
+from prunedm.stages.mechanisms import MECHANISMS, check_options
 from prunedm.stages.pruning_job import Job
 from prunedm.stages.sample import labels_for
 
@@ -41,6 +41,7 @@ def prune(
     model = load(source)
     if model.masks is not None:
         raise UserError(f"{source} has masks already; prune the model that they were made from")
+    check_options(options, model.scheduler.config.num_train_timesteps)
     images = images_for(model, options, "train")
     inputs = {"model": source_of(model), "dataset": data_source(images)}
 
