@@ -295,5 +295,5 @@ def test_the_ends_and_embeddings_are_never_among_the_prunable():
     assert {name.split(".")[0] for name in every - set(layers)} <= set(PROTECTED)
     assert {name.split(".")[0] for name in layers} == {"down_blocks", "mid_block", "up_blocks"}
     assert set(prunable_layers(denoiser, protect=())) == every
-    with pytest.raises(UserError, match="matches no layer"):
+    with pytest.raises(UserError, match="'conv_in' is protected"):
         prunable_layers(denoiser, ["conv_in"])
