@@ -321,7 +321,9 @@ def test_unstructured_masks_are_refused(tmp_path):
         sparse,
         PruneOptions(mechanism="weights", score="random", target="params=0.3", pictures=0),
     )
-    with pytest.raises(UserError, match="sparse has unstructured masks; learn wants one N:M pattern"):
+    with pytest.raises(
+        UserError, match="sparse has unstructured masks; learn wants one N:M pattern"
+    ):
         learn(sparse, tmp_path / "out", LearnOptions(steps=1, **QUICK))
     assert not (tmp_path / "out").exists()
 
