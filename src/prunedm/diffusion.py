@@ -169,11 +169,16 @@ def time_range(text: str, steps: int) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def check_sample_shape(denoiser: Any, problems: ProblemBatch) -> None:
-    """Raise `UserError` where problems have another shape than the denoiser was trained on."""
+def sample_shape(denoiser: Any) -> tuple[int, int, int]:
+    """(C, H, W) of one image that the denoiser was trained on."""
     size = denoiser.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    wanted = (denoiser.config.in_channels, height, width)
+    return denoiser.config.in_channels, height, width
+
+
+def check_sample_shape(denoiser: Any, problems: ProblemBatch) -> None:
+    """Raise `UserError` where problems have another shape than the denoiser was trained on."""
+    wanted = sample_shape(denoiser)
     given = tuple(problems.noisy_NCHW.shape[1:])
     if given != wanted:
         shapes = ["x".join(map(str, shape)) for shape in (given, wanted)]

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 
-from prunedm.diffusion import check_scheduler, scheduler_class
+from prunedm.diffusion import check_scheduler, sample_shape, scheduler_class
 from prunedm.errors import UserError
 from prunedm.masks import Masks, load_masks, save_masks
 from prunedm.pruned_unet import PrunedUNet2DModel
@@ -46,10 +46,7 @@ class Model:
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        config = self.denoiser.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return sample_shape(self.denoiser)
 
     def round_to_dtype(self) -> None:
         """Give the weights the values that the saved file will hold, so figures are of those."""

@@ -3,7 +3,7 @@
 Shapes: B time bins (cleanest first), I input channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,6 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import BaseModel
-
-from prunedm.calibration import TimeBins
 
 LIKELY = 0.05  # share of outlier channels above which activations are said to matter
 
@@ -95,12 +93,6 @@ def verdict(found: Activations, trial: Trial) -> str:
     )
 
 
-def time_bins_text(bins: TimeBins | Sequence[tuple[int, int]]) -> list[str]:
-    """'0-99', '100-199', ..."""
-    edges = bins.edges if isinstance(bins, TimeBins) else bins
-    return [f"{first}-{last}" for first, last in edges]
-
-
 def heat_map(found: Activations, path: Path) -> None:
     """Layers down, time bins across: norms relative to the layer's mean, and outlier channels."""
     names = list(found.layers)
@@ -119,12 +111,12 @@ def heat_map(found: Activations, path: Path) -> None:
         image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high)
         axes.set_title(title)
         axes.set_xlabel("timesteps (cleanest first)")
-        labels = time_bins_text(found.bins)
+        labels = [f"{first}-{last}" for first, last in found.bins]
         axes.set_xticks(range(len(labels)), labels, rotation=60, fontsize=7)
         figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01)
     left.set_yticks(range(len(names)), _short(names), fontsize=7)
     figure.savefig(path, dpi=110)
 
 
-def _short(names: Mapping[str, object] | Sequence[str]) -> list[str]:
+def _short(names: Sequence[str]) -> list[str]:
     return [name.replace("_blocks", "").replace("attentions", "attn") for name in names]

@@ -18,7 +18,7 @@ from prunedm.calibration import (
     input_variances,
     loss_gradients,
 )
-from prunedm.diffusion import DenoisingProblems, check_sample_shape
+from prunedm.diffusion import DenoisingProblems, ProblemStream, check_sample_shape
 from prunedm.errors import UserError
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
@@ -45,6 +45,10 @@ class Calibration:
     sweep_images: int = 16  # diff-pruning: the one batch that goes through the timesteps
     stop_below: float = 0.05  # diff-pruning: share of the largest loss
     device: torch.device | str = "cpu"
+
+    @property
+    def batches(self) -> ProblemStream:
+        return self.problems.stream(self.count, size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _input_norms(
     squares = input_squares(
         denoiser,
         layers,
-        problems.stream(calibration.count, size=calibration.batch_size),
+        calibration.batches,
         bins=TimeBins(problems.first, problems.last, calibration.time_bins),
         over_problems=calibration.over_problems,
         device=calibration.device,
@@ -134,8 +138,9 @@ def _gradients(
     calibration: Calibration,
     progress: Progress | None,
 ) -> Statistics:
-    batches = calibration.problems.stream(calibration.count, size=calibration.batch_size)
-    return loss_gradients(denoiser, layers, batches, device=calibration.device, progress=progress)
+    return loss_gradients(
+        denoiser, layers, calibration.batches, device=calibration.device, progress=progress
+    )
 
 
 def _low_noise_gradients(
@@ -161,8 +166,9 @@ def _input_variances(
     calibration: Calibration,
     progress: Progress | None,
 ) -> Statistics:
-    batches = calibration.problems.stream(calibration.count, size=calibration.batch_size)
-    return input_variances(denoiser, layers, batches, device=calibration.device, progress=progress)
+    return input_variances(
+        denoiser, layers, calibration.batches, device=calibration.device, progress=progress
+    )
 
 
 _STATISTICS = {
