@@ -455,3 +455,21 @@ def test_class_labels_reach_the_denoiser():
     batch = ProblemBatch(*(vars(batch) | {"labels_N": torch.tensor([0, 1, 2])}).values())
     masks = obs_prune(denoiser, eligible(denoiser), batches=[batch], train_timesteps=1000)
     assert all((to_groups(mask, 4).sum(1) == 2).all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("kind", ["linear", "3x3"])
+def test_swaps_lower_the_layers_error_and_keep_n(kind):
+    """On the layer's own outputs, which H measures; other choices than patterns have no swaps."""
+    batches = [ProblemBatch(inputs(), torch.zeros(6, dtype=torch.long), inputs())]
+    errors = {}
+    for rounds in (0, 20):
+        dense, pruned = one_layer(kind), one_layer(kind)
+        masks = obs_prune(
+            pruned, {"layer": Pattern(1, 4)}, batches=batches, train_timesteps=10, swaps=rounds
+        )
+        assert (to_groups(masks["layer"], 4).sum(1) == 1).all()
+        assert (pruned.layer.weight[~masks["layer"]] == 0).all()
+        with torch.no_grad():
+            outputs = [net(inputs(), None)[0] for net in (dense, pruned)]
+        errors[rounds] = float((outputs[0] - outputs[1]).square().mean())
+    assert errors[20] < 0.98 * errors[0]

@@ -20,6 +20,8 @@ from prunedm.masks import Pattern
 from prunedm.progress import Progress, Silent
 from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
 from prunedm.removal.nm import nm_mask
+from prunedm.removal.refit import refit
+from prunedm.removal.swaps import swap_search
 
 Choice = Pattern | float | torch.Tensor
 Choose = Callable[[torch.Tensor, int], torch.Tensor]  # saliency_OS, its first column => keep_OS
@@ -37,6 +39,7 @@ def obs_prune(
     train_timesteps: int,
     time_weights: tuple[float, float] = (1.2, 0.8),
     damping: float = 0.01,
+    swaps: int = 0,
     memory: int = 2 << 30,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -47,6 +50,7 @@ def obs_prune(
     of the weight's shape, whose kept weights are then only updated.
     `time_weights`: of a problem at the noisiest timestep and at the last one, logarithmic between.
     `damping`: added to the diagonal of H, as a share of its mean.
+    `swaps`: rounds of a search for better N:M masks after the sweep (removal/swaps.py).
     `memory`: bytes of Grams held at once (a layer that needs more is taken alone). Layers are taken
     in the order of execution, as many as fit; each such set reads `batches` once, with the layers
     before it already pruned.
@@ -72,7 +76,7 @@ def obs_prune(
             grams = input_grams(denoiser, some, batches, weigh=weigh, device=device, bar=bar)
             for name in names:
                 masks[name] = _prune_layer(
-                    name, layers[name], grams.pop(name), choices[name], damping
+                    name, layers[name], grams.pop(name), choices[name], damping, swaps=swaps
                 )
                 bar.advance(note=name)
     denoiser.train(was_training)
@@ -113,7 +117,13 @@ def _sets_that_fit(
 
 @torch.no_grad()
 def _prune_layer(
-    name: str, layer: nn.Module, gram_KK: torch.Tensor, choice: Choice, damping: float
+    name: str,
+    layer: nn.Module,
+    gram_KK: torch.Tensor,
+    choice: Choice,
+    damping: float,
+    *,
+    swaps: int,
 ) -> torch.Tensor:
     """Replace the layer's weight; returns its mask."""
     weight = layer.get_parameter("weight")
@@ -124,7 +134,13 @@ def _prune_layer(
     h_KK, u_KK = _damped_factor(h_KK, damping, name)
     choose, span = _chooser(choice, w_OK, u_KK)
     swept_OK, keep_OK = _sweep(w_OK, u_KK, choose, span)
-    fitted_OK = _fit(w_OK, swept_OK, keep_OK, h_KK)
+    if swaps and isinstance(choice, Pattern):
+        single = (tensor.float() for tensor in (w_OK, swept_OK, h_KK))
+        dense_OK, found_OK, h32_KK = single
+        found_OK, keep_OK = swap_search(dense_OK, found_OK, keep_OK, h32_KK, choice, rounds=swaps)
+        swept_OK = found_OK.double()
+    residual_OK = (w_OK - swept_OK) @ h_KK
+    fitted_OK, _ = refit(swept_OK, residual_OK, keep_OK, h_KK, steps=FIT_STEPS)
     weight.copy_(from_groups(fitted_OK, weight.shape))
     return from_groups(keep_OK, weight.shape).contiguous()
 
@@ -212,26 +228,3 @@ def _sweep(
             w_OB[:, i:] -= error_OB[:, i, None] * u_BB[i, i:]
         w_OK[:, stop:] -= error_OB @ u_KK[start:stop, stop:]
     return w_OK * keep_OK, keep_OK
-
-
-def _fit(
-    dense_OK: torch.Tensor, start_OK: torch.Tensor, keep_OK: torch.Tensor, h_KK: torch.Tensor
-) -> torch.Tensor:
-    """The kept weights that minimise tr((W - dense) H (W - dense)^T), from `start_OK` on.
-
-    Conjugate gradients on each row, preconditioned by the diagonal of H: one product with H a step
-    serves all rows, where a direct solution needs a factorisation for every row's mask.
-    """
-    w_OK, tiny = start_OK, torch.finfo(start_OK.dtype).tiny
-    residual_OK = ((dense_OK - w_OK) @ h_KK) * keep_OK
-    scaled_OK = residual_OK / h_KK.diagonal()
-    direction_OK, size_O = scaled_OK, (residual_OK * scaled_OK).sum(1)
-    for _ in range(FIT_STEPS):
-        image_OK = (direction_OK @ h_KK) * keep_OK
-        step_O = size_O / (direction_OK * image_OK).sum(1).clamp_min(tiny)
-        w_OK = w_OK + step_O[:, None] * direction_OK
-        residual_OK = residual_OK - step_O[:, None] * image_OK
-        scaled_OK = residual_OK / h_KK.diagonal()
-        last_O, size_O = size_O, (residual_OK * scaled_OK).sum(1)
-        direction_OK = scaled_OK + (size_O / last_O.clamp_min(tiny))[:, None] * direction_OK
-    return w_OK
