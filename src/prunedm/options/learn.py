@@ -1,0 +1,93 @@
+"""Options of `prunedm learn`."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from prunedm.options.base import LoopOptions, PatternText, ScoreName, ScoreOptions
+
+EstimatorName = Literal[
+    "relaxed", "straight-through", "policy-gradient", "policy-gradient-classic", "sr-ste"
+]
+# what a learning rate and a lead of logits mean depends on the estimator
+ESTIMATOR_DEFAULTS: dict[str, dict[str, float]] = {
+    "relaxed": {"lr": 0.3, "logits": 1.0},
+    "straight-through": {"lr": 0.2, "logits": 3.0},
+    "policy-gradient": {"lr": 1.0, "logits": 3.0},
+    "policy-gradient-classic": {"lr": 50.0, "logits": 10.0},
+    "sr-ste": {"lr": 1.0, "logits": 1.0},
+}
+
+
+class LearnOptions(LoopOptions, ScoreOptions):
+    """`prunedm learn`: which N of every M weights to keep, with the weights frozen or trained too."""
+
+    estimator: EstimatorName = Field("relaxed", description="how masks learn")
+    distribution: Literal["conditional-bernoulli", "plackett-luce"] = Field(
+        "conditional-bernoulli", description="of masks, for estimators that draw hard ones"
+    )
+    pattern: PatternText = Field(
+        "2:4", description="N kept of every M, where the model has no masks yet"
+    )
+    masks: str = Field("", description="first masks: a masks file, or a model with masks or zeros")
+    score: ScoreName = Field("magnitude", description="first masks, where there are none yet")
+    lr: float | None = Field(  # type: ignore[assignment]  # filled() makes it a number
+        None, gt=0, description="of logits; none: 0.3 (relaxed), 50 (classic), by estimator"
+    )
+    logits: float | None = Field(
+        None, gt=0, description="lead of the first masks' weights; none: 1 (relaxed), 10 (classic)"
+    )
+    steps: int = Field(400, ge=1, description="optimizer steps at most (max_step)")
+    epochs: int = Field(0, ge=0, description="passes over --dataset-size problems; 0: --steps")
+    dataset_size: int = Field(
+        8192, ge=0, description="problems that learning cycles through; 0 is always new ones"
+    )
+    memo_memory: float = Field(
+        1.0, ge=0, description="GiB of dense outputs kept, which are else computed again"
+    )
+    schedule: Literal["cosine", "constant"] = Field("constant", description="after the warm-up")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 is no limit")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="averaging of what is trained; 0 is none")
+    tau: tuple[PositiveFloat, PositiveFloat] = Field(
+        (2.0, 0.1), description="softmax temperature, first and last (relaxed)"
+    )
+    samples: int = Field(
+        8, ge=4, multiple_of=2, description="masks a step, in antithetic pairs (policy-gradient)"
+    )
+    explore: float = Field(
+        0.1, gt=0, le=1, description="share of groups explored in a step (policy-gradient)"
+    )
+    distill: float = Field(
+        1.0, ge=0, le=1, description="share of the dense model's output in the target"
+    )
+    train_weights: bool = Field(False, description="train the weights together with the masks")
+    weight_lr: float = Field(1e-5, gt=0, description="peak learning rate of trained weights")
+    mask_loss_weight: float = Field(1.0, ge=0, description="of the logits' gradient")
+    keep_magnitude: float = Field(
+        0.0, ge=0, description="reward for the share of magnitude kept, falling to zero"
+    )
+    sr_ste_decay: float = Field(2e-4, ge=0, description="of removed weights (sr-ste)")
+    keep: Literal["best", "last"] = Field(
+        "best", description="masks of the lowest held-out loss, or of the last step"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LearnOptions":
+        if self.estimator == "sr-ste" and not self.train_weights:
+            raise ValueError("sr-ste follows trained weights; add --train-weights")
+        if self.epochs and not self.dataset_size:
+            raise ValueError("epochs pass over dataset_size problems; give --dataset-size too")
+        return self
+
+    def filled(self) -> "LearnOptions":
+        """With numbers for all that depends on the estimator, and steps within the epochs."""
+        update: dict[str, float] = {
+            name: value
+            for name, value in ESTIMATOR_DEFAULTS[self.estimator].items()
+            if getattr(self, name) is None
+        }
+        if self.epochs:
+            passes = self.epochs * self.dataset_size // (self.batch_size * self.accumulation)
+            update["steps"] = max(1, min(self.steps, passes))
+        return self.model_copy(update=update)

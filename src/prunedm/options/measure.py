@@ -1,0 +1,66 @@
+"""Options of the stages that change nothing: sample, evaluate, compare, analyze, loss."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from prunedm.options.base import CalibrationOptions, DataOptions, Options, PatternText
+
+
+class SampleOptions(Options):
+    """`prunedm sample`: images; image i depends on the seed and i alone."""
+
+    count: int = Field(64, ge=1, description="images")
+    sampler: str = Field(
+        "ddim", description="ddpm, ddim, dpm++, or a diffusers scheduler's class name"
+    )
+    sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
+    batch_size: int = Field(64, ge=1, description="images at a time")
+    seed: int = Field(0, ge=0, description="decides every random draw")
+    format: Literal["png", "npz"] = Field("png", description="files, or one uint8 NHWC array")
+    label: int | None = Field(None, ge=0, description="class of all images; default: all in turn")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
+
+
+class EvaluateOptions(DataOptions):
+    """`prunedm evaluate` and `compare`: loss, FD, size, speed, sparsity."""
+
+    problems: int = Field(2000, ge=2, description="held-out problems behind the loss")
+    samples: int | None = Field(
+        None, ge=0, description="images behind FD; none: enough for the features; 0 skips FD"
+    )
+    sampler: str = Field("ddim", description="as in sample")
+    sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
+    batch_size: int = Field(100, ge=1, description="images at a time")
+    features: str = Field(
+        "auto",
+        description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
+    )
+    inception_weights: str = Field("", description="local file with the Inception weights")
+    latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
+    latency_repeats: int = Field(20, ge=1, description="timed calls")
+
+
+class AnalyzeOptions(CalibrationOptions):
+    """`prunedm analyze`: activation statistics of every layer and time bin."""
+
+    outlier: float = Field(
+        3.0, gt=1, description="an input channel is an outlier above this times the layer's median"
+    )
+    pattern: PatternText = Field("2:4", description="pattern that both scores are tried with")
+    problems: int = Field(500, ge=2, description="held-out problems of that trial; see the report")
+
+
+class LossOptions(DataOptions):
+    """`prunedm loss`: the denoising loss on fixed problems, batch by batch."""
+
+    masks: str = Field(
+        "", description="masks to put on first: a masks file, or a model with masks or zeros"
+    )
+    targets: tuple[str, ...] = Field(
+        (), description="only the masks of this prefix or expression of layers; repeat it"
+    )
+    split: Literal["train", "test"] = Field("test", description="images the problems are made of")
+    problems: int = Field(512, ge=1, description="problems behind the loss")
+    batch_size: int = Field(32, ge=1, description="problems at a time")
+    max_batches: int | None = Field(None, ge=1, description="stop after so many; none: all")
