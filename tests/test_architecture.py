@@ -12,7 +12,7 @@ SOURCE = Path(prunedm.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"recipe", "console"},
+    {"recipe", "console", "messages"},
     {"stages", "configuration"},
     {"folder", "scores", "removal", "learning", "recovery", "evaluation", "sampling"},
     {"training"},

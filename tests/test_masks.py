@@ -14,7 +14,7 @@ from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.layers import PROTECTED, from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
-from prunedm.removal.nm import nm_mask, nm_masks
+from prunedm.removal.nm import exact_pattern, nm_mask, nm_masks, project
 from prunedm.removal.weights import weight_masks
 
 LAYERS = {
@@ -240,7 +240,8 @@ def test_masks_of_another_model_are_refused(change):
     denoiser = tiny_model().denoiser
     name, mask = next(iter(tiny_masks(denoiser)))
     wrong = {"gone": mask} if change == "renamed" else {name: mask[:, :4]}
-    for use in (Masks(wrong).apply_, Masks(wrong).violations, Masks(wrong).hold):
+    unfit = Masks(wrong)
+    for use in (unfit.apply_, unfit.violations, unfit.hold, unfit.check_fits):
         with pytest.raises(UserError, match=rf"another model: {next(iter(wrong))} has"):
             use(denoiser)
 
@@ -297,3 +298,98 @@ def test_the_ends_and_embeddings_are_never_among_the_prunable():
     assert set(prunable_layers(denoiser, protect=())) == every
     with pytest.raises(UserError, match="'conv_in' is protected"):
         prunable_layers(denoiser, ["conv_in"])
+
+
+# ----------------------------------------------------------------- projection and detection
+
+
+def closest(kept, score, pattern: Pattern) -> tuple:
+    """Of all patterns, those that change fewest; of these, the highest score; of these, the first."""
+
+    def merit(subset):
+        removed = kept - set(subset)
+        added = set(subset) - kept
+        return (-len(removed) - len(added), sum(score[list(subset)]))
+
+    return max(itertools.combinations(range(pattern.m), pattern.n), key=merit)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("text", PATTERNS)
+def test_projection_is_the_closest_mask_and_the_score_decides(kind, text):
+    pattern, shape = Pattern.parse(text), LAYERS[kind].weight.shape
+    mask, score = random_score(shape, 3) < pattern.n / pattern.m, random_score(shape, 4) - 0.5
+    projected, changed = project(mask, score, pattern)
+    differing = 0
+    for index in taps(shape):
+        before, after, score_I = mask[index], projected[index], score[index].double().numpy()
+        for first in range(0, shape[1], pattern.m):
+            group = slice(first, first + pattern.m)
+            kept = {int(i) for i in before[group].nonzero()}
+            expected = closest(kept, score_I[group], pattern)
+            assert tuple(int(i) for i in after[group].nonzero()) == expected
+            differing += kept != set(expected)
+    assert changed == differing > 0
+    again, none = project(projected, score, pattern)
+    assert torch.equal(again, projected)
+    assert none == 0
+
+
+def test_projection_of_zeros_takes_the_first_and_keeps_the_masks_own():
+    weight = torch.tensor([[0.0, 0, 0, 5], [1, 3, 2, 4], [0, 0, 0, 0]])
+    projected, changed = project(weight != 0, weight.abs(), Pattern(2, 4))
+    assert projected.int().tolist() == [[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0]]
+    assert changed == 3
+
+
+def test_a_kept_zero_score_goes_before_any_removed_one():
+    mask = torch.tensor([[True, False, False, True]])
+    projected, changed = project(mask, torch.tensor([[0.0, 9, 9, -1]]), Pattern(2, 4))
+    assert torch.equal(projected, mask)
+    assert changed == 0
+
+
+@pytest.mark.parametrize("text", [*PATTERNS, "5:16"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_pattern_of_a_mask_is_found(text, kind):
+    layer, pattern = LAYERS[kind], Pattern.parse(text)
+    mask = nm_mask(random_score(layer.weight.shape), pattern)
+    assert exact_pattern(layer, mask) == pattern
+    mask[0, 0] ^= True
+    assert exact_pattern(layer, mask) is None
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_dense_and_empty_masks_have_no_pattern(value):
+    assert exact_pattern(LAYERS["3x3"], torch.full((3, 16, 3, 3), value)) is None
+
+
+def test_grouped_convolutions_have_no_pattern():
+    layer = nn.Conv2d(16, 4, 3, groups=2)
+    mask = nm_mask(random_score(layer.weight.shape), Pattern(2, 4))
+    assert exact_pattern(layer, mask) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "share"),
+    [
+        (torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]), 0.5),
+        (torch.tensor([[1, 0, 1, 0]]), 1.0),
+        (torch.ones(2, 6), 0.0),  # no groups of 4
+        (torch.ones(4), 0.0),
+        (torch.ones(0, 4), 0.0),
+    ],
+)
+def test_share_of_valid_groups(mask, share):
+    masks = Masks({"a": mask.bool(), "b": mask.bool()}, {"a": Pattern(2, 4)})
+    assert (masks.valid_groups("a"), masks.valid_groups("b")) == (share, None)
+    if share < 1:
+        with pytest.raises(UserError, match="masks of a are not 2:4"):
+            masks.check_pattern()
+
+
+def test_only_keeps_masks_and_their_patterns():
+    mask = torch.ones(1, 4).bool()
+    masks = Masks({"a": mask, "b": mask, "c": mask}, {"a": Pattern(2, 4), "b": Pattern(1, 4)})
+    few = masks.only({"b", "c"})
+    assert (list(few.by_layer), few.patterns) == (["b", "c"], {"b": Pattern(1, 4)})

@@ -1,23 +1,22 @@
 """The command line: parse, call a stage, print. Nothing heavy is imported before a command runs."""
 
-import errno
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
-from pydantic import ValidationError
+from cyclopts import App, Parameter
 
 from prunedm import __version__
-from prunedm.configuration import merge_file, preset_file, validation_message
+from prunedm.configuration import merge_file, preset_file
 from prunedm.errors import UserError
+from prunedm.messages import one_line
 from prunedm.options import (
     AnalyzeOptions,
     EvaluateOptions,
     FinetuneOptions,
     LearnOptions,
+    LossOptions,
     PruneOptions,
     SampleOptions,
     TrainOptions,
@@ -31,16 +30,13 @@ if TYPE_CHECKING:
 app = App(
     name="prunedm",
     help="Make diffusion models small and fast, and prove what is left still works.\n\n"
-    "`prunedm run` does everything on the embedded digits model. Every command takes options from "
+    "`prunedm run` does everything on the embedded digits model. Every stage takes options from "
     "`--config FILE.yaml`; the command line wins. `--debug` shows tracebacks.",
     version=__version__,
     suppress_keyboard_interrupt=False,  # `main` says how to go on
 )
-# errors of the place that was to be written to, not of the program
-_UNWRITABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-)  # fmt: skip
+masks = App(name="masks", help="Masks of any model: take them out into a file, or look at them.")
+app.command(masks)
 Flat = Parameter(name="*")
 Config = Annotated[Path | None, Parameter(help="YAML file of options; the command line wins")]
 Overwrite = Annotated[bool, Parameter(help="replace OUT if it holds another result", negative=())]
@@ -182,6 +178,56 @@ def evaluate(
 
 
 @app.command
+def loss(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[LossOptions, Flat] = LossOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the denoising loss batch by batch, with other masks put on first if wanted."""
+    from prunedm.console import loss_line
+    from prunedm.stages import loss as stage
+
+    loss_line(_report(stage, model, out, merge_file(options, config), overwrite=overwrite))
+
+
+@masks.command
+def extract(
+    model: Model,
+    out: Annotated[Path, Parameter(help="the new file, NAME.safetensors")],
+    *,
+    pattern: Annotated[str | None, Parameter(help="keep just N of every M, as 2:4")] = None,
+    targets: Annotated[
+        tuple[str, ...],
+        Parameter(help="only this prefix or expression of layers; repeat it", negative=()),
+    ] = (),
+    overwrite: Annotated[bool, Parameter(help="replace OUT if it is there", negative=())] = False,
+) -> None:
+    """Write a model's masks, or those of its zeros, to one file."""
+    from prunedm.console import extraction_lines
+    from prunedm.stages.masks import extract_to
+
+    extraction_lines(
+        out, *extract_to(model, out, targets=targets, pattern=pattern, overwrite=overwrite)
+    )
+
+
+@masks.command
+def show(
+    source: Annotated[str, Parameter(help="a masks file, a model folder, a hub id, or digits")],
+) -> None:
+    """Print the masks of every layer, and whether their N:M patterns hold."""
+    from prunedm.console import masks_table
+    from prunedm.stages.masks import read_masks
+
+    found = read_masks(source)
+    masks_table(found)
+    found.check_pattern()
+
+
+@app.command
 def compare(
     models: Annotated[list[str], Parameter(help="models; the first is the one to compare with")],
     /,
@@ -209,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it can", 130)
     except Exception as error:
-        message = _one_line(error)
+        message = one_line(error)
         if debug:
             raise
         if message is None:
@@ -217,29 +263,14 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(message), 2)
 
 
-def _one_line(error: BaseException) -> str | None:
-    """What the user can do about it, or None where the fault is ours."""
-    cause = error.__cause__ or error.__context__
-    if isinstance(error, ValidationError):
-        return validation_message(error)
-    if isinstance(error, CycloptsError):
-        if isinstance(cause, ValidationError):
-            return validation_message(cause)
-        return " ".join(str(error).split()) or "wrong arguments; see --help"
-    if "No space left on device" in str(error):  # safetensors has an error type of its own
-        return "the disk is full; make room, or choose another place: the same command goes on"
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        where = error.filename or "the output folder"
-        return f"cannot write {where}: {os.strerror(error.errno)}; choose another place"
-    return " ".join(str(error).split()) if isinstance(error, UserError) else None
-
-
 def _fail(message: str, code: int) -> None:
     print("prunedm:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
 
 
-def _report(stage: Callable[..., tuple["Record", bool]], *arguments: Any, overwrite: bool) -> None:
+def _report(
+    stage: Callable[..., tuple["Record", bool]], *arguments: Any, overwrite: bool
+) -> "Record":
     """Run a stage with bars, and say in one line what came out."""
     from prunedm.console import Terminal
 
@@ -247,6 +278,7 @@ def _report(stage: Callable[..., tuple["Record", bool]], *arguments: Any, overwr
     record, made = stage(*arguments, progress=terminal, overwrite=overwrite)
     out = next(a for a in reversed(arguments) if isinstance(a, Path))
     terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
+    return record
 
 
 def _show_comparison(folder: Path) -> None:

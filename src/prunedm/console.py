@@ -22,7 +22,10 @@ from rich.text import Text
 
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, warnings
+from prunedm.masks import Masks
 from prunedm.progress import Task
+from prunedm.record import Record
+from prunedm.stages.masks import Extraction
 
 console = Console()
 SHOWN_LAYERS = 12  # of an analysis; all are in its JSON
@@ -121,6 +124,58 @@ def analysis_table(folder: Path) -> None:
     )
     console.print(found["verdict"], markup=False, highlight=False)
     console.print(f"heat map: {(folder / 'activations.png').resolve()}", soft_wrap=True)
+
+
+def masks_table(masks: Masks) -> None:
+    """What each layer keeps, and whether its pattern holds in all groups along input channels."""
+    table = _empty_table()
+    table.add_column("layer", no_wrap=True)
+    for heading in ("shape", "kept", "pattern", "valid"):
+        table.add_column(heading, justify="right")
+    valid = {name: masks.valid_groups(name) for name, _ in masks}
+    for name, mask in masks:
+        share = valid[name]
+        table.add_row(
+            name, "x".join(map(str, mask.shape)), _percent(int(mask.sum()), mask.numel()),
+            str(masks.patterns.get(name, "unstructured")),
+            NONE if share is None else "yes" if share == 1 else f"no: {share:.2%}",
+        )  # fmt: skip
+    console.print(table)
+    Terminal().say(masks_line(masks))
+
+
+def masks_line(masks: Masks) -> str:
+    """Layers, weights, what is kept of them, and how many layers are N:M in every group."""
+    layers = len(masks.by_layer)
+    holding = sum(masks.valid_groups(name) == 1 for name, _ in masks)
+    text = f" ({masks.pattern_text})" if masks.patterns else ""
+    return (
+        f"{layers} layer{'s' * (layers != 1)}, {masks.total:,} weights, "
+        f"{_percent(masks.kept, masks.total)} kept; exactly N of every M input channels in "
+        f"{holding} of {layers}{text}"
+    )
+
+
+def extraction_lines(out: Path, masks: Masks, found: Extraction) -> None:
+    """Where a file of masks came from, and what is in it."""
+    for line in found.lines():
+        Terminal().say(line)
+    Terminal().say(f"{out}: {masks_line(masks)}")
+
+
+def loss_line(record: Record) -> None:
+    """A loss with its standard error, and what it is the loss of."""
+    found = record.figures
+    error = "" if found["loss_se"] is None else f" ± {found['loss_se']:.6f} (standard error)"
+    masked = f"; {found['kept']:.1%} kept in {found['masked_layers']} masked layers"
+    Terminal().say(
+        f"mean {found['loss']:.6f}{error}, {found['problems']} problems in "
+        f"{found['batches']} batches{masked * bool(found['masked_layers'])}"
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else NONE
 
 
 def _change(value: list[list[int]] | float) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class Pattern:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+    @property
+    def count(self) -> int:
+        """C(M, N): how many masks a group can have."""
+        return math.comb(self.m, self.n)
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
@@ -84,6 +90,18 @@ class Masks:
         for _, weight, mask in self._pairs(denoiser):
             weight.mul_(mask.to(weight.device))
 
+    @contextmanager
+    def applied(self, denoiser: nn.Module) -> Iterator[None]:
+        """The denoiser with its removed weights at zero; afterwards as it was."""
+        before = [(weight, weight.detach().clone()) for _, weight, _ in self._pairs(denoiser)]
+        self.apply_(denoiser)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in before:
+                    weight.copy_(value)
+
     def hold(self, denoiser: nn.Module) -> Callable[[], None]:
         """A function that zeroes the removed weights again, on the weights' device, in one call."""
         weights, masks = [], []
@@ -104,11 +122,33 @@ class Masks:
         }
         return {name: count for name, count in counts.items() if count}
 
+    def check_fits(self, denoiser: nn.Module) -> None:
+        """Raise `UserError` naming the first layer that the denoiser has not, or not in this shape."""
+        for _ in self._pairs(denoiser):
+            pass
+
+    def only(self, names: Container[str]) -> "Masks":
+        """The masks of these layers."""
+        by_layer = {name: mask for name, mask in self if name in names}
+        return Masks(by_layer, {n: p for n, p in self.patterns.items() if n in by_layer})
+
+    def valid_groups(self, name: str) -> float | None:
+        """Share of a layer's groups with exactly N kept; None where its mask is unstructured.
+
+        Shapes that have no groups along input channels give 0: such a claim came from a file.
+        """
+        pattern, mask = self.patterns.get(name), self.by_layer[name]
+        if pattern is None:
+            return None
+        if mask.ndim not in (2, 4) or not mask.numel() or mask.shape[1] % pattern.m:
+            return 0.0
+        kept_G = to_groups(mask, pattern.m).sum(1)
+        return int((kept_G == pattern.n).sum()) / len(kept_G)
+
     def check_pattern(self) -> None:
         """Raise `UserError` unless exactly N are kept in every group of M, where there are any."""
         for name, pattern in self.patterns.items():
-            kept_G = to_groups(self.by_layer[name], pattern.m).sum(1)
-            if not bool((kept_G == pattern.n).all()):
+            if self.valid_groups(name) != 1:
                 raise UserError(f"masks of {name} are not {pattern}, though they claim to be")
 
     def _pairs(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

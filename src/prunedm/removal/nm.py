@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import why_not_nm
+from prunedm.layers import to_groups, why_not_nm
 from prunedm.masks import Masks, Pattern
 
+LARGEST_M = 16
 _CHUNK = 1 << 18  # weights at a time: what is compared stays in the cache
 
 
@@ -54,3 +55,31 @@ def nm_masks(
     """Masks for every layer that can take the pattern. Raises `UserError` if none can."""
     eligible, _ = eligible_layers(layers, pattern)
     return Masks.uniform({name: nm_mask(scores[name].abs(), pattern) for name in eligible}, pattern)
+
+
+def project(mask: torch.Tensor, score: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, int]:
+    """The mask with exactly N kept in every group, changed as little as can be; groups changed.
+
+    Where a group keeps more than N, the lowest-scored of them go; where it keeps fewer, the
+    highest-scored of the others come in. Ties keep the first. Scores are finite, of any sign.
+    """
+    assert bool(score.isfinite().all())
+    score = score.float()
+    best = nm_mask(score.masked_fill(~mask, -torch.inf), pattern) & mask  # at most N in a group
+    projected = nm_mask(score.masked_fill(mask, -torch.inf).masked_fill(best, torch.inf), pattern)
+    changed_G = to_groups(projected != mask, pattern.m).any(1)
+    return projected, int(changed_G.sum())
+
+
+def exact_pattern(layer: nn.Module, mask: torch.Tensor) -> Pattern | None:
+    """The N:M that holds in every group of the layer's mask, or None.
+
+    Of several, the one of the smallest M: it implies the others (1:2 is also 2:4, 2:4 is also 4:8).
+    """
+    for m in range(2, LARGEST_M + 1):
+        if why_not_nm(layer, m) is None:
+            kept_G = to_groups(mask, m).sum(1)
+            n = int(kept_G[0])
+            if 0 < n < m and bool((kept_G == n).all()):
+                return Pattern(n, m)
+    return None

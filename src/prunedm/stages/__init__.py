@@ -8,6 +8,7 @@ from prunedm.stages.evaluate import evaluate, with_features
 from prunedm.stages.finetune import finetune
 from prunedm.stages.inputs import images_for
 from prunedm.stages.learn import learn
+from prunedm.stages.loss import loss
 from prunedm.stages.prune import prune
 from prunedm.stages.sample import sample
 from prunedm.stages.train import train
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "learn",
+    "loss",
     "prune",
     "sample",
     "train",

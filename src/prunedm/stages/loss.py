@@ -1,0 +1,109 @@
+"""loss: the denoising loss of a model, or of its weights under other masks, batch by batch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunedm.data import ImageSet
+from prunedm.diffusion import DenoisingProblems, ProblemStream
+from prunedm.errors import UserError
+from prunedm.evaluation.loss import LossEstimate, denoising_loss
+from prunedm.folder import Model, load
+from prunedm.masks import Masks
+from prunedm.options import LossOptions
+from prunedm.progress import Progress, Silent
+from prunedm.record import Record, Source
+from prunedm.stages.frame import run_stage
+from prunedm.stages.inputs import data_source, device_for, images_for, source_of
+from prunedm.stages.masks import masks_from
+
+BATCHES = "losses.npy"
+PROBLEMS = "per_problem.npy"
+
+
+def loss(
+    source: str | Path,
+    out: str | Path,
+    options: LossOptions = LossOptions(),
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> tuple[Record, bool]:
+    """Write the losses of batches and of problems; the model stays as it is.
+
+    Problem p is a function of (seed, p) alone, and on the test split the one that `evaluate` has.
+    Raises `UserError` where the masks are of another model.
+    """
+    progress = progress or Silent()
+    model = load(source)
+    images = images_for(model, options, options.split)
+    inputs: dict[str, Source] = {"model": source_of(model), "dataset": data_source(images)}
+    masks = model.masks
+    if options.masks:
+        masks, found = masks_from(options.masks, model.denoiser, targets=options.targets)
+        inputs["masks"] = found.source
+        masks.apply_(model.denoiser)
+    elif options.targets:
+        raise UserError("--targets narrows the layers of --masks; give --masks too")
+
+    def make(folder: Path) -> dict[str, Any]:
+        per_batch = _losses(model, images, options, progress)
+        means_B = np.array([float(losses_N.double().mean()) for losses_N in per_batch])
+        losses_N = torch.cat(per_batch)
+        np.save(folder / BATCHES, means_B, allow_pickle=False)
+        np.save(folder / PROBLEMS, losses_N.numpy(), allow_pickle=False)
+        return _figures(LossEstimate.of(losses_N), len(per_batch), masks)
+
+    return run_stage(
+        "loss",
+        out,
+        options=options,
+        inputs=inputs,
+        parent=model.record,
+        make=make,
+        overwrite=overwrite,
+    )
+
+
+def _losses(
+    model: Model, images: ImageSet, options: LossOptions, progress: Progress
+) -> list[torch.Tensor]:
+    """Losses of each batch's problems (N,)."""
+    problems = DenoisingProblems(
+        images,
+        model.scheduler,
+        seed=options.seed,
+        purpose="held out",  # as of every held-out loss: they compare problem by problem
+        conditional=model.conditional,
+    )
+    device = device_for(options.device)
+    denoiser = model.denoiser.to(device)
+    stream = _stream(problems, options)
+    losses = []
+    with progress.task("denoising loss", len(stream)) as bar:
+        for batch in stream:
+            losses.append(denoising_loss(denoiser, [batch], device=device).per_problem_N)
+            bar.advance()
+    model.denoiser.to("cpu")
+    return losses
+
+
+def _stream(problems: DenoisingProblems, options: LossOptions) -> ProblemStream:
+    size = options.batch_size
+    most = options.problems if options.max_batches is None else options.max_batches * size
+    return problems.stream(min(options.problems, most), size=size)
+
+
+def _figures(found: LossEstimate, batches: int, masks: Masks | None) -> dict[str, Any]:
+    error = found.standard_error
+    return {
+        "loss": found.mean,
+        "loss_se": None if math.isnan(error) else error,  # of fewer than two pairs of problems
+        "batches": batches,
+        "problems": len(found.per_problem_N),
+        "masked_layers": len(masks.by_layer) if masks else 0,
+        "kept": masks.kept / masks.total if masks else 1.0,
+    }

@@ -1,0 +1,228 @@
+"""Masks from a file, from a model that has them, or from the zeros of one that has not."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.folder import Model, load
+from prunedm.layers import prunable_layers, to_groups
+from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.record import Source
+from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
+from prunedm.stages.inputs import source_of
+
+SUFFIX = ".safetensors"
+STRAY = (
+    0.01  # zeros below this share of a layer are chance: half precision rounds some weights to 0
+)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Groups of one layer that kept more than N, and fewer; the others stayed as they were."""
+
+    over: int
+    under: int
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What masks were made from, and what was changed to give them one pattern."""
+
+    origin: str
+    source: Source
+    without_zeros: tuple[str, ...] = ()  # layers with nothing to take a mask from
+    stray: tuple[str, ...] = ()  # layers whose few zeros are taken for chance
+    pattern: Pattern | None = None  # that was asked for
+    projected: Mapping[str, Projected] = field(default_factory=dict)  # layers with changed groups
+    ineligible: Mapping[str, str] = field(default_factory=dict)  # masked layers left out, and why
+
+    @property
+    def groups_changed(self) -> int:
+        return sum(change.over + change.under for change in self.projected.values())
+
+    def lines(self) -> list[str]:
+        """All of it in sentences, for the user."""
+        said = [f"masks from {self.origin}"]
+        for names, what in (
+            (self.without_zeros, "without zeros"),
+            (self.stray, f"with less than {STRAY:.0%} zeros, as if by chance"),
+        ):
+            if names:
+                said.append(f"left out: {_layers(len(names))} {what}, first {names[0]}")
+        if self.pattern is not None:
+            said.append(self._projection(self.pattern))
+        for reason in dict.fromkeys(self.ineligible.values()):
+            out = [name for name, why in self.ineligible.items() if why == reason]
+            said.append(f"left out, as {reason}: {', '.join(out)}")
+        return said
+
+    def _projection(self, pattern: Pattern) -> str:
+        over = sum(change.over for change in self.projected.values())
+        under = sum(change.under for change in self.projected.values())
+        if not over and not under:
+            return f"every group was {pattern} already"
+        reasons = [
+            f"{over:,} kept more than {pattern.n}, so the smallest |w| went" * bool(over),
+            f"{under:,} kept fewer, so the largest |w| (of zeros, the first) came in" * bool(under),
+        ]
+        return (
+            f"projected to {pattern}: {over + under:,} groups of {_layers(len(self.projected))} "
+            f"changed: {'; '.join(filter(None, reasons))}"
+        )
+
+
+def extract_masks(
+    model: Model, *, targets: Iterable[str] = (), pattern: Pattern | None = None
+) -> tuple[Masks, Extraction]:
+    """The model's own masks, or those of the zeros in its prunable layers; and what was done.
+
+    Layers without zeros, or with a few by chance, have no mask. Without `pattern`, a layer gets the
+    N:M that its zeros have exactly, or an unstructured mask. With it, every masked layer that can
+    take it is projected to it, and the others are left out. Raises `UserError` where there is
+    nothing to extract.
+    """
+    targets = tuple(targets)
+    masks, found = _given(model, targets)
+    return _finish(masks, found, model.denoiser, pattern=pattern, targets=targets)
+
+
+def masks_from(
+    source: str | Path,
+    denoiser: nn.Module,
+    *,
+    pattern: Pattern | None = None,
+    targets: Iterable[str] = (),
+) -> tuple[Masks, Extraction]:
+    """Masks for `denoiser` from a masks file or, as `extract_masks`, from another model.
+
+    A projection to `pattern` goes by the size of the weights of `denoiser`. Raises `UserError`
+    where the masks are of another model, naming the first layer that does not fit.
+    """
+    targets, path = tuple(targets), Path(source).expanduser()
+    if path.is_file() or path.suffix == SUFFIX:
+        masks, found = _read(path), Extraction(str(source), _file_source(path))
+    else:
+        masks, found = _given(load(source), targets)
+    masks.check_fits(denoiser)
+    return _finish(masks, found, denoiser, pattern=pattern, targets=targets)
+
+
+def extract_to(
+    source: str | Path,
+    out: Path,
+    *,
+    targets: Iterable[str] = (),
+    pattern: str | None = None,
+    overwrite: bool = False,
+) -> tuple[Masks, Extraction]:
+    """`extract_masks` of the model at `source`, written to the file `out`.
+
+    Raises `UserError` where `out` is there already, unless `overwrite`, or is no .safetensors name.
+    """
+    if out.suffix != SUFFIX:
+        raise UserError(f"{out} is no name of a masks file; try {out.name}{SUFFIX}")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} exists; give another file" + ", or --overwrite" * out.is_file())
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    if wanted is not None and wanted.m > LARGEST_M:
+        raise UserError(f"pattern {pattern!r} has M over {LARGEST_M}; try 2:4")
+    masks, found = extract_masks(load(source), targets=targets, pattern=wanted)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        save_masks(masks, partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return masks, found
+
+
+def read_masks(source: str | Path) -> Masks:
+    """Masks to look at: of a file, whether their patterns hold or not, or of a model."""
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix == SUFFIX:
+        return load_masks(path)
+    return extract_masks(load(source))[0]
+
+
+def _read(path: Path) -> Masks:
+    masks = load_masks(path)
+    masks.check_pattern()
+    return masks
+
+
+def _file_source(path: Path) -> Source:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Source(path=str(path.resolve()), hash=digest)
+
+
+def _given(model: Model, targets: tuple[str, ...]) -> tuple[Masks, Extraction]:
+    """Masks as they are in the model or its zeros."""
+    name = model.name or "the model"
+    if model.masks is not None:
+        return model.masks, Extraction(name, source_of(model))
+    layers = prunable_layers(model.denoiser, targets)
+    kept = {n: _weight(layer) != 0 for n, layer in layers.items()}
+    zeros = {n: 1 - int(mask.sum()) / mask.numel() for n, mask in kept.items()}
+    by_layer = {n: mask for n, mask in kept.items() if zeros[n] >= STRAY}
+    if not by_layer:
+        raise UserError(
+            f"{name} has no masks, and in no layer of {len(layers)} are {STRAY:.0%} of the weights "
+            "zero; prune it first"
+        )
+    patterns = {n: exact_pattern(layers[n], mask) for n, mask in by_layer.items()}
+    masks = Masks(by_layer, {n: p for n, p in patterns.items() if p is not None})
+    return masks, Extraction(
+        f"the zeros of {name}",
+        source_of(model),
+        without_zeros=tuple(n for n, share in zeros.items() if not share),
+        stray=tuple(n for n, share in zeros.items() if 0 < share < STRAY),
+    )
+
+
+def _finish(
+    masks: Masks,
+    found: Extraction,
+    denoiser: nn.Module,
+    *,
+    pattern: Pattern | None,
+    targets: tuple[str, ...],
+) -> tuple[Masks, Extraction]:
+    """Narrowed to the targets, and projected to the pattern by the size of the weights."""
+    if targets:
+        masks = masks.only(prunable_layers(denoiser, targets))
+    if not masks.by_layer:
+        where = f" of {', '.join(targets)}" if targets else ""
+        raise UserError(f"no masks{where} in {found.origin}; give other targets or masks")
+    if pattern is None:
+        return masks, found
+    modules = dict(denoiser.named_modules())
+    eligible, ineligible = eligible_layers({name: modules[name] for name, _ in masks}, pattern)
+    by_layer, projected = {}, {}
+    for name, layer in eligible.items():
+        mask, score = masks.by_layer[name], _weight(layer).abs()
+        if not bool(score.isfinite().all()):
+            raise UserError(f"weights of {name} are not all finite, so none can be said to go")
+        kept_G = to_groups(mask, pattern.m).sum(1)
+        change = Projected(int((kept_G > pattern.n).sum()), int((kept_G < pattern.n).sum()))
+        by_layer[name], changed = project(mask, score, pattern)
+        assert changed == change.over + change.under
+        if changed:
+            projected[name] = change
+    found = replace(found, pattern=pattern, projected=projected, ineligible=ineligible)
+    return Masks.uniform(by_layer, pattern), found
+
+
+def _weight(layer: nn.Module) -> Any:
+    """The weight (O, I, ...), on the CPU as masks are."""
+    return layer.get_parameter("weight").detach().cpu()
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
