@@ -198,3 +198,30 @@ def test_a_sweep_keeps_images_and_noise_and_moves_the_timestep():
     assert (first.timesteps_N.unique().tolist(), second.timesteps_N.unique().tolist()) == ([5], [6])
     assert torch.equal(first.target_NCHW, second.target_NCHW)
     assert not torch.equal(first.noisy_NCHW, second.noisy_NCHW)
+
+
+def test_a_cycle_reads_the_same_problems_again_to_the_bit():
+    stream, endless = labelled(cycle=6), labelled()
+    first, again = stream.batch(range(6)), stream.batch(range(12, 18))
+    for field in FIELDS:
+        assert torch.equal(getattr(first, field), getattr(again, field))
+        assert torch.equal(getattr(first, field), getattr(endless.batch(range(6)), field))
+    beyond = endless.batch(range(6, 12))
+    assert not torch.equal(stream.batch(range(6, 12)).target_NCHW, beyond.target_NCHW)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_say_which_problems_they_are(workers):
+    stream = problems(cycle=5)
+    batches = list(stream.batches([range(0, 3), [4, 2, 7]], workers=workers))
+    assert [batch.numbers for batch in batches] == [(0, 1, 2), (4, 2, 2)]
+    assert batches[0].to("cpu").numbers == (0, 1, 2)
+    assert problems().batch([7, 5]).numbers == (7, 5)
+    assert [batch.numbers for batch in problems().stream(3, size=2)] == [(0, 1), (2,)]
+
+
+def test_a_cycle_of_whole_batches_repeats_whole_batches():
+    """What memories of single problems rely on for equal bits."""
+    stream = problems(cycle=8)
+    numbers = [stream.batch(range(k, k + 4)).numbers for k in range(0, 24, 4)]
+    assert numbers == [(0, 1, 2, 3), (4, 5, 6, 7)] * 3

@@ -1,5 +1,6 @@
 """The training loop: exact resume, and every part of a step against values worked out apart."""
 
+import json
 import math
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import Killed, noise_images, problems, tiny_model
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prunedm.diffusion import predict, problem_losses
@@ -15,9 +17,15 @@ from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Silent
 from prunedm.recovery.distill import recovery_objective
-from prunedm.training.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
+from prunedm.training.checkpoint import (
+    History,
+    TrainingState,
+    load_checkpoint,
+    load_parameters,
+    save_checkpoint,
+)
 from prunedm.training.ema import Ema
-from prunedm.training.loop import fit, learning_rate, make_accelerator
+from prunedm.training.loop import fit, learning_rate_share, make_accelerator
 
 EVERYTHING = {
     "steps": 7,
@@ -47,8 +55,8 @@ class Line(nn.Module):
 
 def train(module: nn.Module, folder: Path, objective=None, **changes) -> History:
     """`fit` as stages call it, on noise images."""
-    after_step = changes.pop("after_step", lambda step: None)
-    validate = changes.pop("validate", None)
+    given = ("after_step", "validate", "observe", "optimizer", "best")
+    named = {name: changes.pop(name) for name in given if name in changes}
     options = LoopOptions(**({"device": "cpu"} | changes))
     return fit(
         module,
@@ -59,8 +67,7 @@ def train(module: nn.Module, folder: Path, objective=None, **changes) -> History
         checkpoint=folder / "checkpoint.safetensors",
         progress=Silent(),
         label="",
-        after_step=after_step,
-        validate=validate,
+        **named,
     )
 
 
@@ -121,6 +128,7 @@ def test_a_checkpoint_brings_every_part_of_the_state_back(tmp_path):
     def state(seed: int) -> TrainingState:
         torch.manual_seed(seed)
         module = nn.Linear(3, 2)
+        module.register_buffer("average", torch.zeros(()))
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
         return TrainingState(module, optimizer, Ema(module, 0.9), History())
 
@@ -130,6 +138,8 @@ def test_a_checkpoint_brings_every_part_of_the_state_back(tmp_path):
         saved.optimizer.step()
         saved.ema.update(saved.module)
     saved.done, saved.history.losses, saved.history.held_out = 3, [0.1, 0.2, 1 / 3], [(2, 0.7)]
+    saved.history.observed = {"entropy": [(0, 1.5), (2, 1 / 3)]}
+    saved.module.average.fill_(0.3)  # a buffer
     save_checkpoint(tmp_path / "c.safetensors", saved)
     loaded = state(1)
     load_checkpoint(tmp_path / "c.safetensors", loaded)
@@ -137,6 +147,7 @@ def test_a_checkpoint_brings_every_part_of_the_state_back(tmp_path):
     assert loaded.history == saved.history
     for name, value in saved.module.state_dict().items():
         assert torch.equal(loaded.module.state_dict()[name], value)
+    for name, value in saved.module.named_parameters():
         assert torch.equal(loaded.ema.shadow[name], saved.ema.shadow[name])
         assert not torch.equal(loaded.ema.shadow[name], value)
     for index, moments in saved.optimizer.state_dict()["state"].items():
@@ -150,8 +161,6 @@ def _truncate(path: Path) -> None:
 
 
 def _other_file(path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"weight": torch.zeros(1)}, path)
 
 
@@ -162,6 +171,18 @@ def test_a_damaged_checkpoint_is_a_clear_error(damage, tmp_path):
     damage(path)
     with pytest.raises(UserError, match=r"checkpoint\.safetensors is damaged.*delete it"):
         train(Line(), tmp_path, slope, steps=3, checkpoint_every=2)
+
+
+def test_a_checkpoint_without_observations_still_resumes(tmp_path):
+    """As version 0.1.0 wrote them."""
+    path, options = tmp_path / "checkpoint.safetensors", {"steps": 3, "checkpoint_every": 2}
+    whole = train(Line(), tmp_path / "whole", slope, **options)
+    train(Line(), tmp_path, slope, **options)
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    del facts["observed"]
+    save_file(load_file(path), path, metadata={"facts": json.dumps(facts)})
+    assert train(Line(), tmp_path, slope, **options) == whole
 
 
 def test_a_checkpoint_of_another_module_is_a_clear_error(tmp_path):
@@ -223,12 +244,12 @@ def test_held_out_nan_is_an_error_too(tmp_path):
 )
 def test_learning_rate_by_hand(schedule, expected):
     options = LoopOptions(steps=8, lr=2.0, warmup=4, schedule=schedule)
-    assert [learning_rate(options, k) / 2 for k in range(8)] == pytest.approx(expected)
+    assert [learning_rate_share(options, k) for k in range(8)] == pytest.approx(expected)
 
 
 def test_learning_rate_without_warmup_starts_at_its_peak():
-    assert learning_rate(LoopOptions(steps=1, lr=0.5, warmup=0), 0) == 0.5
-    assert learning_rate(LoopOptions(steps=5, lr=0.5, warmup=20), 4) == pytest.approx(0.5 / 4)
+    assert learning_rate_share(LoopOptions(steps=1, warmup=0), 0) == 1
+    assert learning_rate_share(LoopOptions(steps=5, warmup=20), 4) == pytest.approx(1 / 4)
 
 
 def test_the_schedule_reaches_the_optimizer(tmp_path):
@@ -236,7 +257,7 @@ def test_the_schedule_reaches_the_optimizer(tmp_path):
     options = {"steps": 6, "lr": 0.1, "warmup": 2, "clip": 0, "ema_decay": 0}
     train(line, tmp_path, slope, after_step=lambda _: seen.append(line.weight.item()), **options)
     moved = -np.diff([1.0, *seen])  # under a constant gradient, Adam moves by the learning rate
-    wanted = [learning_rate(LoopOptions(**options), k) for k in range(6)]
+    wanted = [0.1 * learning_rate_share(LoopOptions(**options), k) for k in range(6)]
     assert moved == pytest.approx(wanted, rel=1e-4)
 
 
@@ -384,3 +405,102 @@ def test_distillation_mixes_data_and_teacher(share):
 def test_curves_keep_means_and_a_bounded_length():
     curve = History([float(k) for k in range(10)], [(10, 0.5)]).as_figures(points=4)["curve"]
     assert curve == {"stride": 3, "losses": [1, 4, 7, 9], "held_out": [(10, 0.5)]}
+
+
+# ------------------------------------------------- own optimizers, the best state, observations
+
+
+def test_a_given_optimizer_keeps_its_learning_rates_and_follows_the_schedule(tmp_path):
+    both = nn.ModuleList([Line(), Line()])
+    groups = [{"params": both[0].parameters(), "lr": 2.0}, {"params": both[1].parameters()}]
+    seen = []
+
+    def objective(module: nn.Module, _, step: int) -> torch.Tensor:
+        return sum(line(torch.ones(1)).sum() for line in module)
+
+    options = {"steps": 4, "lr": 99.0, "warmup": 2, "clip": 0, "ema_decay": 0}
+    train(
+        both, tmp_path, objective, optimizer=torch.optim.SGD(groups, lr=0.5),
+        after_step=lambda _: seen.append([line.weight.item() for line in both]), **options,
+    )  # fmt: skip
+    moved = -np.diff([[1.0, 1.0], *seen], axis=0)
+    share = [learning_rate_share(LoopOptions(**options), k) for k in range(4)]
+    assert moved == pytest.approx(np.outer(share, [2.0, 0.5]), abs=1e-5)
+
+
+def valley(line: Line, lowest_at: int):
+    """A validation that is lowest after so many steps."""
+    seen = []
+
+    def validate(_: nn.Module) -> float:
+        seen.append(line.weight.item())
+        return abs(len(seen) - 1 - lowest_at) + 1.0
+
+    return validate, seen
+
+
+@pytest.mark.parametrize("lowest_at", [0, 2, 5])
+@pytest.mark.parametrize("ema_decay", [0, 0.7])
+def test_the_best_state_is_of_the_lowest_held_out_loss_start_included(
+    lowest_at, ema_decay, tmp_path
+):
+    line, best = Line(), tmp_path / "best.safetensors"
+    validate, seen = valley(line, lowest_at)
+    history = train(
+        line, tmp_path, slope, steps=5, lr=0.1, warmup=0, validate=validate, validate_every=1,
+        best=best, ema_decay=ema_decay,
+    )  # fmt: skip
+    assert [step for step, _ in history.held_out] == [0, 1, 2, 3, 4, 5]
+    load_parameters(best, line)
+    assert line.weight.item() == seen[lowest_at]
+    assert len(set(seen)) == 6
+
+
+def test_ties_keep_the_first():
+    losses = [3.0, 2.0, 2.0, 1.0]
+    at_best = [History([], [(k, v) for k, v in enumerate(losses[: n + 1])]) for n in range(4)]
+    assert [history.at_best for history in at_best] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("killed_at", range(1, 5))
+def test_the_best_state_survives_a_kill(killed_at, tmp_path):
+    """Also where the best was written after the last checkpoint."""
+    options = {"steps": 5, "lr": 0.1, "warmup": 0, "checkpoint_every": 2, "validate_every": 1}
+    found = []
+    for folder, kill in (("whole", None), ("broken", killed_at)):
+        place = tmp_path / folder
+        named = {"best": place / "best.safetensors", **options}
+        line = Line()
+
+        def validate(module: nn.Module) -> float:
+            return abs(module.weight.item() - 0.7) + 1
+
+        def after_step(step: int, kill=kill) -> None:
+            if step == kill:
+                raise Killed
+
+        if kill is not None:
+            with pytest.raises(Killed):
+                train(Line(), place, slope, validate=validate, after_step=after_step, **named)
+        history = train(line, place, slope, validate=validate, **named)
+        load_parameters(place / "best.safetensors", line)
+        found.append((line.weight.item(), history))
+    assert found[0] == found[1]
+
+
+def test_observations_are_kept_beside_every_held_out_loss(tmp_path):
+    line = Line()
+    history = train(
+        line, tmp_path, slope, steps=4, lr=0.1, warmup=0, ema_decay=0, validate_every=2,
+        validate=lambda _: 1.0, observe=lambda module: {"weight": module.weight.item()},
+    )  # fmt: skip
+    (at_2, middle), (at_4, last) = history.observed["weight"]
+    assert (at_2, at_4) == (2, 4)
+    assert last == line.weight.item() < middle
+    assert history.as_figures()["curve"]["observed"] == history.observed
+    assert "observed" not in History([1.0]).as_figures()["curve"]
+
+
+def test_a_start_that_is_no_number_is_told_as_such(tmp_path):
+    with pytest.raises(UserError, match="held-out loss is nan before the first step"):
+        train(Line(), tmp_path, slope, steps=1, validate=lambda _: math.nan, best=tmp_path / "b")

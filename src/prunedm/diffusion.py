@@ -23,12 +23,16 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 @dataclass(frozen=True)
 class ProblemBatch:
-    """N problems: predict `target` from `noisy` at `timesteps`, given `labels` if there are any."""
+    """N problems: predict `target` from `noisy` at `timesteps`, given `labels` if there are any.
+
+    `numbers`: which problems of their stream these are; on the CPU.
+    """
 
     noisy_NCHW: torch.Tensor
     timesteps_N: torch.Tensor
     target_NCHW: torch.Tensor
     labels_N: torch.Tensor | None = None
+    numbers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.timesteps_N)
@@ -40,6 +44,7 @@ class ProblemBatch:
             self.timesteps_N.to(device),
             self.target_NCHW.to(device),
             labels,
+            self.numbers,
         )
 
 
@@ -48,7 +53,7 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
 
     `shuffle` draws a fresh order of the images each epoch; `flip` mirrors half of them. Timesteps
     are antithetic: problem 2k draws t, problem 2k+1 takes T-1-t, which halves their variance over
-    a batch.
+    a batch. With `cycle`, problem p is problem p mod cycle: a fixed set, read again and again.
     """
 
     def __init__(
@@ -62,21 +67,24 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         flip: bool = False,
         conditional: bool = False,
         time_range: tuple[int, int] | None = None,
+        cycle: int = 0,
     ) -> None:
         self.images, self.scheduler, self.seed, self.purpose = images, scheduler, seed, purpose
+        self.cycle = cycle
         self.shuffle, self.flip, self.conditional = shuffle, flip, conditional
         steps: int = scheduler.config.num_train_timesteps
         self.first, self.last = time_range or (0, steps - 1)
         self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
 
     def __getitem__(self, p: int) -> dict[str, Any]:
+        p = p % self.cycle if self.cycle else p
         generator = generator_for(self.seed, self.purpose, p)
         index = self._image_index(p)
         image = self.images[index]
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
         noise = torch.randn(image.shape, generator=generator)
-        item = {"image": image, "noise": noise, "timestep": self._timestep(p)}
+        item = {"image": image, "noise": noise, "timestep": self._timestep(p), "number": p}
         if self.conditional:
             item["label"] = self.images.label(index)
         return item
@@ -123,7 +131,8 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         noisy = add_noise(self.scheduler, clean, noise, timesteps)
         target = prediction_target(self.scheduler, clean, noise, timesteps)
         labels = torch.tensor([i["label"] for i in items]) if self.conditional else None
-        return ProblemBatch(noisy, timesteps, target, labels)
+        numbers = tuple(item["number"] for item in items)
+        return ProblemBatch(noisy, timesteps, target, labels, numbers)
 
 
 @dataclass(frozen=True)

@@ -1,93 +1,151 @@
-"""Mask learning: the logits are trained, the weights are frozen, one soft mask a step."""
+"""Mask learning: the logits are trained by an estimator, and with them, if wanted, the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.func import functional_call
 
-from prunedm.diffusion import DenoisingProblems, ProblemBatch, predict, problem_losses
-from prunedm.layers import to_groups
-from prunedm.learning.relaxation import RelaxedMasks, temperature
+from prunedm.diffusion import DenoisingProblems, ProblemBatch, predict
+from prunedm.learning import make_estimator
+from prunedm.learning.learner import Learner
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
-from prunedm.training.checkpoint import History
+from prunedm.training.checkpoint import History, load_parameters
 from prunedm.training.loop import fit
+
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The masks, how they were found, and the share of groups that differ from the first ones."""
+    """The masks that are kept and those of the last step, the logits, and how they were found."""
 
     masks: Masks
+    last: Masks
+    logits: dict[str, torch.Tensor]
     history: History
-    groups_changed: float
 
 
 def learn_masks(
     denoiser: nn.Module,
-    relaxed: RelaxedMasks,
+    logits: MaskLogits,
     *,
+    teacher: nn.Module | None,
     problems: DenoisingProblems,
     options: LearnOptions,
     accelerator: Accelerator,
-    checkpoint: Path,
+    resume: Path,
     progress: Progress,
     hard_loss: Callable[[Masks], float],
 ) -> Learned:
-    """Train `relaxed` so that `denoiser` under its masks loses little; the denoiser is untouched.
+    """Train `logits` so that `denoiser` under their masks loses little.
 
-    `hard_loss(masks)` is what is reported: the loss of the soft mask flatters.
+    teacher: whose output the target is; None is the unmasked denoiser itself, which must then be
+    frozen. hard_loss: of the denoiser under these masks; it is what is reported, since the loss of
+    soft masks flatters. A frozen denoiser is left as it was; a trained one keeps its new weights,
+    unmasked.
     """
-    denoiser.to(accelerator.device).eval().requires_grad_(False)
-    weights = {name: denoiser.get_parameter(f"{name}.weight") for name in relaxed.shapes}
-    first = relaxed.mode()
-
-    def objective(module: nn.Module, batch: ProblemBatch, step: int) -> torch.Tensor:
-        tau = temperature(options.tau, step, options.steps)
-        generator = torch.Generator(accelerator.device)
-        draw = step * accelerator.num_processes + accelerator.process_index
-        generator.manual_seed(seed_for(options.seed, "gumbel", draw))
-        soft = module(tau, generator)
-        masked = {f"{name}.weight": weights[name] * soft[name] for name in weights}
-        output = functional_call(denoiser, masked, _arguments(batch), {"return_dict": False})[0]
-        with torch.no_grad():
-            to_data = options.objective == "data"
-            target = batch.target_NCHW if to_data else predict(denoiser, batch)
-        return problem_losses(output, target).mean()
-
+    assert teacher is not None or not options.train_weights
+    best = resume / "best.safetensors"
+    learner = make_learner(denoiser, logits, options, teacher=teacher, device=accelerator.device)
     history = fit(
-        relaxed,
-        objective,
+        learner,
+        partial(learning_objective, options=options, accelerator=accelerator),
         problems=problems,
         options=options,
         accelerator=accelerator,
-        checkpoint=checkpoint,
+        checkpoint=resume / "checkpoint.safetensors",
         progress=progress,
         label="mask learning",
-        validate=lambda _: hard_loss(relaxed.mode()),
+        validate=lambda _: hard_loss(logits.mode()),
+        after_step=lambda _: learner.estimator.after_step(logits, learner.weights),
+        observe=lambda _: logits.observe(options.distribution),
+        optimizer=make_optimizer(learner, options),
+        best=best,
     )
-    masks = relaxed.to("cpu").mode()
-    masks.check_pattern()
+    learner.to("cpu")
+    last = logits.mode()
+    if options.keep == "best":
+        accelerator.wait_for_everyone()
+        load_parameters(best, learner)
     denoiser.to("cpu").requires_grad_(True)
-    return Learned(masks, history, groups_changed(first, masks))
+    masks = logits.mode()
+    masks.check_pattern()
+    return Learned(masks, last, logits.by_layer([g.detach() for g in logits.groups]), history)
 
 
-def groups_changed(before: Masks, after: Masks) -> float:
-    """Share of N:M groups in which the kept weights differ."""
-    assert before.pattern is not None
-    m = before.pattern.m
-    changed = [
-        (to_groups(mask.cpu(), m) != to_groups(after.by_layer[name].cpu(), m)).any(1)
-        for name, mask in before
-    ]
-    return float(torch.cat(changed).float().mean())
+def learning_objective(
+    module: nn.Module,
+    batch: ProblemBatch,
+    step: int,
+    *,
+    options: LearnOptions,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """The loss of one step; every process and step draws masks of its own."""
+    draw = step * accelerator.num_processes + accelerator.process_index
+    generator = torch.Generator(accelerator.device)
+    generator.manual_seed(seed_for(options.seed, "masks", draw))
+    loss: torch.Tensor = module(batch, step / max(1, options.steps - 1), generator)
+    return loss
 
 
-def _arguments(batch: ProblemBatch) -> tuple[torch.Tensor | None, ...]:
-    return batch.noisy_NCHW, batch.timesteps_N, batch.labels_N
+def make_learner(
+    denoiser: nn.Module,
+    logits: MaskLogits,
+    options: LearnOptions,
+    *,
+    teacher: nn.Module | None,
+    device: torch.device,
+) -> Learner:
+    """The module that is trained, on its device."""
+    denoiser.to(device).requires_grad_(options.train_weights)
+    teacher = denoiser if teacher is None else teacher.to(device).eval().requires_grad_(False)
+    if not options.train_weights:
+        denoiser.eval()
+    repeats = options.dataset_size > 0
+    outputs = Memo(int(options.memo_memory * GIB) if repeats else 0)
+    return Learner(
+        denoiser,
+        logits.to(device),
+        make_estimator(options),
+        wanted=lambda batch: outputs(batch, partial(predict, teacher)),
+        share=options.distill,
+        train_weights=options.train_weights,
+        mask_loss_weight=options.mask_loss_weight,
+        keep_magnitude=options.keep_magnitude,
+        first_losses=Memo(GIB if repeats and not options.train_weights else 0),
+    )
+
+
+def make_optimizer(learner: Learner, options: LearnOptions) -> torch.optim.Optimizer:
+    """One learning rate for logits, one for weights, which AdamW trains."""
+    assert options.lr is not None
+    plain = learner.estimator.optimizer == "sgd"
+    logits = list(learner.logits.parameters())
+    groups = [{"params": logits, "lr": options.lr, "weight_decay": 0.0, "plain": plain}]
+    if options.train_weights:
+        groups.append({"params": list(learner.denoiser.parameters()), "lr": options.weight_lr})
+    return PlainOrAdamW(groups, weight_decay=options.weight_decay, betas=(0.9, options.beta2))
+
+
+class PlainOrAdamW(torch.optim.AdamW):
+    """AdamW, but gradient descent without state for parameter groups that are `plain`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group.get("plain"):
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.sub_(group["lr"] * parameter.grad)
+                        parameter.grad = None
+        return super().step(closure)

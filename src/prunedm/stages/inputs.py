@@ -80,8 +80,9 @@ def training_problems(
     images: ImageSet,
     *,
     time_range: tuple[int, int] | None = None,
+    cycle: int = 0,
 ) -> DenoisingProblems:
-    """The endless stream that training, learning and calibration read."""
+    """The stream that training, learning and calibration read: endless, or the first `cycle`."""
     return DenoisingProblems(
         images,
         model.scheduler,
@@ -91,6 +92,7 @@ def training_problems(
         flip=options.flip,
         conditional=model.conditional,
         time_range=time_range,
+        cycle=cycle,
     )
 
 

@@ -1,23 +1,27 @@
-"""learn: which N of every M weights to keep, found by training mask logits on frozen weights."""
+"""learn: which N of every M weights to keep, found by training mask logits."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.layers import prunable_layers
-from prunedm.learning.relaxation import RelaxedMasks
-from prunedm.learning.trainer import Learned, learn_masks
+from prunedm.learning.logits import MaskLogits, groups_changed
+from prunedm.learning.trainer import learn_masks
 from prunedm.masks import Masks, Pattern
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress, Silent
-from prunedm.record import Record
+from prunedm.record import Record, Source
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import (
     data_source,
+    dense_source,
     held_out_problems,
     images_for,
     reload,
@@ -25,6 +29,9 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
+from prunedm.stages.learned import write_learned
+from prunedm.stages.masks import masks_from
+from prunedm.stages.unmasked import before_masks, unmasked
 from prunedm.training.loop import make_accelerator
 
 
@@ -38,138 +45,160 @@ def learn(
 ) -> tuple[Record, bool]:
     """Learn N:M masks for `source` and write it with them.
 
-    A model that has N:M masks already gives the first masks; its weights are taken from the model
-    it was pruned from, since a weight that was zeroed cannot come back.
+    The first masks are those of `options.masks`, of the model itself, or of a score, in this order.
+    A model with masks gets its removed weights back from the model it was pruned from, since a
+    weight that was zeroed cannot come back.
     """
-    progress = progress or Silent()
+    progress, options = progress or Silent(), options.filled()
     given = load(source)
-    model = _unmasked(given)
-    images = images_for(model, options, "train")
+    images = images_for(given, options, "train")
+    inputs: dict[str, Source] = {"model": source_of(given), "dataset": data_source(images)}
+    first, said = _given_masks(given, options, inputs)
+    before = before_masks(given)
+    model = unmasked(given, before)
+    teacher = _teacher(model, before, options)
+    model.masks = None
 
     def make(folder: Path) -> dict[str, Any]:
-        figures = _learn(
+        for line in said:
+            progress.say(line)
+        return _learn(
             model,
-            masks=given.masks,
+            folder,
+            first=first or _scored_masks(model, images, options, progress),
+            teacher=teacher,
             images=images,
             options=options,
-            resume=folder / RESUME,
             progress=progress,
         )
-        save(model, folder)
-        return figures
 
     return run_stage(
         "learn",
         out,
         options=options,
-        inputs={"model": source_of(given), "dataset": data_source(images)},
+        inputs=inputs,
         parent=given.record,
         make=make,
         overwrite=overwrite,
     )
 
 
-def _unmasked(given: Model) -> Model:
-    """The given model, or, where it is masked, the one whose weights were masked."""
-    if given.masks is None:
-        return given
-    if given.masks.pattern is None:
-        found = f"masks of several kinds ({given.masks.pattern_text})" * bool(given.masks.patterns)
+def _given_masks(
+    model: Model, options: LearnOptions, inputs: dict[str, Source]
+) -> tuple[Masks | None, list[str]]:
+    """Masks by option or of the model, projected to N:M where they are not; and what was done."""
+    named = "pattern" in options.model_fields_set
+    pattern = Pattern.parse(options.pattern)
+    if options.masks:
+        masks, found = masks_from(options.masks, model.denoiser, targets=options.targets)
+        inputs["masks"] = found.source
+        if named or len(masks.patterns) < len(masks.by_layer):
+            masks, found = masks_from(
+                options.masks, model.denoiser, pattern=pattern, targets=options.targets
+            )
+        return masks, found.lines()
+    if model.masks is None:
+        return None, []
+    if len(model.masks.patterns) < len(model.masks.by_layer):
         raise UserError(
-            f"{given.name} has {found or 'unstructured masks'}; learn wants one N:M pattern for all; "
-            "finetune it, or prune with one --pattern"
+            f"{model.name} has unstructured masks; give learn the model before masking, with "
+            f"--masks {model.name}, and they are projected to --pattern"
         )
-    if given.record is None or given.record.stage not in ("prune", "learn"):
+    if named and options.pattern != model.masks.pattern_text:
         raise UserError(
-            f"{given.name} does not say which model its masks were applied to: give learn the "
-            "model before masking"
+            f"pattern = {options.pattern!r}, but the model has {model.masks.pattern_text} masks; "
+            "prune with the pattern you want, or give learn the model before masking"
         )
-    if str(given.record.options.get("mechanism", "")).startswith("obs"):
+    layers = prunable_layers(model.denoiser, options.targets)
+    outside = [name for name, _ in model.masks if name not in layers]
+    if outside:
         raise UserError(
-            f"{given.name} was pruned by OBS, whose moved weights learn would undo; finetune it, or "
-            "give learn a model pruned with --mechanism nm"
+            f"--targets leaves out masked layers, first {outside[0]}; give learn the model before "
+            "masking, or all of its masked layers"
         )
-    if given.record.options.get("permute"):
-        raise UserError(
-            f"{given.name} had its channels reordered when it was pruned, so no model on disk has "
-            "the weights under its masks; give learn one that was pruned without --permute"
-        )
-    parent = reload(given.record.inputs["model"])
-    return _unmasked(parent) if given.record.stage == "learn" else parent
+    return model.masks, []
+
+
+def _scored_masks(
+    model: Model, images: ImageSet, options: LearnOptions, progress: Progress
+) -> Masks:
+    layers = prunable_layers(model.denoiser, options.targets)
+    scores = score_weights(model, layers, options, images, progress=progress)
+    model.denoiser.to("cpu")
+    return nm_masks(layers, scores, Pattern.parse(options.pattern))
+
+
+def _teacher(model: Model, before: Model, options: LearnOptions) -> Any:
+    """Whose output is the target, or None where it is that of the unmasked model itself.
+
+    Trained weights aim at the lineage's dense model. Kept weights that changed under their masks
+    (OBS, fine-tuning) make no sensible model together with the removed ones: the one from before
+    does.
+    """
+    if options.train_weights:
+        source = dense_source(model.record) if model.masks is not None else None
+        return deepcopy(model.denoiser) if source is None else reload(source).denoiser
+    pairs = zip(model.denoiser.parameters(), before.denoiser.parameters(), strict=True)
+    same = all(torch.equal(now, then) for now, then in pairs)
+    return None if same else before.denoiser
 
 
 def _learn(
     model: Model,
+    folder: Path,
     *,
-    masks: Masks | None,
+    first: Masks,
+    teacher: Any,
     images: ImageSet,
     options: LearnOptions,
-    resume: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    relaxed = _relaxed_masks(model, masks, images, options, progress)
     held_out = held_out_problems(model, options, options.validation_problems)
-    dense = denoising_loss(model.denoiser, held_out)
-    weights = {n: p.detach().clone() for n, p in model.denoiser.named_parameters()}
     accelerator = make_accelerator(options)
-    model.denoiser.to(accelerator.device)
+    device = accelerator.device
+    model.denoiser.to(device)
+    dense = denoising_loss(
+        teacher.to(device) if teacher else model.denoiser, held_out, device=device
+    )
 
     def hard_loss(masks: Masks) -> float:
-        masks.apply_(model.denoiser)
-        loss = denoising_loss(model.denoiser, held_out, device=accelerator.device).mean
-        for name, parameter in model.denoiser.named_parameters():
-            parameter.data.copy_(weights[name])
-        return loss
+        with masks.applied(model.denoiser):
+            return denoising_loss(model.denoiser, held_out, device=device).mean
 
-    first = hard_loss(relaxed.mode())
+    scores = {name: model.denoiser.get_parameter(f"{name}.weight").detach() for name, _ in first}
+    cycle = -(-options.dataset_size // _stride(options, accelerator.num_processes))
     learned = learn_masks(
         model.denoiser,
-        relaxed,
-        problems=training_problems(model, options, images),
+        MaskLogits(first, scores, lead=options.logits or 0.0),
+        teacher=teacher,
+        problems=training_problems(
+            model, options, images, cycle=cycle * _stride(options, accelerator.num_processes)
+        ),
         options=options,
         accelerator=accelerator,
-        checkpoint=resume / "checkpoint.safetensors",
+        resume=folder / RESUME,
         progress=progress,
         hard_loss=hard_loss,
     )
     model.masks = learned.masks
     model.masks.apply_(model.denoiser)
+    model.round_to_dtype()
     after = denoising_loss(model.denoiser, held_out)
-    return _figures(dense.mean, first, after.mean, after.standard_error, learned)
-
-
-def _relaxed_masks(
-    model: Model, masks: Masks | None, images: ImageSet, options: LearnOptions, progress: Progress
-) -> RelaxedMasks:
-    """Logits that start from the model's masks, or from the score's."""
-    layers = prunable_layers(model.denoiser, options.targets)
-    scores = score_weights(model, layers, options, images, progress=progress)
-    if masks is None:
-        masks = nm_masks(layers, scores, Pattern.parse(options.pattern))
-    else:
-        if "pattern" in options.model_fields_set and options.pattern != str(masks.pattern):
-            raise UserError(
-                f"pattern = {options.pattern!r}, but the model has {masks.pattern} masks; "
-                "prune with the pattern you want, or give learn the model before masking"
-            )
-        outside = [name for name, _ in masks if name not in layers]
-        if outside:
-            raise UserError(
-                f"--targets leaves out masked layers, first {outside[0]}; give learn the model "
-                "before masking, or all of its masked layers"
-            )
-    return RelaxedMasks(masks, scores, strength=options.strength)
-
-
-def _figures(
-    dense: float, first: float, after: float, error: float, learned: Learned
-) -> dict[str, Any]:
-    gap = first - dense
+    save(model, folder)
+    (_, before), *_ = learned.history.held_out
+    write_learned(learned, folder, dense=dense.mean, first=before)
+    gap = before - dense.mean
     return {
-        "loss_dense": dense,
-        "loss_first_masks": first,
-        "loss": after,
-        "loss_se": error,
-        "gap_closed": (first - after) / gap if gap > 0 else None,
-        "groups_changed": learned.groups_changed,
+        "loss_dense": dense.mean,
+        "loss_first_masks": before,
+        "loss": after.mean,
+        "loss_se": after.standard_error,
+        "gap_closed": (before - after.mean) / gap if gap > 0 else None,
+        "groups_changed": groups_changed(first, learned.masks),
+        "compliance": 1.0,  # check_pattern has raised otherwise
     } | learned.history.as_figures()
+
+
+def _stride(options: LearnOptions, processes: int) -> int:
+    """Problems of one step: a cycle of whole steps meets the same batches again, to the same bits."""
+    return options.batch_size * options.accumulation * processes

@@ -16,17 +16,28 @@ from prunedm.training.ema import Ema
 
 @dataclass
 class History:
-    """Training loss of every step, and held-out loss as (steps done, loss) pairs."""
+    """Training loss of every step, and held-out loss as (steps done, loss) pairs.
+
+    observed: more figures by name, as (steps done, value) pairs.
+    """
 
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    observed: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last held-out loss is the lowest, and the first of its size."""
+        *before, last = [loss for _, loss in self.held_out]
+        return all(last < loss for loss in before)
 
     def as_figures(self, points: int = 200) -> dict[str, object]:
         """For the record: the training loss averaged down to at most `points`, and the held-out one."""
         stride = max(1, -(-len(self.losses) // points))
         chunks = [self.losses[k : k + stride] for k in range(0, len(self.losses), stride)]
         means = [sum(chunk) / len(chunk) for chunk in chunks]
-        return {"curve": {"stride": stride, "losses": means, "held_out": self.held_out}}
+        curve = {"stride": stride, "losses": means, "held_out": self.held_out}
+        return {"curve": curve | ({"observed": self.observed} if self.observed else {})}
 
 
 @dataclass
@@ -42,7 +53,7 @@ class TrainingState:
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
     """Write the state; a file that is there is whole, whenever the process is killed."""
-    tensors = {f"module.{name}": p.detach() for name, p in state.module.named_parameters()}
+    tensors = {f"module.{name}": t.detach() for name, t in state.module.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(v) for key, v in values.items()}
     if state.ema is not None:
@@ -52,32 +63,24 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
         "ema_updates": state.ema.updates if state.ema else 0,
         "losses": state.history.losses,
         "held_out": state.history.held_out,
+        "observed": state.history.observed,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".writing")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, aside, metadata={"facts": json.dumps(facts)})
-    aside.replace(path)
+    _write(path, tensors, {"facts": json.dumps(facts)})
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Restore in place what `save_checkpoint` wrote; without a file the state stays as it is."""
     if not path.exists():
         return
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({error}); delete it to start again"
-        ) from error
-    wanted = {f"module.{name}": p.shape for name, p in state.module.named_parameters()}
-    if wanted != {n: t.shape for n, t in tensors.items() if n.startswith("module.")}:
+    tensors, facts = _read(path)
+    own = {f"module.{name}": tensor for name, tensor in state.module.state_dict().items()}
+    if {n: t.shape for n, t in own.items()} != {
+        n: t.shape for n, t in tensors.items() if n.startswith("module.")
+    }:
         raise UserError(f"checkpoint {path} is of another model; delete it to start again")
     with torch.no_grad():
-        for name, parameter in state.module.named_parameters():
-            parameter.copy_(tensors[f"module.{name}"])
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
     optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -90,4 +93,41 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         state.ema.load(shadow, facts["ema_updates"])
     state.history.losses[:] = facts["losses"]
     state.history.held_out[:] = [(int(step), loss) for step, loss in facts["held_out"]]
+    state.history.observed = {
+        name: [(int(step), value) for step, value in pairs]
+        for name, pairs in facts.get("observed", {}).items()  # 0.1.0 wrote none
+    }
     state.done = int(facts["done"])
+
+
+def save_parameters(path: Path, module: nn.Module) -> None:
+    """The parameters alone, of the best state so far."""
+    _write(path, {name: p.detach() for name, p in module.named_parameters()}, {"facts": "{}"})
+
+
+def load_parameters(path: Path, module: nn.Module) -> None:
+    """Restore in place what `save_parameters` wrote."""
+    tensors, _ = _read(path)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".writing")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, aside, metadata=metadata)
+    aside.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged ({error}); delete it to start again"
+        ) from error
+    return tensors, facts

@@ -6,6 +6,7 @@ number, learning rate schedule, clipping, EMA, checkpoints, exact resume, and st
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,10 +19,17 @@ from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
-from prunedm.training.checkpoint import History, TrainingState, load_checkpoint, save_checkpoint
+from prunedm.training.checkpoint import (
+    History,
+    TrainingState,
+    load_checkpoint,
+    save_checkpoint,
+    save_parameters,
+)
 from prunedm.training.ema import Ema
 
 Objective = Callable[[nn.Module, ProblemBatch, int], torch.Tensor]  # (module, batch, step) -> loss
+Observe = Callable[[nn.Module], dict[str, float]]  # figures to keep beside the held-out loss
 FLUSH_EVERY = 10  # steps between looks at the losses: a look waits for the device
 
 
@@ -37,17 +45,20 @@ def fit(
     label: str,
     after_step: Callable[[int], None] = lambda step: None,
     validate: Callable[[nn.Module], float] | None = None,
+    observe: Observe = lambda module: {},
+    optimizer: torch.optim.Optimizer | None = None,
+    best: Path | None = None,
 ) -> History:
     """Train `module` in place; it holds the EMA weights at the end where `ema_decay` is set.
 
     Continues from `checkpoint` if that file exists, to the same bits as an unbroken run.
-    `after_step(step)` may change the module (masks). Raises `UserError` on a loss that is not
-    finite; the last good state stays in the checkpoint.
+    `after_step(step)` may change the module (masks). `optimizer`, AdamW where none is given, follows
+    the schedule from the learning rates it has. `best` is a file for the parameters of the lowest
+    held-out loss, the start's included. Raises `UserError` on a loss that is not finite; the last
+    good state stays in the checkpoint.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, options.beta2)
-    )
+    optimizer = optimizer or adamw(module, options)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     prepared, optimizer = accelerator.prepare(module, optimizer)
     ema = Ema(module, options.ema_decay) if options.ema_decay else None
     state = TrainingState(module, optimizer, ema, History())
@@ -56,12 +67,17 @@ def fit(
         _index_lists(options, state.done, accelerator), workers=options.workers
     )
     pending: list[torch.Tensor] = []
+    if best and validate is not None and state.done == 0:
+        _look(state, validate(module), observe(module), checkpoint)
+        if accelerator.is_main_process:
+            save_parameters(best, module)
     prepared.train()
     with progress.task(label, options.steps, state.done) as bar:
         while state.done < options.steps:
             step = state.done
             torch.manual_seed(seed_for(options.seed, "dropout", step))
-            _set_lr(optimizer, learning_rate(options, step))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * learning_rate_share(options, step)
             loss = _step(
                 prepared,
                 objective,
@@ -81,9 +97,10 @@ def fit(
             if len(pending) >= FLUSH_EVERY or last or checkpoint_due:
                 _flush(pending, state, checkpoint)
             if validate is not None and (_due(state.done, options.validate_every) or last):
-                held_out = _validate(validate, module, ema)
-                _check_finite(held_out, "held-out loss", step, checkpoint)
-                state.history.held_out.append((state.done, held_out))
+                with _averaged(module, ema):
+                    _look(state, validate(module), observe(module), checkpoint)
+                    if best and accelerator.is_main_process and state.history.at_best:
+                        save_parameters(best, module)
                 prepared.train()
             if checkpoint_due and accelerator.is_main_process and _is_finite(module):
                 save_checkpoint(checkpoint, state)
@@ -95,14 +112,22 @@ def fit(
     return state.history
 
 
-def learning_rate(options: LoopOptions, step: int) -> float:
-    """Linear warm-up, then constant or cosine to zero."""
+def adamw(module: nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
+    """Over all parameters that want gradients, with the options' learning rate, decay and beta2."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, options.beta2)
+    )
+
+
+def learning_rate_share(options: LoopOptions, step: int) -> float:
+    """Of the peak: linear warm-up, then constant or cosine to zero."""
     if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
+        return (step + 1) / options.warmup
     if options.schedule == "constant":
-        return options.lr
+        return 1.0
     share = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return options.lr * 0.5 * (1 + math.cos(math.pi * share))
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def make_accelerator(options: LoopOptions) -> Accelerator:
@@ -166,6 +191,8 @@ def _flush(pending: list[torch.Tensor], state: TrainingState, checkpoint: Path) 
 
 def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
     if not math.isfinite(loss):
+        if step < 0:
+            raise UserError(f"{what} is {loss} before the first step: give another model or masks")
         kept = f"; the last good state is in {checkpoint}" if checkpoint.exists() else ""
         raise UserError(f"{what} is {loss} at step {step}: lower --lr or raise --warmup{kept}")
 
@@ -175,22 +202,28 @@ def _is_finite(module: nn.Module) -> bool:
     return all(bool(p.isfinite().all()) for p in module.parameters())
 
 
-def _validate(validate: Callable[[nn.Module], float], module: nn.Module, ema: Ema | None) -> float:
-    """Held-out loss, of the EMA weights where there are any; the module is left as it was."""
+def _look(
+    state: TrainingState, held_out: float, figures: dict[str, float], checkpoint: Path
+) -> None:
+    """Held-out loss and whatever else is observed, into the history."""
+    _check_finite(held_out, "held-out loss", state.done - 1, checkpoint)
+    state.history.held_out.append((state.done, held_out))
+    for name, value in figures.items():
+        state.history.observed.setdefault(name, []).append((state.done, value))
+
+
+@contextmanager
+def _averaged(module: nn.Module, ema: Ema | None) -> Iterator[None]:
+    """With the EMA's parameters in the module, where there are any; then as it was."""
     if ema is None:
-        return validate(module)
+        yield
+        return
     live = {name: p.detach().clone() for name, p in module.named_parameters()}
     ema.copy_to(module)
-    loss = validate(module)
+    yield
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(live[name])
-    return loss
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def _due(done: int, every: int) -> bool:

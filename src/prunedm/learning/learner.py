@@ -1,0 +1,93 @@
+"""One step of mask learning: problems in, a loss out whose gradient the logits follow."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from prunedm.diffusion import ProblemBatch, problem_losses
+from prunedm.learning.estimator import Estimator, Trial
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.memo import Memo
+
+Wanted = Callable[[ProblemBatch], torch.Tensor]  # what the output shall be, NCHW
+
+
+class Learner(nn.Module):
+    """What is trained: logits, the estimator's averages, and with `train_weights` the denoiser.
+
+    A frozen denoiser is no part of the module: it is neither copied, nor saved in checkpoints, nor
+    set to training mode.
+    wanted: the target of the output, besides the data's own.
+    share: of that target in the loss; the rest is the data's.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        logits: MaskLogits,
+        estimator: Estimator,
+        *,
+        wanted: Wanted,
+        share: float,
+        train_weights: bool = False,
+        mask_loss_weight: float = 1.0,
+        keep_magnitude: float = 0.0,
+        first_losses: Memo,
+    ) -> None:
+        super().__init__()
+        self.logits, self.estimator = logits, estimator
+        self.wanted, self.share, self.keep_magnitude = wanted, share, keep_magnitude
+        self.weights = {name: denoiser.get_parameter(f"{name}.weight") for name in logits.shapes}
+        self.first_losses = first_losses
+        if train_weights:
+            self.denoiser = denoiser
+        self._network = [denoiser]  # in a list: not registered
+        for parameter in logits.parameters():
+            parameter.register_hook(lambda gradient: gradient * mask_loss_weight)
+
+    def forward(
+        self, batch: ProblemBatch, progress: float, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The estimator's loss on these problems; `progress` and `generator` are those of `Trial`.
+
+        The network runs under the autocast that the caller has on, the estimator in full precision.
+        """
+        device = self.logits.device.type
+        autocast = torch.autocast(
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        )
+        target = self.wanted(batch) if self.share else None
+
+        def losses(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            with autocast:
+                output = self._output(weights, batch)
+            data = problem_losses(output, batch.target_NCHW) if self.share < 1 else 0.0
+            if target is None:
+                return torch.as_tensor(data)
+            return (1 - self.share) * data + self.share * problem_losses(output, target)
+
+        def first_loss() -> torch.Tensor:
+            first = {n: self.weights[n] * m.to(device) for n, m in self.logits.first}
+            return self.first_losses(batch, lambda _: losses(first)).mean()
+
+        trial = Trial(
+            run=lambda weights: losses(weights).mean(),
+            first_loss=first_loss,
+            weights=self.weights,
+            progress=progress,
+            generator=generator,
+            keep_magnitude=self.keep_magnitude * (1 - progress),
+        )
+        with torch.autocast(device, enabled=False):  # logits want all digits
+            loss: torch.Tensor = self.estimator(self.logits, trial)
+        return loss
+
+    def _output(self, weights: Mapping[str, torch.Tensor], batch: ProblemBatch) -> torch.Tensor:
+        masked = {f"{name}.weight": weight for name, weight in weights.items()}
+        arguments = (batch.noisy_NCHW, batch.timesteps_N, batch.labels_N)
+        output: torch.Tensor = functional_call(
+            self._network[0], masked, arguments, {"return_dict": False}
+        )[0]
+        return output

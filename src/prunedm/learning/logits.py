@@ -1,0 +1,106 @@
+"""What is learned: one logit a weight over the N:M groups of many layers."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from prunedm.layers import from_groups, to_groups
+from prunedm.learning.distribution import DISTRIBUTIONS, Distribution
+from prunedm.masks import Masks, Pattern
+
+
+class MaskLogits(nn.Module):
+    """Logits of all layers, one (G, M) parameter for each pattern among them.
+
+    The mode of the logits is `first` to begin with: its weights lead by `lead`, and the score, as
+    its share of the group, breaks ties.
+    """
+
+    def __init__(
+        self, first: Masks, scores: Mapping[str, torch.Tensor], *, lead: float = 1.0
+    ) -> None:
+        super().__init__()
+        assert first.patterns.keys() == first.by_layer.keys(), "every mask must be N:M"
+        self.first = first
+        self.shapes = {name: mask.shape for name, mask in first}
+        self.names: dict[Pattern, list[str]] = {}
+        for name in self.shapes:
+            self.names.setdefault(first.patterns[name], []).append(name)
+        self.groups = nn.ParameterList(
+            torch.cat([_lead(first.by_layer[n], scores[n], pattern.m, lead) for n in names])
+            for pattern, names in self.names.items()
+        )
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """Of each parameter in `groups`."""
+        return list(self.names)
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups[0].device
+
+    def distributions(self, family: str) -> list[Distribution]:
+        """One a parameter in `groups`."""
+        pairs = zip(self.groups, self.patterns, strict=True)
+        return [DISTRIBUTIONS[family](logits, pattern.n) for logits, pattern in pairs]
+
+    def by_layer(self, groups: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values of groups, one (G, M) tensor a pattern, as tensors of the weights' shapes."""
+        found = {}
+        for values_GM, (pattern, names) in zip(groups, self.names.items(), strict=True):
+            sizes = [self.shapes[name].numel() // pattern.m for name in names]
+            for name, part in zip(names, values_GM.split(sizes), strict=True):
+                found[name] = from_groups(part, self.shapes[name])
+        return {name: found[name] for name in self.shapes}
+
+    def to_groups(self, by_layer: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The inverse of `by_layer`."""
+        return [
+            torch.cat([to_groups(by_layer[name], pattern.m) for name in names])
+            for pattern, names in self.names.items()
+        ]
+
+    @torch.no_grad()
+    def mode(self) -> Masks:
+        """The most probable masks: in each group the N largest logits."""
+        modes = [distribution.mode() for distribution in self.distributions(_ANY)]
+        return Masks(self.by_layer(modes), self.first.patterns)
+
+    @torch.no_grad()
+    def observe(self, family: str) -> dict[str, float]:
+        """Mean entropy of a group in nats, and the shares of groups that differ from the first masks,
+        and that keep exactly N."""
+        entropies = [d.entropy() for d in self.distributions(family)]
+        mode = self.mode()
+        exact = [
+            (to_groups(mask, mode.patterns[name].m).sum(1) == mode.patterns[name].n).float()
+            for name, mask in mode
+        ]
+        compliance = float(torch.cat(exact).mean())
+        return {
+            "entropy": float(torch.cat(entropies).mean()),
+            "groups_changed": groups_changed(self.first, mode),
+            "compliance": compliance,
+        }
+
+
+_ANY = "conditional-bernoulli"  # all families have the same mode
+
+
+def groups_changed(before: Masks, after: Masks) -> float:
+    """Share of N:M groups in which the kept weights differ."""
+    changed = []
+    for name, mask in before:
+        m = before.patterns[name].m
+        other = after.by_layer[name].to(mask.device)
+        changed.append((to_groups(mask, m) != to_groups(other, m)).any(1))
+    return float(torch.cat(changed).float().mean())
+
+
+def _lead(mask: torch.Tensor, score: torch.Tensor, m: int, lead: float) -> torch.Tensor:
+    """The share counts for less than `lead`, or it would overrule a mask that another score made."""
+    score_GM = to_groups(score.to(mask.device).float().abs(), m)
+    share_GM = score_GM / score_GM.sum(1, keepdim=True).clamp_min(1e-12)
+    return (lead * to_groups(mask, m).float() + min(1.0, 0.99 * lead) * share_GM).contiguous()

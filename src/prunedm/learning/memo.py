@@ -1,0 +1,29 @@
+"""Values of single problems that are computed once: dense outputs, losses of the first masks."""
+
+from collections.abc import Callable
+
+import torch
+
+from prunedm.diffusion import ProblemBatch
+
+
+class Memo:
+    """Rows by problem number, while they fit into `memory` bytes; others are computed again."""
+
+    def __init__(self, memory: int) -> None:
+        self.free = memory
+        self._rows: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, batch: ProblemBatch, compute: Callable[[ProblemBatch], torch.Tensor]
+    ) -> torch.Tensor:
+        """`compute(batch)`, of shape (N, ...), or the same from memory."""
+        if batch.numbers and all(number in self._rows for number in batch.numbers):
+            return torch.stack([self._rows[number] for number in batch.numbers])
+        values = compute(batch).detach()
+        for number, row in zip(batch.numbers, values, strict=False):
+            if number not in self._rows and row.nbytes <= self.free:
+                self.free -= row.nbytes
+                self._rows[number] = row.clone()  # a view would keep the whole batch
+        return values

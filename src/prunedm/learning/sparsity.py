@@ -1,0 +1,111 @@
+"""How sparse a model is, wrapped or not, in the words that old MaskPro scripts read."""
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from prunedm.layers import prunable_layers
+from prunedm.learning.layer import (
+    MaskProLayer,
+    maskpro_layers,
+    separate_parameters,
+    why_not_wrapped,
+)
+from prunedm.masks import Masks, Pattern
+from prunedm.removal.nm import exact_pattern
+
+
+class LayerSparsity(TypedDict):
+    """Of one layer's weight; n, m and nm_compliance are None where it is neither wrapped nor N:M."""
+
+    shape: tuple[int, ...]
+    sparsity: float
+    n: int | None
+    m: int | None
+    nm_compliance: float | None
+
+
+class OverallSparsity(TypedDict):
+    """overall_sparsity = masked_parameters / total_parameters, of the whole model without logits.
+
+    masked_parameters: weights of Conv2d and Linear layers that are masked or zero.
+    nm_compliance: share of groups with exactly N kept, over the N:M layers; 0 where there are none.
+    """
+
+    overall_sparsity: float
+    total_parameters: int
+    masked_parameters: int
+    nm_compliance: float
+
+
+class SparsitySummary(TypedDict):
+    """What `get_model_sparsity_summary` returns."""
+
+    overall_stats: OverallSparsity
+    layer_stats: dict[str, LayerSparsity]
+
+
+@torch.no_grad()
+def get_model_sparsity_summary(model: nn.Module) -> SparsitySummary:
+    """Every Conv2d and Linear layer: the hard mask where it is wrapped, and weights that are zero.
+
+    An unwrapped layer is N:M where its zeros are, in every group, for an M up to 16.
+    """
+    found = prunable_layers(model, protect=()) | maskpro_layers(model)
+    layers = {name: found[name] for name, _ in model.named_modules() if name in found}
+    masks = layer_masks(layers)
+    stats: dict[str, LayerSparsity] = {}
+    for name, mask in masks:
+        nonzero = layers[name].get_parameter("weight") != 0
+        pattern = masks.patterns.get(name)
+        stats[name] = {
+            "shape": tuple(mask.shape),
+            "sparsity": int((~(mask & nonzero)).sum()) / mask.numel(),
+            "n": pattern.n if pattern else None,
+            "m": pattern.m if pattern else None,
+            "nm_compliance": masks.valid_groups(name),
+        }
+    total = sum(parameter.numel() for parameter in separate_parameters(model)[0])
+    gone = sum(round(s["sparsity"] * masks.by_layer[name].numel()) for name, s in stats.items())
+    overall: OverallSparsity = {
+        "overall_sparsity": gone / total if total else 0.0,
+        "total_parameters": total,
+        "masked_parameters": gone,
+        "nm_compliance": nm_compliance(masks),
+    }
+    return {"overall_stats": overall, "layer_stats": stats}
+
+
+def layer_masks(layers: Mapping[str, nn.Module]) -> Masks:
+    """The hard masks of wrapped layers with their patterns; of others, where the weight is not zero."""
+    by_layer: dict[str, torch.Tensor] = {}
+    patterns: dict[str, Pattern] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, MaskProLayer):
+            by_layer[name], patterns[name] = layer.get_mask(), layer.pattern
+            continue
+        by_layer[name] = layer.get_parameter("weight") != 0
+        pattern = exact_pattern(layer, by_layer[name])
+        if pattern is not None:
+            patterns[name] = pattern
+    return Masks(by_layer, patterns)
+
+
+def nm_compliance(masks: Masks) -> float:
+    """Share of groups with exactly N kept, over the N:M layers; 0 where there are none."""
+    groups = {name: masks.by_layer[name].numel() // p.m for name, p in masks.patterns.items()}
+    exact = sum(count * (masks.valid_groups(name) or 0.0) for name, count in groups.items())
+    return exact / sum(groups.values()) if groups else 0.0
+
+
+def check_nm_compatibility(model: nn.Module, n: int, m: int) -> dict[str, str]:
+    """Which layers of a model (or the layer itself, "") cannot be N:M, and why; {} if all can.
+
+    Raises `UserError` unless 0 < N < M.
+    """
+    Pattern(n, m)
+    layers: Mapping[str, nn.Module] = prunable_layers(model, protect=()) or {"": model}
+    reasons = {name: why_not_wrapped(layer, m) for name, layer in layers.items()}
+    return {name: reason for name, reason in reasons.items() if reason}

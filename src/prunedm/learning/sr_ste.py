@@ -1,0 +1,34 @@
+"""SR-STE (Zhou et al. 2021): the masks follow the trained weights' magnitudes, step by step."""
+
+import torch
+
+from prunedm.learning.estimator import ByLayer, Estimator, Trial
+from prunedm.learning.logits import MaskLogits
+
+
+class SrSte(Estimator):
+    """Removed weights are trained as if they were there, and decay: g + `decay` * (1 - m) * w.
+
+    It wants weights that are trained. There is nothing to learn about logits: they are |w|.
+    """
+
+    def __init__(self, decay: float = 2e-4) -> None:
+        super().__init__()
+        self.decay = decay
+
+    def forward(self, logits: MaskLogits, trial: Trial) -> torch.Tensor:
+        self.after_step(logits, trial.weights)
+        masked, decayed = {}, torch.zeros((), device=logits.device)
+        for name, mask in logits.mode():
+            removed = trial.weights[name] * ~mask
+            masked[name] = trial.weights[name] - removed.detach()  # forward w m, backward 1
+            decayed = decayed + removed.square().sum()
+        # several processes wait for a gradient of every parameter
+        nothing = torch.stack([0 * l_GM.sum() for l_GM in logits.groups]).sum()
+        return trial.run(masked) + self.decay / 2 * (decayed - decayed.detach()) + nothing
+
+    @torch.no_grad()
+    def after_step(self, logits: MaskLogits, weights: ByLayer) -> None:
+        sizes = logits.to_groups({name: weight.abs() for name, weight in weights.items()})
+        for l_GM, size_GM in zip(logits.groups, sizes, strict=True):
+            l_GM.copy_(size_GM)

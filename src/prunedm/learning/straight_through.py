@@ -1,0 +1,22 @@
+"""Straight-through by marginals (SIMPLE, Ahmed et al. 2023): hard masks, gradients of their means."""
+
+import torch
+
+from prunedm.learning.estimator import Estimator, Trial, uniforms
+from prunedm.learning.logits import MaskLogits
+
+
+class StraightThrough(Estimator):
+    """The network sees a sample; backward, the sample counts as its inclusion probability."""
+
+    def __init__(self, family: str = "conditional-bernoulli") -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, logits: MaskLogits, trial: Trial) -> torch.Tensor:
+        masks = []
+        noise = uniforms(list(logits.groups), trial.generator)
+        for distribution, u_GM in zip(logits.distributions(self.family), noise, strict=True):
+            inclusion_GM = distribution.inclusion()
+            masks.append(distribution.sample(u_GM) + (inclusion_GM - inclusion_GM.detach()))
+        return trial.loss(logits.by_layer(masks))
