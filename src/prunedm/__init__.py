@@ -25,6 +25,15 @@ _HOME = {
     "Recipe": "prunedm.recipe",
     "UserError": "prunedm.errors",
     "PrunedUNet2DModel": "prunedm.pruned_unet",
+    "MaskProLayer": "prunedm.learning.layer",
+    "wrap_model_with_maskpro": "prunedm.learning.layer",
+    "unwrap_model": "prunedm.learning.layer",
+    "maskpro_layers": "prunedm.learning.layer",
+    "separate_parameters": "prunedm.learning.layer",
+    "check_nm_compatibility": "prunedm.learning.sparsity",
+    "get_model_sparsity_summary": "prunedm.learning.sparsity",
+    "DiffusionMaskProTrainer": "prunedm.stages.maskpro",
+    "MaskProConfig": "prunedm.stages.maskpro_config",
     # diffusers asks a component's library for its base class before it loads the component
     "ModelMixin": "diffusers",
 }
