@@ -116,6 +116,31 @@ def broken_masks(place: Path):
     return ["finetune", model, place / "out"], [name, "remove masks.safetensors"]
 
 
+def masks_file_there(place: Path):
+    (place / "m.safetensors").write_bytes(b"precious")
+    words = ["masks", "extract", tiny_folder(), place / "m.safetensors"]
+    return words, ["m.safetensors exists", "--overwrite"]
+
+
+def masks_of_a_dense_model(place: Path):
+    words = ["masks", "extract", tiny_folder(), place / "new" / "m.safetensors"]
+    return words, ["has no masks", "zero", "prune it first"]
+
+
+def masks_without_a_file(place: Path):
+    return ["masks", "show", place / "m.safetensors"], ["m.safetensors", "no masks file"]
+
+
+def loss_with_masks_of_another_model(place: Path):
+    save_masks(Masks({"gone": torch.ones(2, 4).bool()}), place / "m.safetensors")
+    words = ["loss", tiny_folder(), place / "out", "--masks", place / "m.safetensors"]
+    return words, ["masks are of another model", "gone", "no such layer"]
+
+
+def loss_targets_without_masks(place: Path):
+    return ["loss", tiny_folder(), place / "out", "--targets", "mid_block"], ["give --masks"]
+
+
 def unknown_dataset(place: Path):
     words = ["prune", tiny_folder(), place / "out", "--dataset", "/no/such/images"]
     return words, ["unknown dataset '/no/such/images'"]
@@ -167,8 +192,8 @@ def foreign_folder(place: Path):
     return words, ["mine exists", "give another folder"]
 
 
-def unknown_stage_to_skip(place: Path):
-    return ["run", place / "out", "--model", tiny_folder(), "--skip", "lern"], ["'lern'", "learn"]
+def unknown_stage_to_run(place: Path):
+    return ["run", place / "out", "--model", tiny_folder(), "--stages", "lern"], ["'lern'", "learn"]
 
 
 def damaged_yaml(place: Path):
@@ -202,8 +227,9 @@ BAD_INPUT = [
     no_weights, truncated_weights, other_weights, no_model, no_folder, other_model_class,
     damaged_json, damaged_masks, broken_masks, unknown_dataset, empty_image_folder, colour_images,
     broken_image, unlabelled_images, nan_loss, no_space_below_a_file, foreign_folder,
-    unknown_stage_to_skip, damaged_yaml, missing_yaml, yaml_without_a_table, unknown_preset,
-    the_same_model_twice, too_few_samples,
+    unknown_stage_to_run, damaged_yaml, missing_yaml, yaml_without_a_table, unknown_preset,
+    the_same_model_twice, too_few_samples, masks_file_there, masks_of_a_dense_model,
+    masks_without_a_file, loss_with_masks_of_another_model, loss_targets_without_masks,
 ]  # fmt: skip
 
 
@@ -246,6 +272,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
         (["prnue", "digits", "OUT"], ["prnue", "prune"]),
         (["sample", "digits", "OUT", "--count", "many"], ["many", "int"]),
         (["run", "OUT", "--device", "gpu"], ["gpu", "auto"]),
+        (["loss", "digits", "OUT", "--split", "dev"], ["dev", "test"]),
+        (["loss", "digits", "OUT", "--max-batches", "0"], ["max_batches", "equal to 1"]),
+        (["masks", "extract", "digits", "OUT"], ["out", "try out.safetensors"]),
+        (["masks", "extract", "digits", "OUT", "--patern", "2:4"], ["--patern", "--pattern"]),
+        (["masks", "shwo", "digits"], ["shwo", "show"]),
     ],
 )
 def test_bad_options_are_one_line_that_names_value_and_way_out(words, expected, tmp_path, capsys):
@@ -377,15 +408,15 @@ def test_nested_options_merge_one_by_one(monkeypatch, tmp_path):
 
 
 def test_a_stage_keeps_the_recipes_defaults_for_what_is_not_said(monkeypatch, tmp_path):
-    config = write(tmp_path / "a.yaml", {"mask": {"score": "wanda"}, "recover": {"lr": 0.1}})
+    config = write(tmp_path / "a.yaml", {"mask": {"pattern": "1:4"}, "recover": {"lr": 0.1}})
     recipe = caught_recipe(monkeypatch, "out", "--config", config, "--finetune.distill", "0.5")
     plain = Recipe()
     mask, recover = recipe.stage_options("mask"), recipe.stage_options("recover")
-    assert (mask.mechanism, mask.score) == ("nm", "wanda")
+    assert (mask.mechanism, mask.pattern) == ("obs-nm", "1:4")
     assert (recover.steps, recover.lr) == (plain.stage_options("recover").steps, 0.1)
     tuned = recipe.stage_options("finetune")
     assert (tuned.steps, tuned.distill) == (plain.stage_options("finetune").steps, 0.5)
-    assert plain.stage_options("mask").mechanism == "nm"
+    assert plain.stage_options("mask").mechanism == "obs-nm"
 
 
 def test_shared_options_reach_every_stage_that_has_none_of_its_own():
@@ -431,6 +462,8 @@ def test_help_is_fast_and_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for command in ("run", "train", "prune", "learn", "finetune", "sample", "evaluate", "compare"):
         assert command in done.stdout
+    for command in ("analyze", "loss", "masks"):
+        assert command in done.stdout
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent < 1
 
@@ -450,7 +483,8 @@ RECIPE = {
     "seed": 1,
     "prune": {"pictures": 2, "calibration-problems": 8},
     "recover": {"steps": 3, "batch_size": 4, "validation_problems": 4},
-    "mask": {"score": "magnitude", "pictures": 0},
+    "stages": ["prune", "recover", "mask", "learn", "finetune"],
+    "mask": {"calibration_problems": 8, "pictures": 0},
     "learn": {"steps": 3, "batch_size": 4, "validation_problems": 4},
     "finetune": {"steps": 3, "batch_size": 4, "validation_problems": 4},
     "evaluate": {"problems": 8, "samples": 0, "latency_batch": 1, "latency_repeats": 2},
@@ -502,8 +536,7 @@ def test_a_whole_run_and_again(tmp_path, capsys):
 def test_a_run_without_some_stages(tmp_path):
     out = tmp_path / "out"
     words = ["run", out, "--model", tiny_folder(), "--config", write(tmp_path / "r.yaml", RECIPE)]
-    skipped = [word for name in ("recover", "mask", "finetune") for word in ("--skip", name)]
-    assert call(*words, *skipped) == 0
+    assert call(*words, "--stages", "learn", "--stages", "prune") == 0
     assert sorted(p.name for p in out.iterdir()) == ["1-prune", "2-learn", "report"]
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from prunedm.diffusion import time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.layers import why_not_nm
 from prunedm.masks import Masks, Pattern
-from prunedm.options import PruneOptions, parse_target
+from prunedm.options import parse_target
 from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
 from prunedm.randomness import seed_for
 from prunedm.removal.allocation import (
@@ -32,6 +31,7 @@ from prunedm.stages.inputs import calibration_problems, device_for
 from prunedm.stages.pruning_job import (
     Details,
     Job,
+    choice_of,
     removed_share,
     requested,
     share_to_remove,
@@ -42,33 +42,6 @@ RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
 PATTERNS = ("2:4", "1:4")  # and of N:M
 TIED = "its channels are tied to protected layers, or form one block that cannot be split"
 STEPS = "layers take only the candidates; more --candidates make finer steps"
-
-
-def check_options(options: PruneOptions, train_timesteps: int) -> None:
-    """Raise `UserError` for what a mechanism cannot do, before any work."""
-    kind, ratio = parse_target(options.target)
-    time_range(options.time_range, train_timesteps)
-    if options.mechanism == "channels":
-        if options.targets:
-            raise UserError(
-                "--targets narrows weights and nm; channels are coupled across the network"
-            )
-        if kind == "weights":
-            raise UserError(
-                f"--target weights= is for single weights; channels take params={ratio:g}"
-            )
-        return
-    nm, by_layer = options.mechanism.endswith("nm"), options.allocation == "sensitivity"
-    if kind == "channels":
-        raise UserError(f"--target channels= is for channels; weights take weights={ratio:g}")
-    if nm and not by_layer and "target" in options.model_fields_set:
-        raise UserError(
-            "--target: N:M removes what its pattern says; --allocation sensitivity meets a target"
-        )
-    for text in options.candidates:
-        if isinstance(_choice(text), Pattern) != nm:
-            takes = "patterns like 2:4" if nm else "ratios like 0.5"
-            raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")
 
 
 def remove_by_channels(job: Job) -> Details:
@@ -168,7 +141,7 @@ def _allocated(
     """Each layer's choice, from measured losses, under the budget that the target leaves."""
     options = job.options
     kind, ratio = parse_target(options.target)
-    candidates = fitting(job.layers, [None, *map(_choice, texts)])
+    candidates = fitting(job.layers, [None, *map(choice_of, texts)])
     positions = job.positions if kind == "macs" else None
     costs = weight_costs(job.layers, candidates, positions)
     removable = sum(max(cost.values()) for cost in costs.values())
@@ -200,24 +173,6 @@ def _allocated(
     return allocate(losses, costs, removable - here)
 
 
-def _choice(text: str) -> Choice:
-    """'2:4' => a pattern, '0.5' => a share removed."""
-    if ":" in text:
-        pattern = Pattern.parse(text)
-        if pattern.m > 16:
-            raise UserError(f"candidate {text}: groups have at most 16 channels; try 2:4")
-        return pattern
-    try:
-        ratio = float(text)
-    except ValueError:
-        raise UserError(
-            f"candidate {text!r} is no N:M pattern and no ratio; try 2:4 or 0.5"
-        ) from None
-    if not 0 < ratio < 1:
-        raise UserError(f"candidate {text} is not between 0 and 1; dense is always among them")
-    return ratio
-
-
 def _mask(score: torch.Tensor, choice: Choice) -> torch.Tensor:
     assert choice is not None
     if isinstance(choice, Pattern):
@@ -241,6 +196,7 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
         train_timesteps=job.model.scheduler.config.num_train_timesteps,
         time_weights=options.obs_time_weights,
         damping=options.obs_damping,
+        swaps=options.obs_swaps,
         memory=int(options.obs_memory * 2**30),
         device=device,
         progress=job.progress,

@@ -8,11 +8,15 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet
+from prunedm.diffusion import time_range
+from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model
 from prunedm.layers import prunable_layers
-from prunedm.options import PruneOptions
+from prunedm.masks import Pattern
+from prunedm.options import PruneOptions, parse_target
 from prunedm.progress import Progress
+from prunedm.removal.allocation import Choice
 from prunedm.removal.channel_costs import count_macs, layer_positions
 from prunedm.removal.weights import share_of_weights
 from prunedm.stages.inputs import score_weights
@@ -95,3 +99,54 @@ def widths(layer: nn.Module) -> list[int]:
     """Input and output channels."""
     weight = layer.get_parameter("weight")
     return [weight.shape[1], weight.shape[0]]
+
+
+def check_options(options: PruneOptions, train_timesteps: int) -> None:
+    """Raise `UserError` for what a mechanism cannot do, before any work."""
+    kind, ratio = parse_target(options.target)
+    time_range(options.time_range, train_timesteps)
+    if options.mechanism == "channels":
+        if options.targets:
+            raise UserError(
+                "--targets narrows weights and nm; channels are coupled across the network"
+            )
+        if kind == "weights":
+            raise UserError(
+                f"--target weights= is for single weights; channels take params={ratio:g}"
+            )
+        return
+    nm, by_layer = options.mechanism.endswith("nm"), options.allocation == "sensitivity"
+    if kind == "channels":
+        raise UserError(f"--target channels= is for channels; weights take weights={ratio:g}")
+    if nm and not by_layer and "target" in options.model_fields_set:
+        raise UserError(
+            "--target: N:M removes what its pattern says; --allocation sensitivity meets a target"
+        )
+    scored = options.permute or by_layer
+    if options.mechanism.startswith("obs") and "score" in options.model_fields_set and not scored:
+        raise UserError(
+            f"--score {options.score}: {options.mechanism} goes by its own Hessian; leave the score "
+            f"out, or --mechanism {'nm' if nm else 'weights'}"
+        )
+    for text in options.candidates:
+        if isinstance(choice_of(text), Pattern) != nm:
+            takes = "patterns like 2:4" if nm else "ratios like 0.5"
+            raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")
+
+
+def choice_of(text: str) -> Choice:
+    """'2:4' => a pattern, '0.5' => a share removed."""
+    if ":" in text:
+        pattern = Pattern.parse(text)
+        if pattern.m > 16:
+            raise UserError(f"candidate {text}: groups have at most 16 channels; try 2:4")
+        return pattern
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise UserError(
+            f"candidate {text!r} is no N:M pattern and no ratio; try 2:4 or 0.5"
+        ) from None
+    if not 0 < ratio < 1:
+        raise UserError(f"candidate {text} is not between 0 and 1; dense is always among them")
+    return ratio
