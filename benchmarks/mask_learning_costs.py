@@ -1,0 +1,153 @@
+"""What mask learning costs beside plain training: ratios of medians, both sides in turns, in one run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.folder import Model
+from prunedm.layers import prunable_layers
+from prunedm.learning.distribution import DISTRIBUTIONS
+from prunedm.learning.learner import Learner
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.trainer import make_learner, make_optimizer
+from prunedm.masks import Pattern
+from prunedm.options import LearnOptions
+from prunedm.progress import Silent
+from prunedm.removal.nm import nm_masks
+from prunedm.scores import score_layers
+from prunedm.stages.inputs import images_for, training_problems
+
+REPEATS = 15
+SAMPLED = 36_000_000  # weights
+
+
+def costs(dense: Model, loop: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of a mask-learning step, of a policy gradient's mask and of sampling; bytes a weight."""
+    options = LearnOptions(**loop)
+    images = images_for(dense, options, "train")
+    batch = training_problems(dense, options, images).batch(range(options.batch_size))
+    precise = options.mixed_precision == "bf16"
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precise)
+    train = _training_step(dense, batch, autocast)
+    learner, learn = _learning_step(dense, LearnOptions(**loop), batch, autocast)
+    new, known, plain = _in_turns(lambda: learn(fresh=True), lambda: learn(fresh=False), train)
+    weights = sum(mask.numel() for _, mask in learner.logits.first)
+    policy, forward = _policy_gradient(
+        dense, LearnOptions(**loop | {"estimator": "policy-gradient"}), batch, autocast
+    )
+    return {
+        "step_ratio_new_problems": new / plain,
+        "step_ratio_known_problems": known / plain,
+        "training_step_s": plain,
+        "bytes_a_weight": learner.state_bytes / weights,  # type: ignore[attr-defined]
+        "mask_bytes_a_weight": sum(m.nbytes for _, m in learner.logits.first) / weights,
+        "policy_gradient_ratio": policy / forward,
+        **_sampling(),
+    }
+
+
+def _training_step(dense: Model, batch: ProblemBatch, autocast: Any) -> Callable[[], None]:
+    """Forward, backward, AdamW over all weights."""
+    denoiser = dense.denoiser
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=0.0)
+
+    def step() -> None:
+        denoiser.requires_grad_(True)
+        with autocast():
+            loss = problem_losses(predict(denoiser, batch), batch.target_NCHW).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        denoiser.requires_grad_(False)
+
+    return step
+
+
+def _learning_step(
+    dense: Model, options: LearnOptions, batch: ProblemBatch, autocast: Any
+) -> tuple[Learner, Callable[..., None]]:
+    learner, optimizer = _learner(dense, options)
+    generator = torch.Generator().manual_seed(0)
+    outputs = learner.wanted
+
+    def step(fresh: bool) -> None:
+        learner.wanted = (lambda b: predict(dense.denoiser, b)) if fresh else outputs
+        with autocast():
+            loss = learner(batch, 0.5, generator)
+        loss.backward()
+        optimizer.step()
+        parameters = list(learner.logits.parameters())
+        adam = [t for state in optimizer.state.values() for t in state.values()]
+        held = [*parameters, *(p.grad for p in parameters), *adam]
+        learner.state_bytes = sum(t.nbytes for t in held)  # type: ignore[attr-defined]
+        optimizer.zero_grad()
+
+    return learner, step
+
+
+def _learner(dense: Model, options: LearnOptions) -> tuple[Learner, torch.optim.Optimizer]:
+    options = options.filled()
+    layers = prunable_layers(dense.denoiser)
+    scores = score_layers(dense.denoiser, layers, "magnitude", progress=Silent())
+    first = nm_masks(layers, scores, Pattern.parse(options.pattern))
+    logits = MaskLogits(first, scores, lead=options.logits or 0.0)
+    cpu = torch.device("cpu")
+    learner = make_learner(dense.denoiser, logits, options, teacher=None, device=cpu)
+    return learner, make_optimizer(learner, options)
+
+
+def _policy_gradient(
+    dense: Model, options: LearnOptions, batch: ProblemBatch, autocast: Any
+) -> tuple[float, float]:
+    """Seconds of one mask of the policy gradient, all told, and of one forward pass."""
+    learner, optimizer = _learner(dense, options)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        with autocast():
+            loss = learner(batch, 0.5, generator)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def forward() -> None:
+        with autocast():
+            for _ in range(options.samples):
+                problem_losses(predict(dense.denoiser, batch), batch.target_NCHW).mean()
+
+    return _in_turns(step, forward)
+
+
+@torch.no_grad()
+def _sampling() -> dict[str, float]:
+    """2:4 masks for 36M weights, uniforms and all, over the time of `torch.rand` of that size."""
+    generator = torch.Generator().manual_seed(0)
+    logits_GM = torch.randn(SAMPLED // 4, 4, generator=generator)
+
+    def rand() -> torch.Tensor:
+        return torch.rand(SAMPLED // 4, 4, generator=generator)
+
+    names = list(DISTRIBUTIONS)
+    *sampled, filled = _in_turns(
+        *(lambda name=name: DISTRIBUTIONS[name](logits_GM, 2).sample(rand()) for name in names),
+        rand,
+    )
+    return {f"sampling_ratio {n}": s / filled for n, s in zip(names, sampled, strict=True)}
+
+
+def _in_turns(*sides: Callable[[], Any]) -> list[float]:
+    """Median seconds of each side, measured in turns, so that other load falls on all."""
+    taken: list[list[float]] = [[] for _ in sides]
+    for repeat in range(REPEATS + 1):
+        for times, side in zip(taken, sides, strict=True):
+            started = time.perf_counter()
+            side()
+            if repeat:  # the first is warm-up
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in taken]
