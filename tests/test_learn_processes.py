@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import noise_images, problems, tiny_model
+from helpers import noise_images, problems, tiny_folder, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prunedm.folder import load
 from prunedm.layers import prunable_layers
 from prunedm.learning import ESTIMATORS
 from prunedm.learning.logits import MaskLogits
@@ -158,6 +159,24 @@ def test_a_step_is_the_mean_of_both_processes_gradients(name, launched):
     for key, wanted in expected_step(name).items():
         moved, due = found[key] - before[key], wanted - before[key]
         assert (moved - due).norm() <= 1e-4 * due.norm() + 1e-6, key
+
+
+@pytest.mark.slow
+def test_a_stage_of_two_processes_writes_one_folder_and_speaks_once(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    words = ["-m", "prunedm", "learn", str(tiny_folder()), str(tmp_path / "out"), "--device", "cpu"]
+    few = ["--steps", "3", "--batch-size", "4", "--validation-problems", "8", "--keep", "last"]
+    command = [sys.executable, *launch, *words, *few]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    model = load(tmp_path / "out")
+    model.masks.check_pattern()
+    assert len(model.record.figures["curve"]["losses"]) == 3
+    assert done.stdout.count("=>") == 1
+    single = [sys.executable, *words, *few]
+    again = subprocess.run(single, capture_output=True, text=True, timeout=300, check=False)
+    assert "done already" in again.stdout
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from prunedm.masks import Masks
 from prunedm.progress import Task
 from prunedm.record import Record
 from prunedm.stages.masks import Extraction
+from prunedm.training import processes
 
-console = Console()
+console = Console(quiet=processes.rank() > 0)
 SHOWN_LAYERS = 12  # of an analysis; all are in its JSON
 _TONES = {"better": "green", "worse": "yellow", "": "dim"}
 

@@ -10,6 +10,7 @@ from typing import Any
 from prunedm.errors import UserError
 from prunedm.options import Options
 from prunedm.record import Record, Source, environment, read_record, write_json, write_record
+from prunedm.training import processes
 
 PARTIAL = ".partial"  # <out>.partial holds a stage's work until it is whole
 RESUME = "resume"  # in there: what an interrupted stage goes on from
@@ -37,6 +38,7 @@ def run_stage(
     the record. What it leaves in `resume/` survives an interruption, and is gone when the stage is
     done; without it, a failed stage leaves nothing. Raises `UserError` where `out` holds another
     result, which `overwrite` replaces, or anything that is not ours, which is never touched.
+    Of several processes the first writes; the others share its work.
     """
     out = Path(out).absolute()  # "." has no name to put ".partial" behind
     record = Record(
@@ -51,8 +53,12 @@ def run_stage(
         return found, False
     partial = out.with_name(out.name + PARTIAL)
     started = time.monotonic()
+    processes.wait_for_all()  # all have looked; now the first may change what is there
+    if processes.rank() > 0:
+        return _help(out, partial, make), True
     try:
         _open(partial, record, overwrite)
+        processes.wait_for_all()
         figures = make(partial)
         seconds = round(time.monotonic() - started, 2)
         record = record.model_copy(
@@ -70,7 +76,19 @@ def run_stage(
     if out.exists():
         shutil.rmtree(out)  # empty, or --overwrite was given; and the new result is whole
     partial.rename(out)
+    processes.wait_for_all()
     return record, True
+
+
+def _help(out: Path, partial: Path, make: Make) -> Record:
+    """What every process but the first does: the same work, and nothing written."""
+    processes.wait_for_all()
+    with processes.place_to_write(partial, RESUME) as folder:
+        make(folder)
+    processes.wait_for_all()
+    record = read_record(out)
+    assert record is not None
+    return record
 
 
 def _identifying(options: Options) -> dict[str, Any]:

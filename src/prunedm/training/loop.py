@@ -19,6 +19,7 @@ from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
+from prunedm.training import processes
 from prunedm.training.checkpoint import (
     History,
     TrainingState,
@@ -138,7 +139,7 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
         return Accelerator(
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.accumulation,
-            cpu=options.device == "cpu",
+            cpu=options.device == "cpu" or processes.without_gpus(),
         )
     except ValueError as error:
         raise UserError(

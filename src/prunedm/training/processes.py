@@ -1,0 +1,46 @@
+"""Several processes on one job (`accelerate launch`, `torchrun`): who writes, who waits."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def rank() -> int:
+    """This process's number; 0 writes and prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """How many processes share the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=without_gpus()).wait_for_everyone()
+
+
+def without_gpus() -> bool:
+    """Whether several processes must meet on CPUs; accelerate would else leave each to itself."""
+    import torch
+
+    return count() > 1 and not torch.cuda.is_available()
+
+
+@contextmanager
+def place_to_write(folder: Path, shared: str) -> Iterator[Path]:
+    """`folder` for the first process; for the others one that is thrown away.
+
+    What is under `shared` all of them see, so that they resume from the same state.
+    """
+    if rank() == 0:
+        yield folder
+        return
+    with TemporaryDirectory() as aside:
+        (Path(aside) / shared).symlink_to((folder / shared).resolve(), target_is_directory=True)
+        yield Path(aside)
