@@ -59,7 +59,7 @@ def _contest(result: Row, samples: str, features: str) -> str:
     dense = result["dense"]
     return (
         f"The contest: masks and fine-tuning in {result['contest_seconds']:.0f} s together, mean ± "
-        f"standard deviation over seeds; FD ({features}) of {samples}; dense {dense['loss']:.5f}, FD "
+        f"standard deviation over seeds; {features} of {samples}; dense {dense['loss']:.5f}, FD "
         f"{dense['fd']:.1f}:\n\n"
         "| masks | pattern | seeds | masks take | steps | loss before | loss after | FD |\n"
         "|---|---|---:|---:|---:|---:|---:|---:|\n" + "\n".join(lines)

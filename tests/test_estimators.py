@@ -567,3 +567,51 @@ def test_groups_of_a_convolution_are_input_channels():
             l_GM.add_(wanted)
     assert torch.equal(logits.mode().by_layer[LAYER], chosen)
     assert (to_groups(logits.mode().by_layer[LAYER], 4).sum(1) == 1).all()
+
+
+def several_layers() -> tuple[MaskLogits, dict[str, torch.Tensor]]:
+    """Logits of three layers with two patterns, and weights without zeros."""
+    shapes = {"a": (3, 8), "b": (2, 4, 3, 3), "c": (5, 8)}
+    patterns = {"a": Pattern(2, 4), "b": Pattern(2, 4), "c": Pattern(1, 8)}
+    weights = {name: torch.rand(shape) + 0.1 for name, shape in shapes.items()}
+    first = Masks({n: nm_mask(w, patterns[n]) for n, w in weights.items()}, patterns)
+    return MaskLogits(first, weights), weights
+
+
+def test_layers_of_groups_by_marking_them():
+    logits, _ = several_layers()
+    sizes = [len(groups_GM) for groups_GM in logits.groups]
+    for seed in range(30):
+        blocks = [_block(size, 0.2, seeded(seed + k)) for k, size in enumerate(sizes)]
+        marks = [torch.zeros_like(groups_GM) for groups_GM in logits.groups]
+        for mark_GM, block in zip(marks, blocks, strict=True):
+            mark_GM[block] = 1
+        wanted = {name for name, mark in logits.by_layer(marks).items() if mark.any()}
+        found = logits.layers_of(blocks)
+        assert len(found) == len(wanted)
+        assert set(found) == wanted
+
+
+def test_every_draw_is_judged_whole_with_the_rest_at_its_mode():
+    logits, weights = several_layers()
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def run(masked):
+        seen.append({name: weight != 0 for name, weight in masked.items()})
+        return torch.stack([weight.sum() for weight in masked.values()]).sum()
+
+    trial = Trial(run, lambda: torch.zeros(()), weights, 0.0, seeded(4))
+    estimator = policy_gradient.PolicyGradient(samples=8, explore=0.1)
+    estimator(logits, trial)
+    mode = logits.mode().by_layer
+    explored = {
+        name for masks in seen for name in masks if not torch.equal(masks[name], mode[name])
+    }
+    assert len(seen) == 8
+    assert 0 < len(explored) < 3
+    for masks in seen:
+        assert masks.keys() == weights.keys()
+        for name, mask in masks.items():
+            pattern = logits.first.patterns[name]
+            assert (to_groups(mask, pattern.m).sum(1) == pattern.n).all(), name
+    assert any(not torch.equal(a[n], b[n]) for a, b in itertools.pairwise(seen) for n in explored)

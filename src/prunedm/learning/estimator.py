@@ -38,7 +38,14 @@ class Trial:
 
     def loss(self, masks: ByLayer) -> torch.Tensor:
         """Of masks by layer, hard or soft; differentiable in the masks and in trained weights."""
-        masked = {name: self.weights[name] * mask for name, mask in masks.items()}
+        return self.loss_of(self.masked(masks))
+
+    def masked(self, masks: ByLayer) -> ByLayer:
+        """The weights of these layers under their masks."""
+        return {name: self.weights[name] * mask for name, mask in masks.items()}
+
+    def loss_of(self, masked: ByLayer) -> torch.Tensor:
+        """As `loss`, of weights that are masked already."""
         loss = self.run(masked)
         if self.keep_magnitude:
             kept = sum(weight.square().sum() for weight in masked.values())

@@ -55,6 +55,15 @@ class MaskLogits(nn.Module):
                 found[name] = from_groups(part, self.shapes[name])
         return {name: found[name] for name in self.shapes}
 
+    def layers_of(self, groups: Sequence[torch.Tensor]) -> list[str]:
+        """The layers that have any of these groups, given by their numbers, a tensor a pattern."""
+        found = []
+        for index_B, (pattern, names) in zip(groups, self.names.items(), strict=True):
+            sizes = torch.tensor([self.shapes[name].numel() // pattern.m for name in names])
+            layer_B = torch.bucketize(index_B.cpu(), sizes.cumsum(0), right=True)
+            found += [names[k] for k in layer_B.unique().tolist()]
+        return found
+
     def to_groups(self, by_layer: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The inverse of `by_layer`."""
         return [

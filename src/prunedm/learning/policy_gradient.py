@@ -76,6 +76,7 @@ class PolicyGradient(Estimator):
             for l_GM, pattern in zip(inside, logits.patterns, strict=True)
         ]
         modes = [d.mode() for d in logits.distributions(self.family)]
+        usual, changed = trial.masked(logits.by_layer(modes)), logits.layers_of(blocks)
         draws, losses = [], []
         for _ in range(self.samples // 2):
             noise = uniforms(inside, trial.generator)
@@ -85,7 +86,9 @@ class PolicyGradient(Estimator):
                     mode_GM.index_copy(0, block, part)
                     for mode_GM, block, part in zip(modes, blocks, draws[-1], strict=True)
                 ]
-                losses.append(trial.loss(logits.by_layer(tried)).float())
+                drawn = logits.by_layer(tried)
+                masked = trial.masked({name: drawn[name] for name in changed})
+                losses.append(trial.loss_of({**usual, **masked}).float())
         losses_K = torch.stack(losses)
         with torch.no_grad():
             advantage_K = leave_pair_out(losses_K) / self._scale(losses_K) / self.samples
