@@ -44,17 +44,19 @@ ROOT = Path(__file__).parent.parent
 PROBLEMS = 2000
 REFERENCES = 10_000
 # MaskPro's setting; its lead of logits C, which is its exploration, is tried at three values
-CLASSIC = {
+CLASSIC: dict[str, Any] = {
     "estimator": "policy-gradient-classic",
     "distribution": "plackett-luce",
     "batch_size": 32,
     "dataset_size": 512,
+    "distill": 0.0,
 }
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "relaxed (default)": {},
     "straight-through": {"estimator": "straight-through"},
     "policy gradient": {"estimator": "policy-gradient"},
     **{f"classic, C = {c}": CLASSIC | {"logits": float(c)} for c in (10, 5, 3)},
+    "dense output, classic, C = 5": CLASSIC | {"logits": 5.0, "distill": 1.0},
 }
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"mechanism": "nm", "score": "magnitude"},

@@ -7,6 +7,7 @@ output channel and kernel tap, the one layout that sparse hardware accepts:
     Conv2d  W[O, I, kh, kw]  -> permute to [O, kh, kw, I] -> (O * kh * kw * I/M, M)
 """
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -36,8 +37,7 @@ def prunable_layers(
         if not any(_matches(name, target) for name in layers):
             if is_under(target, protect):
                 raise UserError(f"target {target!r} is protected: {', '.join(protect)} stay whole")
-            tops = sorted({".".join(name.split(".")[:2]) for name in layers})
-            raise UserError(f"target {target!r} matches no layer; there are {', '.join(tops)}")
+            raise UserError(f"target {target!r} matches no layer; {_near(target, layers)}")
     if not wanted:
         return layers
     return {n: m for n, m in layers.items() if any(_matches(n, t) for t in wanted)}
@@ -73,6 +73,16 @@ def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def is_under(name: str, parents: Iterable[str]) -> bool:
     """Whether a module is one of these, or inside one of them."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _near(target: str, names: Iterable[str]) -> str:
+    """The modules whose names are closest to a target, or where there are none, the blocks."""
+    parts = [name.split(".") for name in names]
+    modules = {".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)}
+    near = difflib.get_close_matches(target, sorted(modules), n=3, cutoff=0.6)
+    if near:
+        return f"near ones are {', '.join(near)}"
+    return f"there are {', '.join(sorted({'.'.join(part[:2]) for part in parts}))}"
 
 
 def _matches(name: str, target: str) -> bool:
