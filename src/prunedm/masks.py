@@ -145,6 +145,13 @@ class Masks:
         kept_G = to_groups(mask, pattern.m).sum(1)
         return int((kept_G == pattern.n).sum()) / len(kept_G)
 
+    @property
+    def compliance(self) -> float:
+        """Share of groups with exactly N kept, over the N:M layers; 0 where there are none."""
+        groups = {name: self.by_layer[name].numel() // p.m for name, p in self.patterns.items()}
+        exact = sum(count * (self.valid_groups(name) or 0.0) for name, count in groups.items())
+        return exact / sum(groups.values()) if groups else 0.0
+
     def check_pattern(self) -> None:
         """Raise `UserError` unless exactly N are kept in every group of M, where there are any."""
         for name, pattern in self.patterns.items():

@@ -73,7 +73,7 @@ def get_model_sparsity_summary(model: nn.Module) -> SparsitySummary:
         "overall_sparsity": gone / total if total else 0.0,
         "total_parameters": total,
         "masked_parameters": gone,
-        "nm_compliance": nm_compliance(masks),
+        "nm_compliance": masks.compliance,
     }
     return {"overall_stats": overall, "layer_stats": stats}
 
@@ -91,13 +91,6 @@ def layer_masks(layers: Mapping[str, nn.Module]) -> Masks:
         if pattern is not None:
             patterns[name] = pattern
     return Masks(by_layer, patterns)
-
-
-def nm_compliance(masks: Masks) -> float:
-    """Share of groups with exactly N kept, over the N:M layers; 0 where there are none."""
-    groups = {name: masks.by_layer[name].numel() // p.m for name, p in masks.patterns.items()}
-    exact = sum(count * (masks.valid_groups(name) or 0.0) for name, count in groups.items())
-    return exact / sum(groups.values()) if groups else 0.0
 
 
 def check_nm_compatibility(model: nn.Module, n: int, m: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """learn: which N of every M weights to keep, found by training mask logits."""
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,11 @@ def _given_masks(
     named = "pattern" in options.model_fields_set
     pattern = Pattern.parse(options.pattern)
     if options.masks:
-        masks, found = masks_from(options.masks, model.denoiser, targets=options.targets)
+        take = partial(masks_from, options.masks, model.denoiser, targets=options.targets)
+        masks, found = take(pattern=pattern if named else None)
+        if len(masks.patterns) < len(masks.by_layer):
+            masks, found = take(pattern=pattern)
         inputs["masks"] = found.source
-        if named or len(masks.patterns) < len(masks.by_layer):
-            masks, found = masks_from(
-                options.masks, model.denoiser, pattern=pattern, targets=options.targets
-            )
         return masks, found.lines()
     if model.masks is None:
         return None, []
@@ -195,7 +195,7 @@ def _learn(
         "loss_se": after.standard_error,
         "gap_closed": (before - after.mean) / gap if gap > 0 else None,
         "groups_changed": groups_changed(first, learned.masks),
-        "compliance": 1.0,  # check_pattern has raised otherwise
+        "compliance": learned.masks.compliance,
     } | learned.history.as_figures()
 
 

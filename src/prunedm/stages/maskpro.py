@@ -27,7 +27,7 @@ from prunedm.learning.layer import (
     wrap_model_with_maskpro,
 )
 from prunedm.learning.relaxation import temperature
-from prunedm.learning.sparsity import layer_masks, nm_compliance
+from prunedm.learning.sparsity import layer_masks
 from prunedm.randomness import generator_for, seed_for
 from prunedm.record import Record, environment
 from prunedm.stages.inputs import (
@@ -266,7 +266,7 @@ class DiffusionMaskProTrainer:
         masks = layer_masks(layers)
         return {
             "sparsity_ratio": 1 - masks.kept / masks.total,
-            "nm_compliance": nm_compliance(masks),
+            "nm_compliance": masks.compliance,
         }
 
 
