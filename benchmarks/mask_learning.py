@@ -3,7 +3,8 @@
     python benchmarks/mask_learning.py digits
     python benchmarks/mask_learning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
         --dataset ../shared/data/cifar10 --flip --features ../shared/models/cifar10_features.pt \\
-        --batch-size 32 --seconds 1800 --estimators relaxed --contest-seconds 240 --lr 5e-4
+        --batch-size 32 --seconds 1750 --estimators relaxed --frozen 2:4 \\
+        --contest-seconds 150 --lr 5e-4 --samples 250 --sampling-steps 20
 
 *Frozen*: the share of the loss gap that learning closes, (L(m_0) - L(m)) / (L(m_0) - L(dense)),
 from Wanda's masks m_0, in the same wall time for every estimator. *Contest*: masks, then fine-tuning
@@ -61,8 +62,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"mechanism": "nm", "score": "magnitude"},
     "Wanda": {"mechanism": "nm", "score": "wanda"},
-    "OBS": {"mechanism": "obs-nm", "obs_swaps": 0},
-    "OBS with swaps (default)": {"mechanism": "obs-nm"},
+    "OBS": {"mechanism": "obs-nm", "obs_swaps": 0, "obs_guidance": 0.0},
+    "OBS with swaps": {"mechanism": "obs-nm", "obs_guidance": 0.0},
+    "guided OBS with swaps (default)": {"mechanism": "obs-nm"},
 }
 LEARNERS: dict[str, dict[str, Any]] = {  # a third of the time; from dense weights, one seed
     "relaxed on frozen weights": {},
@@ -298,11 +300,15 @@ def main() -> None:
     parser.add_argument(
         "--estimators", default=";".join(ESTIMATORS), help="at 2:4, by beginnings of their names"
     )
+    parser.add_argument(
+        "--frozen", default="2:4;1:4", help="patterns on frozen weights, after 2:4 the default only"
+    )
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    rows = {"frozen": list(frozen(bench, "2:4"))}
-    arguments.estimators = "relaxed"
-    rows["frozen"] += frozen(bench, "1:4")
+    rows: dict[str, list[Any]] = {"frozen": []}
+    for pattern in arguments.frozen.split(";"):
+        rows["frozen"] += frozen(bench, pattern)
+        arguments.estimators = "relaxed"
     rows["contest"] = [
         row
         for seed in range(arguments.seeds)
@@ -319,7 +325,7 @@ def main() -> None:
         "dense": bench.kept(
             "dense with FD", lambda: bench.loss(bench.dense) | {"fd": bench.fd(bench.dense, 0)}
         ),
-        "first": {p: bench.kept(f"wanda {p}", dict) for p in ("2:4", "1:4")},
+        "first": {p: bench.kept(f"wanda {p}", dict) for p in arguments.frozen.split(";")},
         **rows,
         "costs": bench.kept("costs", lambda: costs(bench.dense, bench.loop)),
     }

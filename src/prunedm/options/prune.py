@@ -63,6 +63,9 @@ class PruneOptions(ScoreOptions):
     obs_time_weights: tuple[PositiveFloat, PositiveFloat] = Field(
         (1.2, 0.8), description="of problems, from the noisiest step to the cleanest (obs)"
     )
+    obs_guidance: float = Field(
+        0.5, ge=0, description="positions count by influence^this; 0 is SparseGPT's rule (obs)"
+    )
     obs_swaps: int = Field(
         15, ge=0, description="rounds of swaps that mend the masks after the sweep (obs-nm)"
     )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from prunedm.diffusion import ProblemBatch, predict
 from prunedm.progress import Task
+from prunedm.removal.influence import influence, random_signs
 
 CHUNK = 1 << 24  # entries of an unfolded input held at once
 ROWS = 512  # rows of a Gram computed together; what lies below the diagonal is mirrored
@@ -60,33 +61,60 @@ def input_grams(
     batches: Sequence[ProblemBatch],
     *,
     weigh: Callable[[torch.Tensor], torch.Tensor],
+    guidance: float = 0.0,
     device: torch.device | str = "cpu",
     bar: Task | None = None,
 ) -> dict[str, torch.Tensor]:
-    """sum over problems n of `weigh(t_n)` X_n^T X_n by layer, (K, K).
+    """sum over problems n and positions p of `weigh(t_n)` e_np^guidance x_np^T x_np, (K, K) a layer.
 
+    e_np is the position's influence on the model's output (removal/influence.py). A guidance of 0
+    leaves X^T X, and takes no backward pass.
     float64 where the layer's inputs are, else float32.
     """
     grams: dict[str, torch.Tensor] = {}
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # with guidance: input and output
     weights_N = torch.ones(0)  # of the batch that is passing through
 
+    def add(name: str, inputs: torch.Tensor, scale_P: torch.Tensor | None = None) -> None:
+        x = _scaled(inputs.detach(), weights_N.sqrt())
+        if name not in grams:
+            grams[name] = x.new_zeros(columns_of(layers[name]), columns_of(layers[name]))
+        start = 0
+        for x_PK in _unfolded(layers[name], x):
+            scaled_PK = x_PK
+            if scale_P is not None:
+                scaled_PK = x_PK * scale_P[start : start + len(x_PK), None]
+                start += len(x_PK)
+            _add_upper(grams[name], scaled_PK)
+
     def watch(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = _scaled(inputs[0].detach(), weights_N.sqrt())
-            if name not in grams:
-                grams[name] = x.new_zeros(columns_of(layer), columns_of(layer))
-            for x_PK in _unfolded(layer, x):
-                _add_upper(grams[name], x_PK)
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not guidance:
+                add(name, inputs[0])
+                return
+            if not output.requires_grad:  # of a frozen model
+                output.requires_grad_()
+            seen.append((name, inputs[0], output))
 
         return hook
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.set_grad_enabled(guidance > 0):
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(watch(name)).remove)
+            hooks.callback(layer.register_forward_hook(watch(name)).remove)
+        done = 0
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
             weights_N = weigh(batch.timesteps_N)
-            predict(denoiser, batch)
+            output = predict(denoiser, batch)
+            if guidance:
+                signs = random_signs(cpu_batch, done).to(device)
+                names, inputs, outputs = zip(*seen, strict=True)
+                energies = influence(output, signs, [layers[name] for name in names], outputs)
+                seen.clear()
+                with torch.no_grad():
+                    for name, x, energy_P in zip(names, inputs, energies, strict=True):
+                        add(name, x, energy_P.pow(guidance / 2))
+            done += len(batch)
             if bar is not None:
                 bar.advance()
     for gram in grams.values():

@@ -1,7 +1,8 @@
 """One-shot pruning with weight update: SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774).
 
-For each layer, with H = X^T X of its inputs (time-weighted as in OBS-Diff, 2025): a sweep over the
-columns removes weights and moves the later columns to make up for them. The sweep cannot mend
+For each layer, with H = X^T X of its inputs (weighted by time as in OBS-Diff, 2025, and by the
+positions' influence on the model's output as in GuidedQuant, 2025): a sweep over the columns
+removes weights and moves the later columns to make up for them. The sweep cannot mend
 columns that it has passed, so in the end the kept weights are fitted once more, all together.
 
 Letters: O output channels; K columns, ordered (kh, kw, I); B columns of a block; S of a span.
@@ -40,6 +41,7 @@ def obs_prune(
     time_weights: tuple[float, float] = (1.2, 0.8),
     damping: float = 0.01,
     swaps: int = 0,
+    guidance: float = 0.0,
     memory: int = 2 << 30,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -51,6 +53,8 @@ def obs_prune(
     `time_weights`: of a problem at the noisiest timestep and at the last one, logarithmic between.
     `damping`: added to the diagonal of H, as a share of its mean.
     `swaps`: rounds of a search for better N:M masks after the sweep (removal/swaps.py).
+    `guidance`: power to which positions count by their influence on the model's output; 0 is
+    SparseGPT's H = X^T X (removal/influence.py).
     `memory`: bytes of Grams held at once (a layer that needs more is taken alone). Layers are taken
     in the order of execution, as many as fit; each such set reads `batches` once, with the layers
     before it already pruned.
@@ -73,7 +77,9 @@ def obs_prune(
     with (progress or Silent()).task("second-order pruning", total) as bar:
         for names in sets:
             some = {name: layers[name] for name in names}
-            grams = input_grams(denoiser, some, batches, weigh=weigh, device=device, bar=bar)
+            grams = input_grams(
+                denoiser, some, batches, weigh=weigh, guidance=guidance, device=device, bar=bar
+            )
             for name in names:
                 masks[name] = _prune_layer(
                     name, layers[name], grams.pop(name), choices[name], damping, swaps=swaps

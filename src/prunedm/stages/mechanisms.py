@@ -197,6 +197,7 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
         time_weights=options.obs_time_weights,
         damping=options.obs_damping,
         swaps=options.obs_swaps,
+        guidance=options.obs_guidance,
         memory=int(options.obs_memory * 2**30),
         device=device,
         progress=job.progress,
