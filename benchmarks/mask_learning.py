@@ -181,6 +181,10 @@ class Bench:
         return self.folder / re.sub(r"[^a-z0-9]+", "-", key.lower())
 
 
+def _named(table: dict[str, Any], beginnings: list[str]) -> list[str]:
+    return [key for key in table if any(key.startswith(beginning) for beginning in beginnings)]
+
+
 def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
     """The share of the gap that each estimator closes from Wanda's masks in the same wall time."""
     first = bench.out(f"wanda {pattern}")
@@ -188,8 +192,7 @@ def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
     prune(bench.arguments.model, first, options)
     dense = bench.kept("dense", lambda: bench.loss(bench.dense))
     start = bench.kept(f"wanda {pattern}", lambda: bench.loss(load(first)))
-    for name in bench.arguments.estimators.split(";"):
-        full = next(key for key in ESTIMATORS if key.startswith(name))
+    for full in _named(ESTIMATORS, bench.arguments.estimators.split(";")):
         settings = bench.loop | ESTIMATORS[full] | {"masks": str(first), "keep": "last"}
 
         def run(steps: int, out: Path, settings: Any = settings, **more: int) -> float:
@@ -254,7 +257,9 @@ def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
         shutil.rmtree(out)
         return row | bench.loss(model)
 
-    for name, settings in CONTESTANTS.items():
+    chosen = bench.arguments.contestants.split(";")
+    for name in _named(CONTESTANTS, chosen):
+        settings = CONTESTANTS[name]
 
         def measure(name: str = name, settings: Any = settings) -> dict[str, Any]:
             masked = bench.out(f"{name} {pattern} seed {seed}")
@@ -264,7 +269,8 @@ def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
             return tuned(name, masked, record.wall_time_s)
 
         yield bench.kept(f"contest {name} {pattern} seed {seed}", measure)
-    for name, settings in LEARNERS.items() if seed == 0 else ():
+    for name in _named(LEARNERS, chosen) if seed == 0 else ():
+        settings = LEARNERS[name]
 
         def measured(name: str = name, settings: Any = settings) -> dict[str, Any]:
             plain = bench.loop | settings | {"seed": seed, "pattern": pattern}
@@ -299,6 +305,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the contest")
     parser.add_argument(
         "--estimators", default=";".join(ESTIMATORS), help="at 2:4, by beginnings of their names"
+    )
+    parser.add_argument(
+        "--contestants",
+        default=";".join([*CONTESTANTS, *LEARNERS]),
+        help="by beginnings of their names",
     )
     parser.add_argument(
         "--frozen", default="2:4;1:4", help="patterns on frozen weights, after 2:4 the default only"

@@ -14,8 +14,7 @@ import yaml
 from helpers import TINY, tiny_folder
 from PIL import Image
 
-from prunedm import cli
-from prunedm.cli import main
+from prunedm.cli import main, making, measuring
 from prunedm.configuration import merge_file, preset_file
 from prunedm.errors import UserError
 from prunedm.folder import load
@@ -363,7 +362,7 @@ def caught_recipe(monkeypatch, *words: object) -> Recipe:
         seen.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_recipe", run)
+    monkeypatch.setattr(making, "run_recipe", run)
     assert call("run", *words) == 130
     return seen[0]
 
@@ -441,8 +440,8 @@ def test_the_preset_lies_below_file_and_command_line(monkeypatch, tmp_path):
 
 
 def test_models_of_one_name_get_labels_that_differ():
-    assert cli._labels(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
-    assert cli._labels(["a/x", "b/x"]) == {"a-x": "a/x", "b-x": "b/x"}
+    assert measuring._labels(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert measuring._labels(["a/x", "b/x"]) == {"a-x": "a/x", "b-x": "b/x"}
 
 
 # ------------------------------------------------------------------------ whole processes

@@ -7,12 +7,46 @@ from pydantic import BaseModel, Field
 from prunedm.record import Record
 
 
+class LayerSparsity(BaseModel):
+    """What is left of one prunable layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    nonzero: int
+    pattern: str = ""  # "2:4" where the layer has an N:M mask
+    valid: float | None = None  # share of its groups that are N:M
+    why_dense: str = ""  # of a layer without a mask in a model that has masks
+
+
+class Timing(BaseModel):
+    """One way to call the denoiser, and how long it takes."""
+
+    batch: int
+    dtype: str  # "float32", "bf16 autocast"
+    threads: int
+    compiled: bool = False
+    kernel: str = "dense"  # what really ran: "dense", "semi-structured", ...
+    median_ms: float
+    spread_ms: float  # half the distance between the quartiles
+
+    @property
+    def images_per_s(self) -> float:
+        return 1000 * self.batch / self.median_ms
+
+
 class Figures(BaseModel):
     """Measured figures. None where a figure was not asked for or does not apply."""
 
     loss: float
     loss_se: float
     fd: float | None = None  # Fréchet distance of samples to held-out images
+    fd_se: float | None = None  # standard error of `fd` over the samples, by bootstrap
+    kid: float | None = None  # kernel distance in the same features, times 1000
+    kid_se: float | None = None
+    precision: float | None = None  # share of samples within the manifold of held-out images
+    recall: float | None = None  # share of held-out images within the manifold of samples
+    ssim: float | None = None  # to the dense model's images from the same noise, median
     psnr_db: float | None = None  # to the dense model's images from the same noise, median
     params: int
     nonzero: int
@@ -21,6 +55,8 @@ class Figures(BaseModel):
     bytes_packed: int  # half precision; layers with N:M masks as kept values + one bit a weight
     latency_ms: float | None = None  # one denoiser call, median
     latency_spread_ms: float | None = None  # half the distance between the quartiles
+    timings: list[Timing] = Field(default_factory=list)  # the first is `latency_ms`
+    peak_memory_mb: float | None = None  # of one denoiser call at the largest timed batch
     pattern: str = ""  # "2:4" where the model has N:M masks
     nm_valid: float | None = None  # share of groups that are N:M, over the masked layers
     nm_layers: int = 0  # layers with a mask
@@ -51,6 +87,8 @@ class Evaluation(BaseModel):
     figures: Figures
     conditions: Conditions
     record: Record | None = None
+    layers: list[LayerSparsity] = Field(default_factory=list)
+    failed: dict[str, str] = Field(default_factory=dict)  # step -> its error; the rest went on
     samples_file: str = (
         ""  # uint8 NHWC .npz beside the results, from the same noise for every model
     )

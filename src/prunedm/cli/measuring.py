@@ -1,0 +1,105 @@
+"""Commands that change nothing: sample, evaluate, compare, loss, analyze."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from prunedm.cli.frame import Config, Flat, Model, Out, Overwrite, app, report, show_comparison
+from prunedm.configuration import merge_file
+from prunedm.errors import UserError
+from prunedm.options import AnalyzeOptions, EvaluateOptions, LossOptions, SampleOptions
+
+
+@app.command
+def sample(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[SampleOptions, Flat] = SampleOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw images; image i depends on the seed and i alone. An interrupted run continues."""
+    from prunedm.stages import sample as stage
+
+    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+
+
+@app.command
+def evaluate(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[EvaluateOptions, Flat] = EvaluateOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure one model: loss, FD, size, speed, sparsity."""
+    from prunedm.console import evaluation_table
+    from prunedm.stages import evaluate as stage
+    from prunedm.stages.evaluate import read_evaluation
+
+    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    evaluation_table([read_evaluation(out)])
+
+
+@app.command
+def compare(
+    models: Annotated[list[str], Parameter(help="models; the first is the one to compare with")],
+    /,
+    *,
+    out: Out,
+    options: Annotated[EvaluateOptions, Flat] = EvaluateOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure several models on the same problems and noise; table and report.html."""
+    from prunedm.stages import compare as stage
+
+    labels = _labels(models)
+    report(stage, labels, out, merge_file(options, config), overwrite=overwrite)
+    show_comparison(out)
+
+
+@app.command
+def loss(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[LossOptions, Flat] = LossOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the denoising loss batch by batch, with other masks put on first if wanted."""
+    from prunedm.console import loss_line
+    from prunedm.stages import loss as stage
+
+    loss_line(report(stage, model, out, merge_file(options, config), overwrite=overwrite))
+
+
+@app.command
+def analyze(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[AnalyzeOptions, Flat] = AnalyzeOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure what layers see at each noise level: JSON, heat map, and which score to try."""
+    from prunedm.console import analysis_table
+    from prunedm.stages import analyze as stage
+
+    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    analysis_table(out)
+
+
+def _labels(models: list[str]) -> dict[str, str]:
+    """Folder names, made different by their parents' where two are the same."""
+    names = [Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        names = [model.strip("/").replace("/", "-") for model in models]
+    if len(set(names)) < len(names):
+        raise UserError("compare was given the same model twice")
+    return dict(zip(names, models, strict=True))
