@@ -181,8 +181,11 @@ class Bench:
         return self.folder / re.sub(r"[^a-z0-9]+", "-", key.lower())
 
 
-def _named(table: dict[str, Any], beginnings: list[str]) -> list[str]:
-    return [key for key in table if any(key.startswith(beginning) for beginning in beginnings)]
+def _named(table: dict[str, Any], wanted: list[str]) -> list[str]:
+    """Keys by their names, or by the beginnings of their names."""
+    found = {key for name in wanted for key in table if key == name}
+    found |= {key for name in wanted if name not in table for key in table if key.startswith(name)}
+    return [key for key in table if key in found]
 
 
 def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
