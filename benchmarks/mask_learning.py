@@ -4,7 +4,8 @@
     python benchmarks/mask_learning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
         --dataset ../shared/data/cifar10 --flip --features ../shared/models/cifar10_features.pt \\
         --batch-size 32 --seconds 1750 --estimators relaxed --frozen 2:4 \\
-        --contest-seconds 150 --lr 5e-4 --samples 250 --sampling-steps 20
+        --contest-seconds 150 --lr 5e-4 --calibration 128 --samples 250 --sampling-steps 20 \\
+        --contestants "magnitude;Wanda;OBS;guided"
 
 *Frozen*: the share of the loss gap that learning closes, (L(m_0) - L(m)) / (L(m_0) - L(dense)),
 from Wanda's masks m_0, in the same wall time for every estimator. *Contest*: masks, then fine-tuning
@@ -237,7 +238,12 @@ def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
         "seed": seed,
         "teacher": str(bench.arguments.model),
     }
-    ones = {"pattern": pattern, "pictures": 0, "seed": seed} | bench.data
+    ones = {
+        "pattern": pattern,
+        "pictures": 0,
+        "seed": seed,
+        "calibration_problems": bench.arguments.calibration,
+    } | bench.data
 
     def run(steps: int, out: Path) -> float:
         masked = bench.out("scratch masks")
@@ -305,6 +311,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="of fine-tuning in the contest")
     parser.add_argument("--seconds", type=float, default=290, help="of each estimator")
     parser.add_argument("--contest-seconds", type=float, default=60, help="of each contestant")
+    parser.add_argument("--calibration", type=int, default=512, help="problems of scores and OBS")
     parser.add_argument("--seeds", type=int, default=3, help="of the contest")
     parser.add_argument(
         "--estimators", default=";".join(ESTIMATORS), help="at 2:4, by beginnings of their names"

@@ -209,7 +209,7 @@ def test_missing_and_damaged_torchscript_files(tmp_path: Path) -> None:
             load_features(tmp_path / name)
         assert "\n" not in str(caught.value)
     for missing in (tmp_path / "none.pt", tmp_path, "inceptoin"):
-        with pytest.raises(UserError, match="neither digits-cnn, inception nor a TorchScript file"):
+        with pytest.raises(UserError, match="neither digits-cnn, inception nor a file of"):
             load_features(missing)
 
 

@@ -8,6 +8,7 @@ from scipy.linalg import sqrtm
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import (
     Statistics,
+    bootstrap_error,
     frechet_distance,
     load_statistics,
     save_statistics,
@@ -72,6 +73,47 @@ def test_agrees_with_torch_fidelity() -> None:
         fid_features_to_statistics(x), fid_features_to_statistics(y), verbose=False
     )["frechet_inception_distance"]
     assert frechet_distance(statistics(x), statistics(y)) == pytest.approx(theirs, rel=1e-5)
+
+
+def test_equal_covariances_of_samples_leave_the_distance_of_the_means() -> None:
+    x_ND = np.random.default_rng(0).normal(size=(100, 12))
+    found = frechet_distance(statistics(x_ND), statistics(x_ND + 0.25))
+    assert found == pytest.approx(12 * 0.25**2, rel=1e-9)
+
+
+def drawn_again(features_ND: np.ndarray, reference: Statistics, draws: int, seed: int) -> float:
+    """What `bootstrap_error` computes, by statistics of repeated rows."""
+    found = []
+    for k in range(draws):
+        counts_N = np.random.default_rng((seed, k)).multinomial(
+            len(features_ND), np.full(len(features_ND), 1 / len(features_ND))
+        )
+        found.append(
+            frechet_distance(
+                statistics(np.repeat(features_ND, counts_N, axis=0)), reference, force=True
+            )
+        )
+    return float(np.std(found, ddof=1))
+
+
+@pytest.mark.parametrize("count", [60, 8])  # fewer images than features, too
+def test_the_bootstrap_is_that_of_repeated_images(count: int) -> None:
+    x_ND = np.random.default_rng(1).normal(size=(count, 10)) @ random_covariance(2, 10) + 30
+    reference = gaussian(3, 10)
+    expected = drawn_again(x_ND, reference, 7, seed=4)
+    assert bootstrap_error(x_ND, reference, draws=7, seed=4) == pytest.approx(expected, rel=1e-6)
+    as_tensor = bootstrap_error(torch.from_numpy(x_ND), reference, draws=7, seed=4)
+    assert as_tensor == bootstrap_error(x_ND, reference, draws=7, seed=4)
+    assert as_tensor != bootstrap_error(x_ND, reference, draws=7, seed=5)
+
+
+def test_the_bootstrap_gives_the_spread_over_new_images() -> None:
+    rng = np.random.default_rng(0)
+    reference = Statistics(np.full(4, 0.3), np.diag([1.0, 2.0, 0.5, 1.5]))
+    samples = [rng.normal(size=(500, 4)) for _ in range(150)]
+    spread = np.std([frechet_distance(statistics(x_ND), reference) for x_ND in samples])
+    errors = [bootstrap_error(x_ND, reference) for x_ND in samples[:40]]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
 
 
 def test_is_symmetric() -> None:

@@ -16,7 +16,7 @@ from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Silent
-from prunedm.recovery.distill import recovery_objective
+from prunedm.recovery.objective import data_objective
 from prunedm.training.checkpoint import (
     History,
     TrainingState,
@@ -25,7 +25,8 @@ from prunedm.training.checkpoint import (
     save_checkpoint,
 )
 from prunedm.training.ema import Ema
-from prunedm.training.loop import fit, learning_rate_share, make_accelerator
+from prunedm.training.loop import fit, make_accelerator
+from prunedm.training.optimizer import learning_rate_share
 
 EVERYTHING = {
     "steps": 7,
@@ -60,7 +61,7 @@ def train(module: nn.Module, folder: Path, objective=None, **changes) -> History
     options = LoopOptions(**({"device": "cpu"} | changes))
     return fit(
         module,
-        objective or recovery_objective(None, 0),
+        objective or data_objective,
         problems=problems(noise_images(9), shuffle=True, flip=True),
         options=options,
         accelerator=make_accelerator(options),
@@ -154,6 +155,67 @@ def test_a_checkpoint_brings_every_part_of_the_state_back(tmp_path):
         for key, value in moments.items():
             assert torch.equal(loaded.optimizer.state_dict()["state"][index][key], value)
     assert not list(tmp_path.glob("*.writing"))
+
+
+def test_a_checkpoint_brings_the_gradient_scaler_of_fp16_back(tmp_path):
+    def state() -> TrainingState:
+        module = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        return TrainingState(module, optimizer, None, History(), scaler=scaler)
+
+    def steps(of: TrainingState, gradients: list[float]) -> None:
+        for size in gradients:
+            of.scaler.scale(of.module(torch.full((1, 3), size)).sum()).backward()
+            of.scaler.step(of.optimizer)
+            of.scaler.update()
+            of.optimizer.zero_grad()
+
+    saved, loaded = state(), state()
+    steps(saved, [1.0, math.inf, 1.0, 1.0, 1.0])  # halved, doubled, and one step towards the next
+    saved.run = "a1b2"
+    save_checkpoint(tmp_path / "c.safetensors", saved)
+    load_checkpoint(tmp_path / "c.safetensors", loaded)
+    assert loaded.run == "a1b2"
+    assert saved.scaler.state_dict()["_growth_tracker"] == 1
+    assert loaded.scaler.state_dict() == saved.scaler.state_dict()
+    for one in (saved, loaded):
+        steps(one, [1.0, 1.0])
+    assert loaded.scaler.get_scale() == saved.scaler.get_scale() == 2.0**11
+    for a, b in zip(loaded.module.parameters(), saved.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_loop_hands_the_scaler_of_fp16_to_its_checkpoint(tmp_path, monkeypatch):
+    """CPUs have no fp16 training; a scaler is put where accelerate would have it."""
+    options = {"steps": 5, "checkpoint_every": 2, "batch_size": 1, "lr": 1e-2}
+    scales = []
+    for scale in (2.0**8, 2.0**3):  # the second run would start with another
+
+        def made(options, scale=scale):
+            accelerator = make_accelerator(options)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            return accelerator
+
+        monkeypatch.setitem(train.__globals__, "make_accelerator", made)
+
+        def seen(step: int) -> None:
+            scales.append(step)
+            if len(scales) == 4:
+                raise Killed
+
+        if len(scales) < 4:
+            with pytest.raises(Killed):
+                train(Line(), tmp_path, slope, after_step=seen, **options)
+            with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            assert facts["scaler"]["scale"] == 2.0**8
+        else:
+            train(Line(), tmp_path, slope, after_step=seen, **options)
+            with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+            assert facts["scaler"]["scale"] == 2.0**8
+    assert scales == [0, 1, 2, 3, 2, 3, 4]
 
 
 def _truncate(path: Path) -> None:
@@ -385,21 +447,6 @@ def test_only_what_requires_gradients_is_trained(tmp_path):
     train(model, tmp_path, steps=2, batch_size=2)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"conv_out.weight", "conv_out.bias"}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_distillation_mixes_data_and_teacher(share):
-    student, teacher = tiny_model().denoiser, tiny_model(act_fn="relu").denoiser
-    batch = problems().batch(range(3))
-    got = recovery_objective(teacher, share)(student, batch, 0)
-    with torch.no_grad():
-        output, wanted = (predict(m, batch).double() for m in (student, teacher))
-    data = (output - batch.target_NCHW.double()).square().mean()
-    copy = (output - wanted).square().mean()
-    assert got.item() == pytest.approx(float((1 - share) * data + share * copy), rel=1e-5)
-    assert got.requires_grad
-    got.backward()
-    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_curves_keep_means_and_a_bounded_length():

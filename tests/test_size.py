@@ -6,8 +6,11 @@ import torch
 from helpers import noise_images, problems, tiny_model
 from torch import nn
 
+from prunedm.errors import UserError
+from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import LossEstimate, denoising_loss, fixed_batches
-from prunedm.evaluation.paired import psnr
+from prunedm.evaluation.paired import median_error, psnr, ssim, window_for
+from prunedm.evaluation.profiling import kernel, peak_memory
 from prunedm.evaluation.size import (
     count_macs,
     count_nonzero,
@@ -15,7 +18,7 @@ from prunedm.evaluation.size import (
     nm_validity,
     packed_bytes,
 )
-from prunedm.evaluation.speed import latencies, latency
+from prunedm.evaluation.speed import Way, latencies, latency, timings
 from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern
 from prunedm.removal.nm import nm_masks
@@ -172,3 +175,129 @@ def test_latencies_are_positive_and_for_the_batch_asked():
     assert one.median_ms > 0
     assert one.spread_ms >= 0
     assert len(latencies([unet, unet], (1, 8, 8), batch=1, repeats=1)) == 2
+
+
+def test_pairs_of_other_shapes_are_refused():
+    with pytest.raises(UserError, match="no pairs"):
+        psnr(np.zeros((2, 4, 4, 1), np.uint8), np.zeros((1, 4, 4, 1), np.uint8))
+
+
+def brute_ssim(a: np.ndarray, b: np.ndarray, window: int) -> float:
+    """Wang et al. 2004, every window of every channel by itself; a, b are HWC."""
+    offsets = np.arange(window) - window // 2
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for y in range(a.shape[0] - window + 1):
+        for x in range(a.shape[1] - window + 1):
+            for c in range(a.shape[2]):
+                p = a[y : y + window, x : x + window, c].astype(float)
+                q = b[y : y + window, x : x + window, c].astype(float)
+                mp, mq = (weights * p).sum(), (weights * q).sum()
+                vp, vq = (weights * (p - mp) ** 2).sum(), (weights * (q - mq) ** 2).sum()
+                cov = (weights * (p - mp) * (q - mq)).sum()
+                c1, c2 = 6.5025, 58.5225
+                values.append(
+                    (2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+                )
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"), [((14, 13, 3), 11), ((11, 11, 1), 11), ((8, 9, 1), 7), ((7, 7, 1), 7)]
+)
+def test_ssim_is_that_of_windows_one_by_one(shape, window):
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 256, (2, *shape), dtype=np.uint8)
+    noise = rng.normal(0, 20, reference.shape)
+    images = np.clip(reference + noise, 0, 255).astype(np.uint8)
+    images[1] = 255 - reference[1]
+    assert window_for(shape[:2]) == window
+    expected = [brute_ssim(a, b, window) for a, b in zip(images, reference, strict=True)]
+    np.testing.assert_allclose(ssim(images, reference), expected, rtol=1e-9)
+    assert expected[1] < 0 < expected[0] < 1
+    np.testing.assert_allclose(ssim(reference, reference), 1)
+
+
+def test_the_error_of_a_median_is_that_of_its_distribution():
+    values = np.random.default_rng(0).normal(0, 1, 4000)
+    exact = np.sqrt(np.pi / 2 / 4000)  # of the median of a normal sample
+    assert median_error(values) == pytest.approx(exact, rel=0.2)
+    assert median_error(np.ones(5)) == 0
+
+
+class Steps(nn.Module):
+    """Holds `x + 1` (1 MiB), twice of it beside, then only a concatenation of 2 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1000))
+        self.register_buffer("table", torch.zeros(500))
+
+    def forward(self, x):
+        a = x + 1
+        b = a * 2
+        del a
+        return torch.cat([b, b]).relu_()
+
+
+def test_peak_memory_is_weights_and_the_most_that_is_held_at_once():
+    module, x = Steps(), torch.zeros(1024, 256)
+    with torch.no_grad():
+        assert peak_memory(module, lambda: module(x)) == 6000 + 3 * 2**20
+
+
+def test_the_kernel_is_the_operator_that_ran_longest():
+    x = torch.zeros(256, 256)
+    assert kernel(lambda: torch.mm(x, x) + x[0, 0]) == "dense (mm)"
+
+
+def test_timings_say_how_each_call_was_made():
+    unet = tiny_model().denoiser
+    (plain,) = timings([unet], (1, 8, 8), Way(2), repeats=2)
+    assert (plain.batch, plain.dtype, plain.compiled) == (2, "float32", False)
+    assert plain.threads == torch.get_num_threads()
+    assert plain.kernel.startswith("dense (")
+    assert plain.images_per_s == pytest.approx(2000 / plain.median_ms)
+    seen = []
+    unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    (half,) = timings([unet], (1, 8, 8), Way(1, bf16=True), repeats=1)
+    assert half.dtype == "bf16 autocast"
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_a_compiled_call_is_one_that_was_compiled(monkeypatch):
+    unet = tiny_model().denoiser
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    with pytest.raises(UserError, match="compiled nothing"):
+        timings([unet], (1, 8, 8), Way(1, compiled=True), repeats=1)
+
+
+@pytest.mark.slow
+def test_compiled_calls_are_timed():
+    unet = tiny_model().denoiser
+    (found,) = timings([unet], (1, 8, 8), Way(1, compiled=True), repeats=2)
+    assert found.compiled
+    assert found.median_ms > 0
+
+
+def test_layers_are_counted_on_their_weights():
+    unet = tiny_model().denoiser
+    masks = masks_of(unet, targets=["mid_block"])
+    masks.apply_(unet)
+    found = {layer.name: layer for layer in layer_sparsity(unet, masks)}
+    assert list(found) == list(prunable_layers(unet))
+    for name, layer in found.items():
+        weight = unet.get_submodule(name).weight
+        assert layer.shape == tuple(weight.shape)
+        assert layer.nonzero == int((weight != 0).sum())
+        if name in masks.by_layer:
+            assert (layer.pattern, layer.valid, layer.why_dense) == ("2:4", 1.0, "")
+            assert layer.nonzero == layer.weights // 2
+        else:
+            assert (layer.pattern, layer.valid, layer.why_dense) == ("", None, "left dense")
+    name = next(iter(masks.by_layer))
+    with torch.no_grad():
+        unet.get_submodule(name).weight.fill_(1.0)
+    assert layer_sparsity(unet, masks)[list(found).index(name)].valid == 0
+    assert all(layer.why_dense == "" for layer in layer_sparsity(unet, None))

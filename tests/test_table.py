@@ -9,15 +9,15 @@ import pytest
 from rich.console import Console
 
 from prunedm.console import rich_table
-from prunedm.evaluation.results import Conditions, Evaluation, Figures
+from prunedm.evaluation.columns import COLUMNS, amount, wide
+from prunedm.evaluation.results import Conditions, Evaluation, Figures, Timing
 from prunedm.evaluation.table import (
-    COLUMNS,
-    amount,
     cell,
     change_in_words,
     csv_text,
     headers,
     markdown_table,
+    measured,
     rows,
     warnings,
 )
@@ -51,12 +51,14 @@ def evaluation(label: str = "dense", **changes: Any) -> Evaluation:
         "latency_spread_ms": 0.21,
     }
     conditions = {k: changes.pop(k) for k in list(changes) if k in Conditions.model_fields}
+    failed = changes.pop("failed", {})
     return Evaluation(
         label=label,
         model=f"runs/{label}",
         hash="ab12" * 16,
         figures=Figures.model_validate(figures | changes),
         conditions=CONDITIONS.model_copy(update=conditions),
+        failed=failed,
     )
 
 
@@ -80,24 +82,67 @@ def shown(key: str, e: Evaluation, dense: Evaluation | None = None) -> str:
 
 
 def test_rows_show_the_figures_and_their_changes() -> None:
-    dense, other = rows([evaluation(), pruned()])
-    assert dense == [
-        "dense",
-        "0.0312 ± 0.0008",
-        "4.41",
-        "–",
-        "1.08M",
-        "1.08M",
-        "31.4M",
-        "2.19 MB",
-        "2.17 MB",
-        "12.34 ± 0.21",
-        "–",
-    ]
-    assert other[1] == "0.0471 ± 0.0008 (+51 %)"
-    assert other[4] == "0.76M (−30 %)"
-    assert other[5] == "1.08M (±0 %)"
-    assert other[10] == "100 % of 2:4 in 61 layers"
+    models = [evaluation(), pruned()]
+    dense, other = (dict(zip(headers(models), row, strict=True)) for row in rows(models))
+    assert {name: text for name, text in dense.items() if text != "–"} == {
+        "model": "dense",
+        "loss": "0.0312 ± 0.0008",
+        "FD (digits-cnn)": "4.41",
+        "parameters": "1.08M",
+        "non-zero": "1.08M",
+        "MACs": "31.4M",
+        "disk": "2.19 MB",
+        "packed (fp16)": "2.17 MB",
+        "latency ms": "12.34 ± 0.21",
+    }
+    assert other["loss"] == "0.0471 ± 0.0008 (+51 %)"
+    assert other["parameters"] == "0.76M (−30 %)"
+    assert other["non-zero"] == "1.08M (±0 %)"
+    assert other["N:M"] == "100 % of 2:4 in 61 layers"
+
+
+def test_every_measure_of_quality_shows_its_standard_error() -> None:
+    model = pruned(
+        fd=5.0, fd_se=0.25, kid=1.5, kid_se=0.125, precision=0.75, precision_se=0.02, recall=0.5,
+        recall_se=0.03, psnr_db=20.0, psnr_se=0.5, ssim=0.875, ssim_se=0.01,
+    )  # fmt: skip
+    assert shown("fd", model) == "5.00 ± 0.25 (+13 %)"
+    assert shown("kid", model) == "1.50 ± 0.12"
+    assert shown("precision", model) == "0.750 ± 0.020"
+    assert shown("recall", model) == "0.500 ± 0.030"
+    assert shown("psnr_db", model) == "20.0 dB ± 0.5"
+    assert shown("ssim", model) == "0.875 ± 0.010"
+    assert cell(column("fd"), model, evaluation(fd=4.9, fd_se=0.1)).tone == ""  # within the errors
+    higher = evaluation(precision=0.5, precision_se=0.01)
+    assert cell(column("precision"), model, higher).tone == "better"
+
+
+def test_kernel_distances_of_any_size_are_short() -> None:
+    assert (wide(1.234), wide(-0.5), wide(1019855.4)) == ("1.23", "-0.50", "1.02e+06")
+
+
+@pytest.mark.parametrize(
+    ("step", "keys"),
+    [
+        ("samples", ["fd", "kid", "precision", "recall", "psnr_db", "ssim"]),
+        ("fd", ["fd"]),
+        ("loss", ["loss"]),
+        ("latency", ["latency_ms"]),
+        ("memory", ["peak_memory_mb"]),
+        ("macs", ["macs"]),
+    ],
+)
+def test_what_failed_reads_failed(step: str, keys: list[str]) -> None:
+    model = pruned(failed={step: "no reason"})
+    assert [c.key for c in COLUMNS if shown(c.key, model) == "failed"] == keys
+    assert {c.key for c in measured([evaluation(), model])} >= set(keys)
+
+
+def test_markdown_leaves_out_what_no_model_has() -> None:
+    text = markdown_table([evaluation(fd=None), pruned(fd=None)])
+    assert "FD" not in text
+    assert "KID" not in text
+    assert "loss" in text
 
 
 def test_every_row_has_every_column() -> None:
@@ -176,18 +221,26 @@ def test_no_change_between_figures_of_other_conditions(condition: str, key: str)
     assert "1-prune" in line
 
 
+def test_a_condition_of_no_figure_warns_of_nothing() -> None:
+    assert warnings([evaluation(fd=None), pruned(samples=7)]) == []
+    (line,) = warnings([evaluation(), pruned(samples=7)])
+    assert "samples is 7" in line
+
+
 def test_same_conditions_give_no_warnings() -> None:
     assert warnings([evaluation(), pruned()]) == []
     assert warnings([]) == []
 
 
 def test_csv_holds_every_raw_number() -> None:
-    models = [evaluation(), pruned(fd=None, nm_dense={"conv_in": "1 channel, no group of 4"})]
+    timing = Timing(batch=2, dtype="float32", threads=1, median_ms=1.5, spread_ms=0.1)
+    dense = {"conv_in": "1 channel, no group of 4"}
+    models = [evaluation(), pruned(fd=None, nm_dense=dense, timings=[timing])]
     read = list(csv.DictReader(io.StringIO(csv_text(models))))
     assert [row["label"] for row in read] == ["dense", "1-prune"]
     for row, e in zip(read, models, strict=True):
         for name, value in e.figures.model_dump().items():
-            if name == "nm_dense":
+            if name in ("nm_dense", "timings"):
                 assert json.loads(row[name]) == value
             elif value is None:
                 assert row[name] == ""

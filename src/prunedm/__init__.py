@@ -34,6 +34,7 @@ _HOME = {
     "get_model_sparsity_summary": "prunedm.learning.sparsity",
     "DiffusionMaskProTrainer": "prunedm.stages.maskpro",
     "MaskProConfig": "prunedm.stages.maskpro_config",
+    "MaskProEvaluator": "prunedm.stages.evaluator",
     # diffusers asks a component's library for its base class before it loads the component
     "ModelMixin": "diffusers",
 }

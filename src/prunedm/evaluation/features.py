@@ -20,6 +20,7 @@ from torch import nn
 
 from prunedm.data import to_model_range
 from prunedm.errors import UserError
+from prunedm.evaluation.exported import is_exported, load_exported
 from prunedm.progress import Progress, Silent
 
 DIGITS_CNN_FILE = "digits_cnn.safetensors"
@@ -33,7 +34,7 @@ _DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, BadZipFile)
 class FeatureNetwork:
     """A frozen network and what tables call distances in it: "FID", "FD (digits-cnn)", ...
 
-    `dim` is D, or None where only the first output tells (a TorchScript file).
+    `dim` is D, or None where only the first output tells (a file).
     """
 
     name: str
@@ -122,8 +123,9 @@ class _Inception(nn.Module):
 
 
 def load_features(name_or_path: str | Path, *, weights: str | Path | None = None) -> FeatureNetwork:
-    """The feature network "digits-cnn", "inception", or of a TorchScript file, on the CPU.
+    """The feature network "digits-cnn", "inception", or of a file, on the CPU.
 
+    A file is TorchScript, or an exported module (`torch.export.save`) of ATen operators.
     `weights` is a local copy of Inception's; without it torch-fidelity downloads (or has) them.
     Raises `UserError` where a file is missing or damaged, or the download fails.
     """
@@ -134,7 +136,7 @@ def load_features(name_or_path: str | Path, *, weights: str | Path | None = None
         return FeatureNetwork("FD (digits-cnn)", DigitsCNN.dim, load_digits_cnn())
     if name == "inception":
         return _load_inception(None if weights is None else Path(weights).expanduser())
-    return _load_torchscript(Path(name).expanduser())
+    return _load_file(Path(name).expanduser())
 
 
 def load_digits_cnn() -> DigitsCNN:
@@ -223,21 +225,27 @@ def _inception_name(weights: Path | None) -> str:
     return f"FD (inception, {weights.stem})"
 
 
-def _load_torchscript(path: Path) -> FeatureNetwork:
+def _load_file(path: Path) -> FeatureNetwork:
     if not path.is_file():
         raise UserError(
-            f"unknown features {str(path)!r}: neither digits-cnn, inception nor a TorchScript file"
+            f"unknown features {str(path)!r}: neither digits-cnn, inception nor a file of "
+            "TorchScript or torch.export"
         )
+    module = load_exported(path) if is_exported(path) else _load_torchscript(path)
+    return FeatureNetwork(f"FD ({path.stem})", None, module.eval())
+
+
+def _load_torchscript(path: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():  # "switch to torch.export" is no advice to who has a file
             warnings.simplefilter("ignore", FutureWarning)
-            module = torch.jit.load(str(path), map_location="cpu")
+            module: nn.Module = torch.jit.load(str(path), map_location="cpu")
     except (OSError, *_DAMAGED) as error:
         raise UserError(
             f"{str(path)!r} is damaged or no TorchScript file ({_reason(error)}); "
             "save it anew with torch.jit.save"
         ) from error
-    return FeatureNetwork(f"FD ({path.stem})", None, module.eval())
+    return module
 
 
 def _reason(error: Exception) -> str:

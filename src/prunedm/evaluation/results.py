@@ -1,6 +1,6 @@
 """What an evaluation found out about one model, and under which conditions: one row of the table."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -45,9 +45,15 @@ class Figures(BaseModel):
     kid: float | None = None  # kernel distance in the same features, times 1000
     kid_se: float | None = None
     precision: float | None = None  # share of samples within the manifold of held-out images
+    precision_se: float | None = None
     recall: float | None = None  # share of held-out images within the manifold of samples
+    recall_se: float | None = None
     ssim: float | None = None  # to the dense model's images from the same noise, median
+    ssim_se: float | None = None
     psnr_db: float | None = None  # to the dense model's images from the same noise, median
+    psnr_se: float | None = None
+    loss_change: float | None = None  # to the dense model's loss, problem by problem
+    loss_change_se: float | None = None
     params: int
     nonzero: int
     macs: int  # of one image through the denoiser once, attention included
@@ -76,6 +82,26 @@ class Conditions(BaseModel):
     device: str
     dtype: str
     latency_batch: int
+    latency_repeats: int = 0  # timed calls behind a median, after the warm-up
+
+
+class Asked(BaseModel):
+    """One pruning of the lineage: what was asked for, and what came out."""
+
+    what: str  # "params", "pattern", ...
+    asked: float | str
+    got: float | str
+    reason: str = ""  # where the two differ
+
+
+class Step(BaseModel):
+    """One step of an evaluation and how it ended; `error` also says why a step was skipped."""
+
+    step: str
+    model: str = ""  # the label; "" for a step of all models
+    status: Literal["done", "failed", "skipped"]
+    seconds: float = 0.0
+    error: str = ""
 
 
 class Evaluation(BaseModel):
@@ -88,6 +114,8 @@ class Evaluation(BaseModel):
     conditions: Conditions
     record: Record | None = None
     layers: list[LayerSparsity] = Field(default_factory=list)
+    asked: list[Asked] = Field(default_factory=list)
+    reloads: bool | None = None  # loaded again, it gives the same output to the bit
     failed: dict[str, str] = Field(default_factory=dict)  # step -> its error; the rest went on
     samples_file: str = (
         ""  # uint8 NHWC .npz beside the results, from the same noise for every model

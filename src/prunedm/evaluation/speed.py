@@ -2,11 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.evaluation.profiling import kernel
+from prunedm.evaluation.results import Timing
 
 WARMUP = 3
 
@@ -18,6 +23,19 @@ class Latency:
     median_ms: float
     spread_ms: float
     batch: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the denoiser is called: images at a time, bf16 autocast or its own type, compiled or not."""
+
+    batch: int
+    bf16: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        kind = " bf16" * self.bf16 + " compiled" * self.compiled
+        return f"latency{kind}, batch {self.batch}"
 
 
 def latency(
@@ -32,7 +50,6 @@ def latency(
     return latencies([denoiser], shape, batch=batch, repeats=repeats, device=device)[0]
 
 
-@torch.inference_mode()
 def latencies(
     denoisers: Sequence[nn.Module],
     shape: tuple[int, int, int],
@@ -42,29 +59,113 @@ def latencies(
     device: torch.device | str = "cpu",
 ) -> list[Latency]:
     """Time several denoisers in turns, so that what else the machine does falls on all alike."""
-    calls = [_call(denoiser.eval().to(device), shape, batch) for denoiser in denoisers]
-    times = np.empty((WARMUP + repeats, len(calls)))
-    for repeat in range(WARMUP + repeats):
-        for k, call in enumerate(calls):
-            _wait(torch.device(device))
-            started = time.perf_counter()
-            call()
-            _wait(torch.device(device))
-            times[repeat, k] = (time.perf_counter() - started) * 1000
-    low, median, high = np.percentile(times[WARMUP:], [25, 50, 75], axis=0)
+    return _in_turns(denoisers, shape, way=Way(batch), repeats=repeats, device=device)
+
+
+def timings(
+    denoisers: Sequence[nn.Module],
+    shape: tuple[int, int, int],
+    way: Way,
+    *,
+    repeats: int,
+    device: torch.device | str = "cpu",
+) -> list[Timing]:
+    """As `latencies`, with how each was called and which kernel ran.
+
+    Compiled denoisers are timed one after the other: the compiler gives up on the eighth that is
+    alive. Raises `UserError` where nothing was compiled.
+    """
+    timed = _compiled if way.compiled else _in_turns
     return [
-        Latency(float(m), float(h - q) / 2, batch)
-        for q, m, h in zip(low, median, high, strict=True)
+        Timing(
+            batch=way.batch,
+            dtype="bf16 autocast" if way.bf16 else _dtype(denoiser),
+            threads=torch.get_num_threads(),
+            compiled=way.compiled,
+            kernel=_kernel(denoiser, shape, replace(way, compiled=False)),
+            median_ms=found.median_ms,
+            spread_ms=found.spread_ms,
+        )
+        for denoiser, found in zip(
+            denoisers,
+            timed(denoisers, shape, way=way, repeats=repeats, device=device),
+            strict=True,
+        )
     ]
 
 
-def _call(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Callable[[], object]:
+def one_call(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Callable[[], object]:
+    """A call of `denoiser` on `batch` noise images of `shape` (C, H, W), where its weights are."""
     weight = next(denoiser.parameters())
     sample = torch.randn(batch, *shape, device=weight.device, dtype=weight.dtype)
     timesteps = torch.full((batch,), 500, device=weight.device)
     conditional = getattr(denoiser, "class_embedding", None) is not None
     labels = torch.zeros(batch, dtype=torch.long, device=weight.device) if conditional else None
     return lambda: denoiser(sample, timesteps, labels, return_dict=False)
+
+
+@torch.inference_mode()
+def _in_turns(
+    denoisers: Sequence[nn.Module],
+    shape: tuple[int, int, int],
+    *,
+    way: Way,
+    repeats: int,
+    device: torch.device | str,
+) -> list[Latency]:
+    device = torch.device(device)
+    calls = [one_call(denoiser.eval().to(device), shape, way.batch) for denoiser in denoisers]
+    times = np.empty((WARMUP + repeats, len(calls)))
+    with _autocast(device, way):
+        for repeat in range(WARMUP + repeats):
+            for k, call in enumerate(calls):
+                _wait(device)
+                started = time.perf_counter()
+                call()
+                _wait(device)
+                times[repeat, k] = (time.perf_counter() - started) * 1000
+    low, median, high = np.percentile(times[WARMUP:], [25, 50, 75], axis=0)
+    return [
+        Latency(float(m), float(h - q) / 2, way.batch)
+        for q, m, h in zip(low, median, high, strict=True)
+    ]
+
+
+def _compiled(
+    denoisers: Sequence[nn.Module],
+    shape: tuple[int, int, int],
+    *,
+    way: Way,
+    repeats: int,
+    device: torch.device | str,
+) -> list[Latency]:
+    from torch._dynamo import reset  # slow to import
+    from torch._dynamo.utils import counters
+
+    found = []
+    for denoiser in denoisers:
+        reset()
+        counters.clear()
+        fast: nn.Module = torch.compile(denoiser)  # type: ignore[assignment]
+        found += _in_turns([fast], shape, way=way, repeats=repeats, device=device)
+        if not counters["stats"]["unique_graphs"]:
+            raise UserError("torch.compile compiled nothing: it ran the eager model")
+    reset()
+    return found
+
+
+def _kernel(denoiser: nn.Module, shape: tuple[int, int, int], way: Way) -> str:
+    device = next(denoiser.parameters()).device
+    with torch.inference_mode(), _autocast(device, way):
+        return kernel(one_call(denoiser, shape, way.batch))
+
+
+def _autocast(device: torch.device, way: Way) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if way.bf16 else nullcontext()
+
+
+def _dtype(denoiser: nn.Module) -> str:
+    return str(next(denoiser.parameters()).dtype).removeprefix("torch.")
 
 
 def _wait(device: torch.device) -> None:

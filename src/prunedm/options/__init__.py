@@ -9,6 +9,7 @@ from prunedm.options.base import (
     ScoreName,
     ScoreOptions,
 )
+from prunedm.options.distance import FidOptions, StatsOptions
 from prunedm.options.learn import ESTIMATOR_DEFAULTS, EstimatorName, LearnOptions
 from prunedm.options.measure import AnalyzeOptions, EvaluateOptions, LossOptions, SampleOptions
 from prunedm.options.prune import TARGETS, Mechanism, PruneOptions, parse_target
@@ -22,6 +23,7 @@ __all__ = [
     "DataOptions",
     "EstimatorName",
     "EvaluateOptions",
+    "FidOptions",
     "FinetuneOptions",
     "LearnOptions",
     "LoopOptions",
@@ -33,6 +35,7 @@ __all__ = [
     "SampleOptions",
     "ScoreName",
     "ScoreOptions",
+    "StatsOptions",
     "TrainOptions",
     "parse_target",
 ]

@@ -105,3 +105,7 @@ class LoopOptions(DataOptions):
         100, ge=0, description="steps between held-out losses; 0 is at the end"
     )
     validation_problems: int = Field(500, ge=1, description="held-out problems of each of these")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "swanlab"] = Field(
+        "none", description="where live curves go"
+    )
+    tracker_project: str = Field("prunedm", min_length=1, description="the tracker's project")

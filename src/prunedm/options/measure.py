@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from prunedm.options.base import CalibrationOptions, DataOptions, Options, PatternText
 
@@ -15,7 +15,13 @@ class SampleOptions(Options):
         "ddim", description="ddpm, ddim, dpm++, or a diffusers scheduler's class name"
     )
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
+    spacing: Literal["trailing", "uniform", "quad"] = Field(
+        "trailing", description="of timesteps: even from T-1 on; even T-1 to 0; dense near 0"
+    )
     batch_size: int = Field(64, ge=1, description="images at a time")
+    speed: Literal["exact", "fast"] = Field(
+        "exact", description="float32 to the bit, or bf16 and torch.compile where they help"
+    )
     seed: int = Field(0, ge=0, description="decides every random draw")
     format: Literal["png", "npz"] = Field("png", description="files, or one uint8 NHWC array")
     label: int | None = Field(None, ge=0, description="class of all images; default: all in turn")
@@ -23,11 +29,21 @@ class SampleOptions(Options):
 
 
 class EvaluateOptions(DataOptions):
-    """`prunedm evaluate` and `compare`: loss, FD, size, speed, sparsity."""
+    """`prunedm evaluate` and `compare`: quality, size, speed, sparsity, to a chosen depth."""
 
+    depth: Literal["quick", "full", "compare", "comprehensive"] = Field(
+        "full",
+        description="quick: loss, size, sparsity, reload check, one latency, no samples; full: "
+        "samples, FD, KID, precision and recall, memory and latencies too; compare: the dense parent "
+        "and the first masks of a learned folder alike, with PSNR and SSIM; comprehensive: all models "
+        "of the lineage, and latency compiled and in bf16",
+    )
     problems: int = Field(2000, ge=2, description="held-out problems behind the loss")
     samples: int | None = Field(
-        None, ge=0, description="images behind FD; none: enough for the features; 0 skips FD"
+        None, ge=0, description="images behind FD; none: enough for the features; 0 skips them"
+    )
+    skip_fid: bool = Field(
+        False, description="no distances of samples to images, and so no feature network"
     )
     sampler: str = Field("ddim", description="as in sample")
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
@@ -38,6 +54,9 @@ class EvaluateOptions(DataOptions):
     )
     inception_weights: str = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
+    latency_batches: tuple[PositiveInt, ...] = Field(
+        (1, 4, 16), description="batches timed besides (full and deeper); repeat it"
+    )
     latency_repeats: int = Field(20, ge=1, description="timed calls")
 
 

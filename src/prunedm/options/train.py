@@ -2,12 +2,18 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prunedm.options.base import LoopOptions
 
 
-class TrainOptions(LoopOptions):
+class WeightOptions(LoopOptions):
+    """Training of weights."""
+
+    compile: bool = Field(False, description="torch.compile, where there is a compiler")
+
+
+class TrainOptions(WeightOptions):
     """`prunedm train`: a dense model from scratch."""
 
     steps: int = Field(10_000, ge=1, description="optimizer steps")
@@ -26,10 +32,37 @@ class TrainOptions(LoopOptions):
     )
 
 
-class FinetuneOptions(LoopOptions):
+class FinetuneOptions(WeightOptions):
     """`prunedm finetune`: weights of any model, masks held exactly."""
 
     teacher: str = Field("auto", description="auto (the record's dense model), none, or a model")
     distill: float = Field(
         0.9, ge=0, le=1, description="share of the teacher's output in the target"
     )
+    match_features: float = Field(
+        0.0, ge=0, description="weight of the relative error of the teacher's block outputs"
+    )
+    match_sensitivity: float = Field(
+        0.0, ge=0, description="weight of the relative error of its response to small changes"
+    )
+    sensitivity_every: int = Field(
+        4, ge=1, description="one pair of problems in so many is changed a little"
+    )
+    sensitivity_size: float = Field(
+        0.05, gt=0, description="standard deviation of the change; images span -1 to 1"
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout inside the residual blocks; none: the model's own"
+    )
+    dataset_size: int = Field(
+        0, ge=0, description="problems to cycle through, with the outputs known; 0: always new ones"
+    )
+    memo_memory: float = Field(1.0, ge=0, description="GiB of the teacher's outputs kept")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "FinetuneOptions":
+        if self.match_sensitivity and self.dropout:
+            raise ValueError("dropout would drown responses to small changes; give --dropout 0")
+        if self.teacher == "none" and (self.match_features or self.match_sensitivity):
+            raise ValueError("blocks and responses are matched to a teacher's; give --teacher")
+        return self

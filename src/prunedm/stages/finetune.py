@@ -1,16 +1,26 @@
 """finetune: train the weights that are left; masks hold exactly, in weights and EMA."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
 from prunedm.data import ImageSet
+from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.folder import Model, load, save
+from prunedm.folder import Model, find, load, save
+from prunedm.learning.memo import Memo
+from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
 from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source
-from prunedm.recovery.distill import recovery_objective
+from prunedm.record import Record, Source, read_record
+from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import (
     data_source,
@@ -21,7 +31,9 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
-from prunedm.training.loop import fit, make_accelerator
+from prunedm.training.loop import Objective, fit, make_accelerator
+
+GIB = 1 << 30
 
 
 def finetune(
@@ -35,13 +47,18 @@ def finetune(
     """Train `source`'s weights and write a model folder of the same shape and masks."""
     progress = progress or Silent()
     model = load(source)
+    _check_dropout(model, options)
     images = images_for(model, options, "train")
-    teacher = find_teacher(model, options.teacher, progress)
     inputs: dict[str, Source] = {"model": source_of(model), "dataset": data_source(images)}
-    if teacher is not None:
-        inputs["teacher"] = source_of(teacher)
+    teacher, known = None, None if overwrite else _teacher_of_result(Path(out), model, options)
+    if known is None:
+        teacher = find_teacher(model, options.teacher, progress)
+        known = source_of(teacher) if teacher else None
+    if known is not None:
+        inputs["teacher"] = known
 
     def make(folder: Path) -> dict[str, Any]:
+        assert (teacher is None) == ("teacher" not in inputs)
         figures = _finetune(
             model,
             teacher=teacher,
@@ -62,6 +79,40 @@ def finetune(
         make=make,
         overwrite=overwrite,
     )
+
+
+def _teacher_of_result(out: Path, model: Model, options: FinetuneOptions) -> Source | None:
+    """The teacher of a finished `out`, if it is the one that is asked for, by what records say.
+
+    So a finished stage is known as such when its teacher is gone.
+    """
+    found = read_record(out) if out.is_dir() else None
+    if found is None or found.stage != "finetune" or "teacher" not in found.inputs:
+        return None
+    teacher = found.inputs["teacher"]
+    if options.teacher == "auto":
+        dense = dense_source(model.record)
+        return teacher if dense is not None and teacher.hash == dense.hash else None
+    if found.options.get("teacher") != options.teacher or _is_there(options.teacher):
+        return None
+    return teacher
+
+
+def _is_there(model: str) -> bool:
+    try:
+        find(model)
+    except UserError:
+        return False
+    return True
+
+
+def _check_dropout(model: Model, options: FinetuneOptions) -> None:
+    own = float(model.denoiser.config.get("dropout") or 0.0)
+    if options.match_sensitivity and options.dropout is None and own:
+        raise UserError(
+            f"{model.name} has dropout {own:g}, which would drown responses to small changes; "
+            "give --dropout 0"
+        )
 
 
 def find_teacher(model: Model, wanted: str, progress: Progress) -> Model | None:
@@ -92,23 +143,30 @@ def _finetune(
 ) -> dict[str, Any]:
     held_out = held_out_problems(model, options, options.validation_problems)
     accelerator = make_accelerator(options)
-    model.denoiser.to(accelerator.device)
-    if teacher is not None:
-        teacher.denoiser.to(accelerator.device).eval().requires_grad_(False)
+    device = accelerator.device
+    model.denoiser.to(device)
     hold = model.masks.hold(model.denoiser) if model.masks else lambda: None
-    before = denoising_loss(model.denoiser, held_out, device=accelerator.device)
-    history = fit(
-        model.denoiser,
-        recovery_objective(teacher.denoiser if teacher else None, options.distill),
-        problems=training_problems(model, options, images),
-        options=options,
-        accelerator=accelerator,
-        checkpoint=resume / "checkpoint.safetensors",
-        progress=progress,
-        label="fine-tuning",
-        after_step=lambda _: hold(),
-        validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
-    )
+    before = denoising_loss(model.denoiser, held_out, device=device)
+    with (
+        dropout(model.denoiser, options.dropout),
+        _objective(model, teacher, options, device) as objective,
+    ):
+        history = fit(
+            model.denoiser,
+            objective,
+            problems=training_problems(
+                model, options, images, cycle=_cycle(options, accelerator.num_processes)
+            ),
+            options=options,
+            accelerator=accelerator,
+            checkpoint=resume / "checkpoint.safetensors",
+            progress=progress,
+            label="fine-tuning",
+            after_step=lambda _: hold(),
+            validate=lambda m: denoising_loss(m, held_out, device=device).mean,
+            observe=lambda m: {"sparsity": sparsity(m, model.masks)} if model.masks else {},
+            compiles=options.compile,
+        )
     model.denoiser.to("cpu")
     model.round_to_dtype()
     after = denoising_loss(model.denoiser, held_out)
@@ -117,3 +175,51 @@ def _finetune(
         "loss": after.mean,
         "loss_se": after.standard_error,
     } | history.as_figures()
+
+
+def _objective(
+    model: Model, teacher: Model | None, options: FinetuneOptions, device: torch.device
+) -> AbstractContextManager[Objective]:
+    if teacher is None:
+        return nullcontext(data_objective)
+    network = teacher.denoiser.to(device).eval().requires_grad_(False)
+    known = Memo(int(options.memo_memory * GIB) if options.dataset_size else 0)
+    return recovery_objective(
+        model.denoiser,
+        network,
+        Mixture(
+            output=options.distill,
+            features=options.match_features,
+            sensitivity=options.match_sensitivity,
+            every=options.sensitivity_every,
+            size=options.sensitivity_size,
+            seed=options.seed,
+        ),
+        outputs=lambda batch: known(batch, partial(predict, network)),
+    )
+
+
+def _cycle(options: FinetuneOptions, processes: int) -> int:
+    """Problems of a cycle, in whole steps: then the same batches come again, to the same bits."""
+    stride = options.batch_size * options.accumulation * processes
+    return -(-options.dataset_size // stride) * stride
+
+
+@contextmanager
+def dropout(denoiser: nn.Module, p: float | None) -> Iterator[None]:
+    """The residual blocks' dropout at `p`, afterwards as it was; None leaves it."""
+    layers = [m.dropout for m in denoiser.modules() if isinstance(m, ResnetBlock2D)]
+    before = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = layer.p if p is None else p
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.p = own
+
+
+def sparsity(denoiser: nn.Module, masks: Masks) -> float:
+    """Share of zeros in the masked layers."""
+    zeros = sum(int((denoiser.get_parameter(f"{n}.weight") == 0).sum()) for n, _ in masks)
+    return zeros / masks.total

@@ -1,5 +1,7 @@
 """sample: images from a model, as PNG files or one array; an interrupted run continues."""
 
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from prunedm.folder import Model, load
 from prunedm.options import SampleOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
-from prunedm.sampling import class_labels, make_sampler, sample_batches
+from prunedm.sampling import class_labels, make_sampler, sample_batches, set_steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import device_for, source_of
+from prunedm.training import processes
 
 GRID = 64  # images on grid.png
 
@@ -28,19 +31,22 @@ def sample(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> tuple[Record, bool]:
-    """Draw `options.count` images from `source` into folder `out`, with a `grid.png`."""
+    """Draw `options.count` images from `source` into folder `out`, with a `grid.png`.
+
+    Several processes share the batches; one batch of images is in memory at a time.
+    """
     model = load(source)
-    make_sampler(model.scheduler, options.sampler)  # an unknown name fails before any work
+    # what is impossible fails before any work
+    set_steps(
+        make_sampler(model.scheduler, options.sampler, options.spacing), options.sampling_steps
+    )
+    labels_for(model, options.count, options.label)
 
     def make(folder: Path) -> dict[str, Any]:
-        images = sample_resumably(model, options, folder / RESUME, progress or Silent())
-        if options.format == "npz":
-            np.savez(folder / "samples.npz", images=images)
-        else:
-            for index, image in enumerate(images):
-                Image.fromarray(_drop_gray(image)).save(folder / f"{index:06d}.png")
-        grid(images[:GRID], 8).save(folder / "grid.png")
-        return {"images": len(images)}
+        files = _draw(model, options, folder / RESUME, progress or Silent())
+        if processes.rank() == 0:
+            _assemble(files, folder, options)
+        return {"images": options.count}
 
     return run_stage(
         "sample",
@@ -57,28 +63,9 @@ def sample_resumably(
     model: Model, options: SampleOptions, resume: Path, progress: Progress
 ) -> np.ndarray:
     """All images, uint8 NHWC; each finished batch waits in `resume`, and is not drawn again."""
-    labels = labels_for(model, options.count, options.label)
-    ready = sorted(resume.glob("batch-*.npy"))
-    first = len(ready) * options.batch_size
-    batches = sample_batches(
-        model.denoiser,
-        make_sampler(model.scheduler, options.sampler),
-        count=options.count,
-        steps=options.sampling_steps,
-        shape=model.sample_shape,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        first=first,
-        labels=labels,
-        device=device_for(options.device),
-        progress=progress,
-    )
-    for number, batch_NCHW in enumerate(batches, start=len(ready)):
-        aside = resume / "writing.npy"
-        np.save(aside, batch_NCHW.permute(0, 2, 3, 1).numpy(), allow_pickle=False)
-        aside.rename(resume / f"batch-{number:06d}.npy")
-    files = sorted(resume.glob("batch-*.npy"))
-    return np.concatenate([np.load(file, allow_pickle=False) for file in files])
+    images = np.concatenate(list(_read_all(_draw(model, options, resume, progress))))
+    processes.wait_for_all()  # the first may clear `resume` only when all have read it
+    return images
 
 
 def labels_for(model: Model, count: int, label: int | None = None) -> torch.Tensor | None:
@@ -89,6 +76,98 @@ def labels_for(model: Model, count: int, label: int | None = None) -> torch.Tens
             raise UserError(f"label = {label}: the model has no classes; leave --label out")
         return None
     return class_labels(classes, count, label)
+
+
+def _draw(model: Model, options: SampleOptions, resume: Path, progress: Progress) -> list[Path]:
+    """The files of all batches, in order; of several processes each draws its share."""
+    starts = range(0, options.count, options.batch_size)
+    files = [resume / f"batch-{k:06d}.npz" for k in range(len(starts))]
+    channels, height, width = model.sample_shape
+    shapes = [(min(options.batch_size, options.count - s), height, width, channels) for s in starts]
+    mine = range(processes.rank(), len(starts), processes.count())
+    missing = [k for k in mine if not _is_whole(files[k], shapes[k])]
+    batches = sample_batches(
+        model.denoiser,
+        make_sampler(model.scheduler, options.sampler, options.spacing),
+        count=options.count,
+        steps=options.sampling_steps,
+        shape=model.sample_shape,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        starts=[starts[k] for k in missing],
+        labels=labels_for(model, options.count, options.label),
+        device=device_for(options.device),
+        speed=options.speed,
+        progress=progress,
+    )
+    for k, batch_NCHW in zip(missing, batches, strict=True):
+        aside = resume / f"writing-{processes.rank()}.npz"
+        np.savez(aside, images=batch_NCHW.permute(0, 2, 3, 1).numpy())
+        aside.rename(files[k])
+    processes.wait_for_all()
+    return files
+
+
+def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the file holds such images, unharmed; an npz carries checksums."""
+    try:
+        images = _read(file)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return False
+    return images.dtype == np.uint8 and images.shape == shape
+
+
+def _read(file: Path) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as archive:
+        images: np.ndarray = archive["images"]
+        return images
+
+
+def _read_all(files: Iterable[Path]) -> Iterator[np.ndarray]:
+    """Batches as uint8 NHWC, one at a time."""
+    return (_read(file) for file in files)
+
+
+def _assemble(files: list[Path], folder: Path, options: SampleOptions) -> None:
+    """The result from the batches: PNG files or `samples.npz`, and `grid.png`."""
+    batches = _shown(_read_all(files), folder / "grid.png")
+    if options.format == "npz":
+        _write_npz(folder / "samples.npz", batches, options.count)
+        return
+    index = 0
+    for batch_NHWC in batches:
+        for image_HWC in batch_NHWC:
+            Image.fromarray(_drop_gray(image_HWC)).save(folder / f"{index:06d}.png")
+            index += 1
+
+
+def _shown(batches: Iterable[np.ndarray], picture: Path) -> Iterator[np.ndarray]:
+    """The batches as they are; the first images of them go into `picture`."""
+    first: list[np.ndarray] = []
+    for batch_NHWC in batches:
+        first += [image.copy() for image in batch_NHWC[: GRID - len(first)]]
+        yield batch_NHWC
+    grid(np.stack(first), 8).save(picture)
+
+
+def _write_npz(path: Path, batches: Iterable[np.ndarray], count: int) -> None:
+    """One array `images`, uint8 (count, H, W, C), written batch by batch."""
+    written = 0
+    with (
+        zipfile.ZipFile(path, "w") as archive,
+        archive.open("images.npy", "w", force_zip64=True) as file,
+    ):
+        for batch_NHWC in batches:
+            if not written:
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(batch_NHWC.dtype),
+                    "fortran_order": False,
+                    "shape": (count, *batch_NHWC.shape[1:]),
+                }
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(batch_NHWC).data)
+            written += len(batch_NHWC)
+    assert written == count, (written, count)
 
 
 def _drop_gray(image_HWC: np.ndarray) -> np.ndarray:

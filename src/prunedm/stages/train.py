@@ -15,7 +15,7 @@ from prunedm.options import TrainOptions
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
 from prunedm.record import Record
-from prunedm.recovery.distill import recovery_objective
+from prunedm.recovery.objective import data_objective
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
 from prunedm.training.loop import fit, make_accelerator
@@ -84,7 +84,7 @@ def _train(
     accelerator = make_accelerator(options)
     history = fit(
         model.denoiser,
-        recovery_objective(None, 0),
+        data_objective,
         problems=training_problems(model, options, images),
         options=options,
         accelerator=accelerator,
@@ -92,6 +92,7 @@ def _train(
         progress=progress,
         label="training",
         validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
+        compiles=options.compile,
     )
     model.denoiser.to("cpu")
     model.round_to_dtype()

@@ -49,6 +49,8 @@ class TrainingState:
     ema: Ema | None
     history: History
     done: int = 0
+    scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # of fp16
+    run: str = ""  # what the tracker knows this run by
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
@@ -64,6 +66,8 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
         "losses": state.history.losses,
         "held_out": state.history.held_out,
         "observed": state.history.observed,
+        "scaler": state.scaler.state_dict() if state.scaler else {},
+        "run": state.run,
     }
     _write(path, tensors, {"facts": json.dumps(facts)})
 
@@ -98,6 +102,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         for name, pairs in facts.get("observed", {}).items()  # 0.1.0 wrote none
     }
     state.done = int(facts["done"])
+    state.run = facts.get("run", "")
+    if state.scaler is not None and facts.get("scaler"):
+        state.scaler.load_state_dict(facts["scaler"])
 
 
 def save_parameters(path: Path, module: nn.Module) -> None:

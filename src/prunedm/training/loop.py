@@ -7,6 +7,7 @@ number, learning rate schedule, clipping, EMA, checkpoints, exact resume, and st
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,7 +28,10 @@ from prunedm.training.checkpoint import (
     save_checkpoint,
     save_parameters,
 )
+from prunedm.training.compiling import compiled
 from prunedm.training.ema import Ema
+from prunedm.training.optimizer import adamw, learning_rate_share
+from prunedm.training.tracking import Tracking, new_run, tracked
 
 Objective = Callable[[nn.Module, ProblemBatch, int], torch.Tensor]  # (module, batch, step) -> loss
 Observe = Callable[[nn.Module], dict[str, float]]  # figures to keep beside the held-out loss
@@ -49,59 +53,63 @@ def fit(
     observe: Observe = lambda module: {},
     optimizer: torch.optim.Optimizer | None = None,
     best: Path | None = None,
+    compiles: bool = False,
 ) -> History:
     """Train `module` in place; it holds the EMA weights at the end where `ema_decay` is set.
 
     Continues from `checkpoint` if that file exists, to the same bits as an unbroken run.
     `after_step(step)` may change the module (masks). `optimizer`, AdamW where none is given, follows
     the schedule from the learning rates it has. `best` is a file for the parameters of the lowest
-    held-out loss, the start's included. Raises `UserError` on a loss that is not finite; the last
-    good state stays in the checkpoint.
+    held-out loss, the start's included. With `compiles` the steps run compiled where that is
+    possible, `validate` and `observe` do not. Raises `UserError` on a loss that is not finite; the
+    last good state stays in the checkpoint.
     """
     optimizer = optimizer or adamw(module, options)
     peaks = [group["lr"] for group in optimizer.param_groups]
     prepared, optimizer = accelerator.prepare(module, optimizer)
+    running = compiled(prepared, accelerator.device, progress) if compiles else prepared
     ema = Ema(module, options.ema_decay) if options.ema_decay else None
-    state = TrainingState(module, optimizer, ema, History())
+    state = TrainingState(module, optimizer, ema, History(), scaler=accelerator.scaler)
     load_checkpoint(checkpoint, state)
+    state.run = state.run or new_run()
     batches = problems.batches(
         _index_lists(options, state.done, accelerator), workers=options.workers
     )
-    pending: list[torch.Tensor] = []
-    if best and validate is not None and state.done == 0:
-        _look(state, validate(module), observe(module), checkpoint)
-        if accelerator.is_main_process:
-            save_parameters(best, module)
-    prepared.train()
-    with progress.task(label, options.steps, state.done) as bar:
+    with (
+        _tracked(options, accelerator, checkpoint.parent.parent, state, progress) as tracking,
+        progress.task(label, options.steps, state.done) as bar,
+    ):
+        run = _Run(state, accelerator, checkpoint, validate, observe, best, tracking)
+        if best and state.done == 0:
+            run.look()
+        prepared.train()
         while state.done < options.steps:
             step = state.done
-            torch.manual_seed(seed_for(options.seed, "dropout", step))
+            torch.manual_seed(seed_for(options.seed, "dropout", _draw(step, accelerator)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * learning_rate_share(options, step)
-            loss = _step(
-                prepared,
-                objective,
-                batches=batches,
-                step=step,
-                optimizer=optimizer,
-                accelerator=accelerator,
-                clip=options.clip,
+            run.pending.append(
+                _step(
+                    running,
+                    objective,
+                    prepared=prepared,
+                    batches=batches,
+                    step=step,
+                    optimizer=optimizer,
+                    accelerator=accelerator,
+                    clip=options.clip,
+                )
             )
-            pending.append(loss)
             after_step(step)
             if ema is not None:
                 ema.update(module)
             state.done += 1
             last = state.done == options.steps
             checkpoint_due = _due(state.done, options.checkpoint_every) and not last
-            if len(pending) >= FLUSH_EVERY or last or checkpoint_due:
-                _flush(pending, state, checkpoint)
-            if validate is not None and (_due(state.done, options.validate_every) or last):
-                with _averaged(module, ema):
-                    _look(state, validate(module), observe(module), checkpoint)
-                    if best and accelerator.is_main_process and state.history.at_best:
-                        save_parameters(best, module)
+            if len(run.pending) >= FLUSH_EVERY or last or checkpoint_due:
+                run.flush()
+            if _due(state.done, options.validate_every) or last:
+                run.look()
                 prepared.train()
             if checkpoint_due and accelerator.is_main_process and _is_finite(module):
                 save_checkpoint(checkpoint, state)
@@ -111,24 +119,6 @@ def fit(
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # autocast ends with the training
     module.eval()
     return state.history
-
-
-def adamw(module: nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
-    """Over all parameters that want gradients, with the options' learning rate, decay and beta2."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trainable, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, options.beta2)
-    )
-
-
-def learning_rate_share(options: LoopOptions, step: int) -> float:
-    """Of the peak: linear warm-up, then constant or cosine to zero."""
-    if step < options.warmup:
-        return (step + 1) / options.warmup
-    if options.schedule == "constant":
-        return 1.0
-    share = (step - options.warmup) / max(1, options.steps - options.warmup)
-    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def make_accelerator(options: LoopOptions) -> Accelerator:
@@ -147,26 +137,97 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
         ) from error
 
 
+@dataclass
+class _Run:
+    """What the loop looks at now and then: losses, held-out losses, the best state."""
+
+    state: TrainingState
+    accelerator: Accelerator
+    checkpoint: Path
+    validate: Callable[[nn.Module], float] | None
+    observe: Observe
+    best: Path | None
+    tracking: Tracking
+    pending: list[torch.Tensor] = field(default_factory=list)  # losses still on the device
+
+    def flush(self) -> None:
+        """Move losses, averaged over processes, to the history; one that is not finite stops the run.
+
+        It stops all processes: else the others would wait for the one that stopped.
+        """
+        state = self.state
+        losses = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
+        self.pending.clear()
+        for step, loss in enumerate(losses, start=state.done - len(losses)):
+            _check_finite(loss, "loss", step, self.checkpoint)
+        state.history.losses.extend(losses)
+        rate = state.optimizer.param_groups[0]["lr"]
+        self.tracking.log({"loss": sum(losses) / len(losses), "lr": rate}, state.done)
+
+    def look(self) -> None:
+        """Held-out loss and whatever else is observed, of the averaged parameters."""
+        if self.validate is None:
+            return
+        state = self.state
+        with _averaged(state.module, state.ema):
+            held_out, figures = self.validate(state.module), self.observe(state.module)
+            _check_finite(held_out, "held-out loss", state.done - 1, self.checkpoint)
+            state.history.held_out.append((state.done, held_out))
+            for name, value in figures.items():
+                state.history.observed.setdefault(name, []).append((state.done, value))
+            if self.best and self.accelerator.is_main_process and state.history.at_best:
+                save_parameters(self.best, state.module)
+        self.tracking.log({"held_out_loss": held_out} | figures, state.done)
+
+
+def _draw(step: int, accelerator: Accelerator) -> int:
+    """A number for this step in this process, that no other step and process has."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return int(step * world + rank)
+
+
+@contextmanager
+def _tracked(
+    options: LoopOptions,
+    accelerator: Accelerator,
+    folder: Path,
+    state: TrainingState,
+    progress: Progress,
+) -> Iterator[Tracking]:
+    """The tracker, in the first process."""
+    if not accelerator.is_main_process:
+        yield Tracking(None, progress)
+        return
+    with tracked(options, folder=folder, run=state.run, progress=progress) as tracking:
+        if state.done == 0:
+            tracking.begin(options.model_dump())
+        yield tracking
+
+
 def _step(
     module: nn.Module,
     objective: Objective,
     *,
+    prepared: nn.Module,
     batches: Iterator[ProblemBatch],
     step: int,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     clip: float,
 ) -> torch.Tensor:
-    """One optimizer step over the accumulated batches; the mean loss, still on the device."""
+    """One optimizer step over the accumulated batches; the mean loss, still on the device.
+
+    module: what is called; it may be the compiled form of what accelerate `prepared`.
+    """
     total = torch.zeros((), device=accelerator.device)
     for _ in range(accelerator.gradient_accumulation_steps):
         batch = next(batches).to(accelerator.device)
-        with accelerator.accumulate(module):
+        with accelerator.accumulate(prepared):
             with accelerator.autocast():
                 loss = objective(module, batch, step)
             accelerator.backward(loss)
             if accelerator.sync_gradients and clip:
-                accelerator.clip_grad_norm_(module.parameters(), clip)
+                accelerator.clip_grad_norm_(prepared.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
         total += loss.detach().float() / accelerator.gradient_accumulation_steps
@@ -181,15 +242,6 @@ def _index_lists(options: LoopOptions, done: int, accelerator: Accelerator) -> l
     return [range(start, start + size) for start in starts]
 
 
-def _flush(pending: list[torch.Tensor], state: TrainingState, checkpoint: Path) -> None:
-    """Move losses to the history; a loss that is not finite stops the run."""
-    losses = torch.stack(pending).tolist()
-    pending.clear()
-    for step, loss in enumerate(losses, start=state.done - len(losses)):
-        _check_finite(loss, "loss", step, checkpoint)
-    state.history.losses.extend(losses)
-
-
 def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
     if not math.isfinite(loss):
         if step < 0:
@@ -201,16 +253,6 @@ def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
 def _is_finite(module: nn.Module) -> bool:
     """A finite loss can have a gradient that is not: such weights must not become the good state."""
     return all(bool(p.isfinite().all()) for p in module.parameters())
-
-
-def _look(
-    state: TrainingState, held_out: float, figures: dict[str, float], checkpoint: Path
-) -> None:
-    """Held-out loss and whatever else is observed, into the history."""
-    _check_finite(held_out, "held-out loss", state.done - 1, checkpoint)
-    state.history.held_out.append((state.done, held_out))
-    for name, value in figures.items():
-        state.history.observed.setdefault(name, []).append((state.done, value))
 
 
 @contextmanager
