@@ -74,7 +74,7 @@ def _picture(run: Path, evaluations: list[Evaluation]) -> Image.Image:
     labels = [e.label for e in evaluations]
     sheets = []
     for label in labels:
-        samples = read_samples(run / "report" / "evaluations" / label)
+        samples = read_samples(run / "report", label)
         assert samples is not None, f"{label} has no samples"
         sheets.append(_sheet(samples[:SHOWN], label))
     width, height = sheets[0].size

@@ -116,6 +116,15 @@ def test_the_bootstrap_gives_the_spread_over_new_images() -> None:
     assert np.mean(errors) == pytest.approx(spread, rel=0.15)
 
 
+def test_the_bootstrap_errs_on_the_large_side_between_equal_distributions() -> None:
+    rng = np.random.default_rng(0)
+    reference = Statistics(np.zeros(16), np.eye(16))
+    samples = [rng.normal(size=(300, 16)) for _ in range(80)]
+    spread = np.std([frechet_distance(statistics(x_ND), reference) for x_ND in samples])
+    errors = [bootstrap_error(x_ND, reference) for x_ND in samples[:20]]
+    assert spread < np.mean(errors) < 3 * spread
+
+
 def test_is_symmetric() -> None:
     a, b = gaussian(7, 40), gaussian(8, 40, random_covariance(8, 40, rank=3))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)

@@ -1,23 +1,32 @@
 """report.html: whole, escaped, self-contained; sheets and curves hold what they should."""
 
+import base64
+import hashlib
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_table import evaluation
 
 from prunedm.errors import UserError
+from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
-from prunedm.evaluation.report import duration, lineage_of, page, write_report
-from prunedm.evaluation.results import Evaluation
+from prunedm.evaluation.report import page, table_words, write_report
+from prunedm.evaluation.report.front import Point, panels, pareto_front, quality_column
+from prunedm.evaluation.report.layers import layer_bars, reason_in_words
+from prunedm.evaluation.report.samples import sheets
+from prunedm.evaluation.report.stages import duration, failures, lineage_of, timeline
+from prunedm.evaluation.report.timings import timing_blocks
+from prunedm.evaluation.report.words import WORDS, attribute, text
+from prunedm.evaluation.results import Conditions, Evaluation, LayerSparsity, Timing
+from prunedm.layers import why_not_nm
 from prunedm.record import Record, Source
 
-CHROMIUM = Path("/usr/bin/chromium")
 # label, stage, parameters, non-zero, MACs, loss, FD, PSNR, steps of training
 STAGES: tuple[tuple[Any, ...], ...] = (
     ("1-prune", "prune", 759_025, 759_025, 20_900_000, 0.0683, 31.42, 14.2, 0),
@@ -104,35 +113,40 @@ def digits(models: list[Evaluation], count: int = 50, channels: int = 1) -> dict
 
 
 class Page(HTMLParser):
-    """The text people see, the addresses the page asks for, and whether its tags match."""
+    """The text people see in one language, the addresses asked for, and whether the tags match."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, language: str = "en") -> None:
         super().__init__()
+        self.hidden = {"en": "zh-CN", "zh": "en"}[language]
         self.words: list[str] = []
         self.addresses: list[str] = []
         self.tags: list[str] = []
-        self.open: list[str] = []
+        self.open: list[tuple[str, bool]] = []  # tag, whether its text is seen
+        self.handlers: list[str] = []
         self.feed(source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [v or "" for k, v in attrs if k in {"src", "href", "srcset", "action"}]
+        self.handlers += [k for k, _ in attrs if k.startswith("on")]
         if tag not in {"meta", "link", "img", "br"}:
-            self.open.append(tag)
+            seen = not self.open or self.open[-1][1]
+            other = tag == "span" and dict(attrs).get("lang") == self.hidden
+            self.open.append((tag, seen and not other and tag not in {"style", "script"}))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1][1]:
             self.words.append(data)
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join("".join(self.words).split())
 
 
 def written(models: list[Evaluation], samples: dict[str, np.ndarray], folder: Path) -> str:
@@ -169,7 +183,8 @@ def test_page_asks_for_nothing_outside(tmp_path: Path) -> None:
     read = Page(source)
     assert "http://" not in source
     assert "https://" not in source
-    assert not {"script", "iframe", "object", "form"} & set(read.tags)
+    assert not {"iframe", "object", "form"} & set(read.tags)
+    assert not read.handlers
     assert read.addresses
     assert all(address.startswith(("data:", "#")) for address in read.addresses)
     assert all(address.startswith("data:") for address in re.findall(r"url\(([^)]*)", source))
@@ -181,13 +196,14 @@ def test_page_warns_where_conditions_differ(tmp_path: Path) -> None:
     text = Page(written(models, {}, tmp_path)).text
     assert "other: problems is 7, not 2000" in text
     assert "the same noise." not in text.split("Figures")[0]
+    assert "other：去噪任务数 为 7" in Page(written(models, {}, tmp_path), "zh").text
     assert "7 held-out denoising problems" in text
     assert "2000 held-out denoising problems" in text
 
 
 def test_headline_is_the_last_model_against_dense() -> None:
     models = pipeline()
-    tiles = {tile["name"]: tile for tile in page(models, {}, title="t")["key_figures"]}
+    tiles = {Page(tile["name"]).text: tile for tile in page(models, {}, title="t")["key_figures"]}
     assert list(tiles) == ["parameters", "packed (fp16)", "MACs", "FD (digits-cnn)"]
     assert tiles["parameters"]["big"] == "−30 %"
     assert tiles["parameters"]["story"] == "1.08M → 0.76M"
@@ -195,17 +211,289 @@ def test_headline_is_the_last_model_against_dense() -> None:
     assert tiles["FD (digits-cnn)"]["tone"] == "worse"
 
 
-def test_text_is_escaped(tmp_path: Path) -> None:
-    evil = "<b>x</b><script>alert(1)</script>"
-    made = record("prune", [], note=evil)
-    model = evaluation(evil, dataset=evil, nm_dense={evil: evil}, loss=0.05)
-    model = model.model_copy(update={"record": made, "curve": {"losses": [0.1] * 9}})
-    samples = {evil: np.zeros((4, 8, 8, 1), np.uint8)}
-    path = write_report([evaluation(), model], samples, tmp_path / "r.html", title=evil)
+EVIL = "<b>x</b><script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+
+
+def evil_models() -> list[Evaluation]:
+    """Data that would be markup wherever they are shown."""
+    made = record(EVIL, [], **{EVIL: EVIL, "note": EVIL}).model_copy(
+        update={"device": EVIL, "inputs": {EVIL: Source(path=EVIL, hash=EVIL)}}
+    )
+    timing = Timing(batch=1, dtype=EVIL, threads=1, kernel=EVIL, median_ms=1, spread_ms=0)
+    layer = LayerSparsity(
+        name=EVIL, shape=(4, 4), weights=16, nonzero=8, pattern=EVIL, valid=0.5, why_dense=EVIL
+    )
+    model = evaluation(EVIL, dataset=EVIL, pattern=EVIL, nm_valid=1.0, loss=0.05, timings=[timing])
+    update = {
+        "record": made,
+        "curve": {"losses": [0.1] * 9},
+        "layers": [layer],
+        "failed": {EVIL: EVIL},
+        "hash": EVIL,
+    }
+    unlayered = evaluation(EVIL + "2", nm_dense={EVIL: EVIL})
+    return [evaluation(), model.model_copy(update=update), unlayered]
+
+
+def test_data_are_never_markup(tmp_path: Path) -> None:
+    samples = {label: np.zeros((4, 8, 8, 1), np.uint8) for label in ("dense", EVIL)}
+    path = write_report(evil_models(), samples, tmp_path / "r.html", title=EVIL)
     source = path.read_text(encoding="utf-8")
+    read = Page(source)
     assert "<b>x" not in source
-    assert "<script" not in source
-    assert Page(source).text.count("<script>alert(1)") >= 6
+    assert not read.open
+    assert read.tags.count("script") == 1
+    assert not read.handlers
+    assert read.tags.count("img") == 2
+    assert read.text.count("<script>alert(1)") >= 20
+    assert source.split("<style>")[1].split("</script>")[0].count("alert") == 0
+
+
+def test_policy_knows_the_only_script(tmp_path: Path) -> None:
+    source = written(pipeline(), {}, tmp_path)
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_every_word_has_both_languages() -> None:
+    slots = {
+        key: [sorted(re.findall(r"{(\w+)}", words)) for words in pair]
+        for key, pair in WORDS.items()
+    }
+    for key, (english, chinese) in WORDS.items():
+        assert english.strip(), key
+        assert chinese.strip(), key
+        if key != "conditions.missing":  # names its list in each language
+            assert slots[key][0] == slots[key][1], key
+    assert not [key for key, pair in WORDS.items() if re.search(r"[\u4e00-\u9fff]", pair[0])]
+    assert {column.key for column in COLUMNS} <= table_words.COLUMNS.keys()
+    assert Conditions.model_fields.keys() <= table_words.CONDITIONS.keys()
+
+
+def test_templates_use_words_that_exist() -> None:
+    folder = Path(table_words.__file__).parent
+    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.is_file()
+             and path.suffix in {".py", ".j2"}]  # fmt: skip
+    calls = r'(?:text|attribute)\((?:"[\w-]+", )?"([\w.]+)"'
+    used = {key for source in texts for key in re.findall(calls, source)}
+    assert len(used) > 50
+    assert {key for key in used if key not in WORDS} <= {"aria-label", "alt"}
+
+
+def test_words_hold_values_in_both_languages_escaped() -> None:
+    pair = text("alone", label="<i>")
+    assert Page(pair).text == "<i>, on its own: nothing to compare it with."
+    assert Page(pair, "zh").text.startswith("只有 <i> 一个模型")
+    named = attribute("alt", "samples.alt", count=3, label='"x')
+    assert named.startswith('alt="3 samples of &#34;x" data-en-alt="')
+    assert 'data-zh-alt="&#34;x 的 3 张样本"' in named
+
+
+def test_chinese_page_has_no_english_sentence(tmp_path: Path) -> None:
+    models = pipeline()
+    read = Page(written(models, digits(models), tmp_path), "zh").text
+    for words in (
+        "指标",
+        "去噪损失",
+        "剪枝 prune",
+        "处理流程",
+        "5-finetune，以 dense 为基准",
+    ):
+        assert words in read
+    # what is left in English is data: labels, reasons, names of options and devices
+    for pair in WORDS.values():
+        if len(pair[0].split()) > 3 and "{" not in pair[0]:
+            assert pair[0] not in read
+
+
+def test_colours_can_be_read() -> None:
+    style = (Path(table_words.__file__).parent / "templates/style.css").read_text(encoding="utf-8")
+    for block in re.findall(r":root \{([^}]*--paper[^}]*)\}", style):
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
+        for name in ("ink", "soft", "accent", "better", "worse"):
+            for ground in ("paper", "wash"):
+                assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+
+
+def contrast(one: str, other: str) -> float:
+    """The ratio of WCAG 2."""
+
+    def luminance(colour: str) -> float:
+        rgb = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def layers(count: int = 3, **last: Any) -> list[LayerSparsity]:
+    """Masked layers, each twice as large as the one before."""
+    made = [
+        LayerSparsity(
+            name=f"block.{k}",
+            shape=(4, 4 << k),
+            weights=16 << k,
+            nonzero=8 << k,
+            pattern="2:4",
+            valid=1,
+        )
+        for k in range(count)
+    ]
+    return [*made[:-1], made[-1].model_copy(update=last)]
+
+
+def test_bars_are_lengths_and_shares() -> None:
+    reason = "3 input channels are no multiple of 4"
+    changed = layers(3, pattern="", why_dense=reason, nonzero=64)
+    models = [
+        evaluation(),
+        evaluation("a").model_copy(update={"layers": layers()}),
+        evaluation("b").model_copy(update={"layers": layers()}),
+        evaluation("c").model_copy(update={"layers": changed}),
+    ]
+    same, other = layer_bars(models)
+    assert [g.labels for g in (same, other)] == [["a", "b"], ["c"]]
+    assert [bar.width for bar in same.bars] == [25, 50, 100]
+    assert [bar.filled for bar in same.bars] == [50, 50, 50]
+    assert other.bars[2].share == "100 %"
+    (note,) = other.bars[2].notes
+    assert Page(note).text == f"left dense: {reason}"
+    assert Page(note, "zh").text == "保持稠密：输入通道数 3 不是 4 的倍数"
+    assert "3 layers, 2 with a mask" in Page(other.summary).text
+    assert layer_bars([evaluation()]) == []
+
+
+@pytest.mark.parametrize(("count", "collapsed"), [(30, False), (31, True)])
+def test_many_layers_are_collapsed(count: int, collapsed: bool, tmp_path: Path) -> None:
+    model = evaluation().model_copy(update={"layers": layers(count)})
+    source = written([model], {}, tmp_path)
+    (tag,) = re.findall(r'<details class="layers"([^>]*)>', source)
+    assert ("open" not in tag) == collapsed
+
+
+def test_reasons_of_layers_are_known() -> None:
+    reasons = [
+        why_not_nm(torch.nn.Linear(6, 4), 4),
+        why_not_nm(torch.nn.Conv2d(8, 8, 3, groups=2), 4),
+        "left dense",
+    ]
+    for reason in reasons:
+        assert reason
+        pair = reason_in_words(reason)
+        assert Page(pair).text == reason
+        assert Page(pair, "zh").text != reason
+    assert reason_in_words("<odd>") == "&lt;odd&gt;"
+
+
+def timing(batch: int, median: float, **changes: Any) -> Timing:
+    fields = {"dtype": "float32", "threads": 2, "median_ms": median, "spread_ms": 0.1}
+    return Timing(batch=batch, **(fields | changes))
+
+
+def test_timings_compare_like_with_like() -> None:
+    models = [
+        evaluation(timings=[timing(1, 10), timing(16, 50)]),
+        evaluation("a", timings=[timing(1, 5), timing(16, 50.1), timing(16, 20, compiled=True)]),
+    ]
+    one, sixteen, compiled = timing_blocks(models)
+    assert [(row.change, row.tone) for row in one.rows] == [("", ""), ("−50 %", "better")]
+    assert [(row.change, row.tone) for row in sixteen.rows] == [("", ""), ("+0.2 %", "")]
+    assert [(row.label, row.change) for row in compiled.rows] == [("a", "")]
+    assert timing_blocks([evaluation()]) == []
+
+
+def brute_front(points: list[Point]) -> set[str]:
+    def beaten(p: Point) -> bool:
+        return any(
+            q.cost <= p.cost
+            and q.quality <= p.quality
+            and (q.cost, q.quality) != (p.cost, p.quality)
+            for q in points
+        )
+
+    return {p.label for p in points if not beaten(p)}
+
+
+def test_front_is_what_no_other_beats() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        places = generator.permutation(64)[:12]
+        points = [Point(str(k), float(p % 8), float(p // 8), "") for k, p in enumerate(places)]
+        front = pareto_front(points)
+        assert {p.label for p in front} == brute_front(points)
+        assert [p.cost for p in front] == sorted(p.cost for p in front)
+
+
+def test_panels_take_fd_only_where_all_have_it() -> None:
+    models = pipeline()
+    assert quality_column(models).key == "fd"
+    assert len(panels(models, text("front"))) == 3
+    models[1].figures.fd = None
+    assert quality_column(models).key == "loss"
+    models = [
+        evaluation(latency_ms=None),
+        evaluation("b", latency_ms=None, loss=float("nan"), fd=None),
+    ]
+    assert panels(models, text("front")) == []
+    models = [evaluation(latency_ms=None), evaluation("b", loss=0.03, device="other")]
+    drawn = panels(models, text("front"))
+    assert [Page(name).text for name, _ in drawn] == ["packed size", "MACs of an image"]
+
+
+def test_panels_stay_in_their_box() -> None:
+    labels = ["dense", "x" * 80, "模型" * 20, "a", "b"]
+    models = [evaluation(label, fd=5.0 + k, latency_ms=10.0) for k, label in enumerate(labels)]
+    for _, svg in panels(models, text("front")):
+        found = re.findall(r'class="label" x="([\d.-]+)" y="([\d.-]+)">([^<]*)<', svg)
+        assert len(found) == len(labels)
+        for x, y, words in found:
+            assert 0 <= float(x) <= 340
+            assert 0 <= float(y) <= 250
+            assert len(words) <= 22
+
+
+def test_timeline_is_to_scale() -> None:
+    stages = timeline(pipeline())
+    assert stages[0].start == 0
+    for one, two in pairwise(stages):
+        assert one.start + one.share == pytest.approx(two.start)
+    assert sum(stage.share for stage in stages) == pytest.approx(100)
+    assert Page(stages[1].name, "zh").text == "剪枝 prune"
+
+
+def test_failed_steps_are_shown_once(tmp_path: Path) -> None:
+    models = [e.model_copy(update={"failed": {"kid": "too few samples"}}) for e in pipeline()[:2]]
+    (failure,) = failures(models)
+    assert failure.labels == ["dense", "1-prune"]
+    read = Page(written(models, {}, tmp_path)).text
+    assert "kid failed dense, 1-prune goes without it too few samples" in read
+
+
+def test_long_values_are_not_shown(tmp_path: Path) -> None:
+    made = record("prune", [], curve={"losses": list(range(500))})
+    model = evaluation().model_copy(update={"record": made})
+    read = Page(written([model], {}, tmp_path)).text
+    assert "(long; whole in record.json)" in read
+    assert "499" not in read
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "shown"), [(8, 50, 36), (8, 5, 5), (64, 50, 36), (256, 50, 16), (1024, 50, 4)]
+)
+def test_large_samples_are_fewer(size: int, count: int, shown: int) -> None:
+    (sheet,) = sheets([evaluation()], {"dense": np.zeros((count, size, size, 1), np.uint8)})
+    assert (sheet.shown, sheet.all) == (shown, count)
+
+
+def test_only_like_sheets_are_paired() -> None:
+    shapes = {"dense": (9, 8, 8, 1), "a": (9, 8, 8, 3), "b": (4, 8, 8, 1), "c": (9, 16, 16, 1)}
+    models = [evaluation(label) for label in shapes]
+    found = sheets(models, {label: np.zeros(shape, np.uint8) for label, shape in shapes.items()})
+    assert [sheet.paired for sheet in found] == [True, True, False, False]
 
 
 def test_one_model_without_anything_optional(tmp_path: Path) -> None:
@@ -216,7 +504,7 @@ def test_one_model_without_anything_optional(tmp_path: Path) -> None:
     assert "img" not in read.tags
     assert "No record: dense" in read.text
     assert "nothing to compare it with" in read.text
-    assert "Not measured: FD, PSNR, latency." in read.text
+    assert "Not measured: FD (digits-cnn), KID ×1000, precision, recall, PSNR to dense" in read.text
     assert "None" not in read.text
 
 
@@ -303,21 +591,4 @@ def test_ticks_are_round() -> None:
     [(0.734, "0.734 s"), (59.9, "59.9 s"), (125, "2 min 5 s"), (12_000, "3 h 20 min")],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium")
-def test_browser_has_no_complaints(tmp_path: Path) -> None:
-    models = pipeline()
-    written(models, digits(models), tmp_path)
-    profile = tmp_path / "profile"
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    flags += "--disable-background-networking --disable-component-update --dump-dom "
-    flags += "--enable-logging=stderr --v=0 --window-size=1400,3000"
-    address = (tmp_path / "report.html").as_uri()
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={profile}", address]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    shutil.rmtree(profile, ignore_errors=True)
-    assert "5-finetune" in ran.stdout
-    assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
+    assert Page(duration(seconds)).text == text

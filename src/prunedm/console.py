@@ -20,8 +20,9 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from prunedm.evaluation.columns import Column
 from prunedm.evaluation.results import Evaluation
-from prunedm.evaluation.table import NONE, Cell, headers, lines, warnings
+from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
 from prunedm.masks import Masks
 from prunedm.progress import Task
 from prunedm.record import Record
@@ -191,18 +192,18 @@ def rich_table(evaluations: Sequence[Evaluation], *, width: int | None = None) -
 
     Where the columns do not fit either, they go on in further tables, each beginning with dense.
     """
-    width = width or Console().width
-    upright = _upright(evaluations)
+    width, columns = width or Console().width, measured(evaluations)
+    upright = _upright(evaluations, columns)
     if _measure(upright) <= width:
         return Group(upright)
     others = evaluations[1:]
     for count in range(1, len(others) + 1):
         size = math.ceil(len(others) / count)
         pages = [others[k : k + size] for k in range(0, len(others), size)]
-        tables = [_transposed([evaluations[0], *page]) for page in pages]
+        tables = [_transposed([evaluations[0], *page], columns) for page in pages]
         if all(_measure(table) <= width for table in tables):
             return Group(*tables)
-    return Group(*(_transposed([e]) for e in evaluations))
+    return Group(*(_transposed([e], columns) for e in evaluations))
 
 
 def _measure(table: Table) -> int:
@@ -213,21 +214,21 @@ def _empty_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
 
 
-def _upright(evaluations: Sequence[Evaluation]) -> Table:
+def _upright(evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Table:
     table = _empty_table()
-    for k, name in enumerate(headers(evaluations)):
+    for k, name in enumerate(headers(evaluations, columns)):
         table.add_column(name, justify="right" if k else "left")
-    for e, line in lines(evaluations):
+    for e, line in lines(evaluations, columns):
         table.add_row(Text(e.label, style="bold"), *map(_text, line))
     return table
 
 
-def _transposed(evaluations: Sequence[Evaluation]) -> Table:
-    table, names = _empty_table(), headers(evaluations)[1:]
+def _transposed(evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Table:
+    table, names = _empty_table(), headers(evaluations, columns)[1:]
     table.add_column("", min_width=max(len(word) for name in names for word in name.split()))
     for e in evaluations:
         table.add_column(Text(e.label), justify="right")
-    cells_of = [line for _, line in lines(evaluations)]
+    cells_of = [line for _, line in lines(evaluations, columns)]
     for k, name in enumerate(names):
         # the spread has its own line: six models must fit into 100 characters
         cells = (_text(line[k], apart="\n") for line in cells_of)

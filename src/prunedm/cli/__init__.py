@@ -2,11 +2,11 @@
 
 import sys
 
-from prunedm.cli import making, masks, measuring
+from prunedm.cli import distances, making, masks, measuring
 from prunedm.cli.frame import app
 from prunedm.messages import one_line
 
-__all__ = ["app", "main", "making", "masks", "measuring"]
+__all__ = ["app", "distances", "main", "making", "masks", "measuring"]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,8 +41,10 @@ def report(
 
 
 def show_comparison(folder: Path) -> None:
+    """The table, what failed or is missing, and where the report is."""
     from prunedm.console import Terminal, evaluation_table
-    from prunedm.stages.compare import REPORT, read_comparison
+    from prunedm.stages.compare import REPORT, SUMMARY, read_comparison
 
     evaluation_table(read_comparison(folder))
+    Terminal().say((folder / SUMMARY).read_text(encoding="utf-8").splitlines()[-1])
     Terminal().say(f"report: {(folder / REPORT).resolve()}")

@@ -36,12 +36,10 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure one model: loss, FD, size, speed, sparsity."""
-    from prunedm.console import evaluation_table
     from prunedm.stages import evaluate as stage
-    from prunedm.stages.evaluate import read_evaluation
 
     report(stage, model, out, merge_file(options, config), overwrite=overwrite)
-    evaluation_table([read_evaluation(out)])
+    show_comparison(out)
 
 
 @app.command

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -75,21 +75,19 @@ def timings(
     Compiled denoisers are timed one after the other: the compiler gives up on the eighth that is
     alive. Raises `UserError` where nothing was compiled.
     """
-    timed = _compiled if way.compiled else _in_turns
+    timed = _compiled if way.compiled else _plainly
     return [
         Timing(
             batch=way.batch,
             dtype="bf16 autocast" if way.bf16 else _dtype(denoiser),
             threads=torch.get_num_threads(),
             compiled=way.compiled,
-            kernel=_kernel(denoiser, shape, replace(way, compiled=False)),
+            kernel=kernel_name,
             median_ms=found.median_ms,
             spread_ms=found.spread_ms,
         )
-        for denoiser, found in zip(
-            denoisers,
-            timed(denoisers, shape, way=way, repeats=repeats, device=device),
-            strict=True,
+        for denoiser, (found, kernel_name) in zip(
+            denoisers, timed(denoisers, shape, way, repeats, device), strict=True
         )
     ]
 
@@ -131,14 +129,26 @@ def _in_turns(
     ]
 
 
-def _compiled(
+def _plainly(
     denoisers: Sequence[nn.Module],
     shape: tuple[int, int, int],
-    *,
     way: Way,
     repeats: int,
     device: torch.device | str,
-) -> list[Latency]:
+) -> list[tuple[Latency, str]]:
+    """In turns; and the kernel of each."""
+    found = _in_turns(denoisers, shape, way=way, repeats=repeats, device=device)
+    kernels = [_kernel(denoiser, shape, way) for denoiser in denoisers]
+    return list(zip(found, kernels, strict=True))
+
+
+def _compiled(
+    denoisers: Sequence[nn.Module],
+    shape: tuple[int, int, int],
+    way: Way,
+    repeats: int,
+    device: torch.device | str,
+) -> list[tuple[Latency, str]]:
     from torch._dynamo import reset  # slow to import
     from torch._dynamo.utils import counters
 
@@ -147,7 +157,7 @@ def _compiled(
         reset()
         counters.clear()
         fast: nn.Module = torch.compile(denoiser)  # type: ignore[assignment]
-        found += _in_turns([fast], shape, way=way, repeats=repeats, device=device)
+        found += _plainly([fast], shape, way, repeats, device)
         if not counters["stats"]["unique_graphs"]:
             raise UserError("torch.compile compiled nothing: it ran the eager model")
     reset()

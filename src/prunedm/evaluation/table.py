@@ -34,9 +34,9 @@ class Cell:
         return f"{self.figure} ({self.change})" if self.change else self.figure
 
 
-def headers(evaluations: Sequence[Evaluation]) -> list[str]:
+def headers(evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS) -> list[str]:
     """The names over `rows`; the FD's says in which features it was measured."""
-    return ["model", *(header(column, evaluations) for column in COLUMNS)]
+    return ["model", *(header(column, evaluations) for column in columns)]
 
 
 def header(column: Column, evaluations: Sequence[Evaluation]) -> str:
@@ -78,9 +78,9 @@ def measured(evaluations: Sequence[Evaluation]) -> list[Column]:
     ]
 
 
-def rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+def rows(evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:
     """The table's text: one row a model, its label first; the first model is the dense one."""
-    return [[e.label, *map(str, line)] for e, line in lines(evaluations)]
+    return [[e.label, *map(str, line)] for e, line in lines(evaluations, columns)]
 
 
 def change_in_words(value: float, base: float) -> str:
@@ -120,9 +120,7 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 def markdown_table(evaluations: Sequence[Evaluation]) -> str:
     """Rows are models; figures that no model has are left out."""
     columns = measured(evaluations)
-    lines = [["model", *(header(column, evaluations) for column in columns)]]
-    for e in evaluations:
-        lines.append([e.label, *(str(cell(column, e, evaluations[0])) for column in columns)])
+    lines = [headers(evaluations, columns), *rows(evaluations, columns)]
     ruler = ["---", *("---:" for _ in columns)]
     escaped = [[_markdown(text) for text in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], ruler, *escaped[1:]]) + "\n"
@@ -142,8 +140,10 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
     return out.getvalue()
 
 
-def lines(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, list[Cell]]]:
-    return [(e, [cell(column, e, evaluations[0]) for column in COLUMNS]) for e in evaluations]
+def lines(
+    evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS
+) -> list[tuple[Evaluation, list[Cell]]]:
+    return [(e, [cell(column, e, evaluations[0]) for column in columns]) for e in evaluations]
 
 
 def _plain(value: object) -> object:

@@ -20,7 +20,14 @@ from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
 from prunedm.sampling import make_sampler
-from prunedm.stages.comparison_files import REPORT, ROWS, Comparison, Paired, write_comparison
+from prunedm.stages.comparison_files import (
+    REPORT,
+    ROWS,
+    SUMMARY,
+    Comparison,
+    Paired,
+    write_comparison,
+)
 from prunedm.stages.first_masks import masks_comparison
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, device_for, images_for, source_of
@@ -38,7 +45,16 @@ from prunedm.stages.quality import with_features
 from prunedm.stages.steps import Steps
 from prunedm.training import processes
 
-__all__ = ["REPORT", "Entry", "check_labels", "compare", "read_comparison", "study", "yardstick"]
+__all__ = [
+    "REPORT",
+    "SUMMARY",
+    "Entry",
+    "check_labels",
+    "compare",
+    "read_comparison",
+    "study",
+    "yardstick",
+]
 _Rows = TypeAdapter(list[Evaluation])
 
 
@@ -78,7 +94,8 @@ def compare(
     def make(folder: Path) -> dict[str, Any]:
         entries = [Entry(label, model, yard) for label, model in loaded.items()]
         name = title or "prunedm: dense and pruned models"
-        rows = study(entries, folder, Steps(), title=name, checkpoint=", ".join(map(str, models)))
+        paths = ", ".join(map(str, models.values()))
+        rows = study(entries, folder, Steps(), title=name, checkpoint=paths)
         return {"models": list(models), "failed": {r.label: r.failed for r in rows if r.failed}}
 
     return run_stage("compare", out, options=options, inputs=inputs, make=make, overwrite=overwrite)

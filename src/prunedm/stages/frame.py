@@ -17,7 +17,7 @@ RESUME = "resume"  # in there: what an interrupted stage goes on from
 _IDENTITY = "identity.json"
 _SPENT = "spent"
 # options that change how a result is made but not what it is
-_NOT_IDENTITY = {"device", "workers", "checkpoint_every"}
+_NOT_IDENTITY = {"device", "workers", "checkpoint_every", "tracker", "tracker_project"}
 
 Make = Callable[[Path], dict[str, Any]]  # working folder -> figures
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,13 +68,21 @@ def fit(
     optimizer = optimizer or adamw(module, options)
     peaks = [group["lr"] for group in optimizer.param_groups]
     prepared, optimizer = accelerator.prepare(module, optimizer)
-    running = compiled(prepared, accelerator.device, progress) if compiles else prepared
     ema = Ema(module, options.ema_decay) if options.ema_decay else None
     state = TrainingState(module, optimizer, ema, History(), scaler=accelerator.scaler)
     load_checkpoint(checkpoint, state)
     state.run = state.run or new_run()
-    batches = problems.batches(
-        _index_lists(options, state.done, accelerator), workers=options.workers
+    take_step = partial(
+        _step,
+        compiled(prepared, accelerator.device, progress) if compiles else prepared,
+        objective,
+        prepared=prepared,
+        batches=problems.batches(
+            _index_lists(options, state.done, accelerator), workers=options.workers
+        ),
+        optimizer=optimizer,
+        accelerator=accelerator,
+        clip=options.clip,
     )
     with (
         _tracked(options, accelerator, checkpoint.parent.parent, state, progress) as tracking,
@@ -88,31 +97,12 @@ def fit(
             torch.manual_seed(seed_for(options.seed, "dropout", _draw(step, accelerator)))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * learning_rate_share(options, step)
-            run.pending.append(
-                _step(
-                    running,
-                    objective,
-                    prepared=prepared,
-                    batches=batches,
-                    step=step,
-                    optimizer=optimizer,
-                    accelerator=accelerator,
-                    clip=options.clip,
-                )
-            )
+            run.pending.append(take_step(step=step))
             after_step(step)
             if ema is not None:
                 ema.update(module)
             state.done += 1
-            last = state.done == options.steps
-            checkpoint_due = _due(state.done, options.checkpoint_every) and not last
-            if len(run.pending) >= FLUSH_EVERY or last or checkpoint_due:
-                run.flush()
-            if _due(state.done, options.validate_every) or last:
-                run.look()
-                prepared.train()
-            if checkpoint_due and accelerator.is_main_process and _is_finite(module):
-                save_checkpoint(checkpoint, state)
+            run.after_step(options)
             bar.advance(1, _note(state.history))
     if ema is not None:
         ema.copy_to(module)
@@ -126,7 +116,7 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
     # accelerate would hold every stage of a process to the precision and device of the first
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
             gradient_accumulation_steps=options.accumulation,
             cpu=options.device == "cpu" or processes.without_gpus(),
@@ -135,6 +125,11 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
         raise UserError(
             f"mixed_precision = {options.mixed_precision!r}: {error}; try bf16 or no"
         ) from error
+    if accelerator.device.type == "cpu":
+        # several processes have "cpu:0", to which torch copies what is on "cpu": whoever holds the
+        # weights' memory (masks) would go on with what the network no longer uses
+        accelerator.state.device = torch.device("cpu")
+    return accelerator
 
 
 @dataclass
@@ -149,6 +144,18 @@ class _Run:
     best: Path | None
     tracking: Tracking
     pending: list[torch.Tensor] = field(default_factory=list)  # losses still on the device
+
+    def after_step(self, options: LoopOptions) -> None:
+        """Whatever is due when a step is done."""
+        done, module = self.state.done, self.state.module
+        last = done == options.steps
+        checkpoint_due = _due(done, options.checkpoint_every) and not last
+        if len(self.pending) >= FLUSH_EVERY or last or checkpoint_due:
+            self.flush()
+        if _due(done, options.validate_every) or last:
+            self.look()
+        if checkpoint_due and self.accelerator.is_main_process and _is_finite(module):
+            save_checkpoint(self.checkpoint, self.state)
 
     def flush(self) -> None:
         """Move losses, averaged over processes, to the history; one that is not finite stops the run.
@@ -169,6 +176,7 @@ class _Run:
         if self.validate is None:
             return
         state = self.state
+        mode = state.module.training
         with _averaged(state.module, state.ema):
             held_out, figures = self.validate(state.module), self.observe(state.module)
             _check_finite(held_out, "held-out loss", state.done - 1, self.checkpoint)
@@ -177,6 +185,7 @@ class _Run:
                 state.history.observed.setdefault(name, []).append((state.done, value))
             if self.best and self.accelerator.is_main_process and state.history.at_best:
                 save_parameters(self.best, state.module)
+        state.module.train(mode)
         self.tracking.log({"held_out_loss": held_out} | figures, state.done)
 
 

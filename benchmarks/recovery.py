@@ -1,0 +1,224 @@
+"""Recovery: which mixture of data loss, output, features and sensitivity brings most back, and goals.
+
+    python benchmarks/recovery.py digits
+    python benchmarks/recovery.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
+        --dataset ../shared/data/cifar10 --flip --features ../shared/models/cifar10_features.pt \\
+        --batch-size 32 --seconds 600 --seeds 1 --goal-seconds 0 --samples 250 --sampling-steps 20
+
+*Contest*: one start per kind of pruning (2:4, channels, 2:4 on channels), then fine-tuning by every
+mixture for the same wall time: a step of each is timed first, and each gets the steps that fit. Same
+problems and seeds. The remaining gap is the loss less the dense model's, on 2,000 held-out problems;
+mixtures are judged by its ratio to what the data loss alone leaves. *Control*: the dense model trained
+on by the data loss for that time. *Goals*: 2:4 alone, and 2:4 on 30 % fewer parameters, by
+`--goal-mixture`, from pruning to the end in `--goal-seconds`. Rows are kept in `runs/recovery-NAME/`,
+so the same command goes on where it was interrupted. At the end:
+`benchmarks/results/recovery-NAME.json`, and the section of that name in `docs/results.md`.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from mask_learning import ROOT, Bench
+from pruning_report import into_docs
+from recovery_report import markdown
+
+from prunedm.console import Terminal
+from prunedm.evaluation.loss import LossEstimate, denoising_loss
+from prunedm.folder import Model, load
+from prunedm.options import FinetuneOptions, PruneOptions
+from prunedm.record import environment, write_json
+from prunedm.stages import finetune, prune
+
+Row = dict[str, Any]
+DATA = "data loss alone"
+MIXTURES: dict[str, Row] = {
+    DATA: {"distill": 0.0},
+    "output, 0.5": {"distill": 0.5},
+    "output, 0.9 (default)": {"distill": 0.9},
+    "output, 1": {"distill": 1.0},
+    "output and features, 0.003": {"distill": 0.9, "match_features": 0.003},
+    "output and features, 0.03": {"distill": 0.9, "match_features": 0.03},
+    "output and sensitivity, 0.003": {"distill": 0.9, "match_sensitivity": 0.003},
+    "output and sensitivity, 0.03": {"distill": 0.9, "match_sensitivity": 0.03},
+    "everything, 0.01": {"distill": 0.9, "match_features": 0.01, "match_sensitivity": 0.01},
+}
+KINDS = ("2:4", "channels", "hybrid")
+CHANNELS: Row = {"mechanism": "channels", "target": "params=0.3"}
+MASKS: Row = {"mechanism": "obs-nm", "pattern": "2:4"}
+
+
+@dataclass
+class RecoveryBench(Bench):
+    """The model, its dense losses, and the pruned folders that every mixture starts from."""
+
+    @cached_property
+    def folder(self) -> Path:
+        return Path("runs") / f"recovery-{self.arguments.name}"
+
+    @cached_property
+    def dense_loss(self) -> LossEstimate:
+        return denoising_loss(self.dense.denoiser, self.held_out)
+
+    def gap(self, model: Model) -> Row:
+        """The loss less the dense model's, problem by problem, and its standard error."""
+        own = denoising_loss(model.denoiser, self.held_out)
+        pairs = LossEstimate.of(own.per_problem_N - self.dense_loss.per_problem_N)
+        return {"loss": own.mean, "gap": pairs.mean, "gap_se": pairs.standard_error}
+
+    def pruned(self, source: str | Path, key: str, settings: Row) -> Path:
+        out = self.out(key)
+        options = PruneOptions(**self.data | {"pictures": 0} | settings)
+        prune(source, out, options, progress=Terminal())
+        return out
+
+    def tuned(self, source: str | Path, out: Path, steps: int, settings: Row) -> float:
+        """Fine-tune; the seconds that it took in all."""
+        given = {"lr": self.arguments.lr, "teacher": str(self.arguments.model), "steps": steps}
+        options = FinetuneOptions(**self.loop | given | settings)
+        return finetune(source, out, options, progress=Terminal())[0].wall_time_s
+
+    def steps_in(self, seconds: float, source: str | Path, kind: str, mixture: str) -> Row:
+        """Steps of this mixture that fit, by a timing of its own."""
+        step_s = self.step_seconds(
+            f"{kind} {mixture}",
+            lambda steps, out: self.tuned(source, out, steps, MIXTURES[mixture]),
+        )
+        return {"steps": max(1, int(seconds / step_s)), "step_s": step_s}
+
+
+def start(bench: RecoveryBench, kind: str) -> Path:
+    """What all mixtures start from; the hybrid's channels had a recovery of the default kind."""
+    if kind == "2:4":
+        return bench.pruned(bench.arguments.model, "start 2:4", MASKS)
+    narrow = bench.pruned(bench.arguments.model, "start channels", CHANNELS)
+    if kind == "channels":
+        return narrow
+    between, mixture = bench.out("start recovered"), "output, 0.9 (default)"
+    fits = bench.steps_in(bench.arguments.seconds / 2, narrow, "channels", mixture)
+    bench.tuned(narrow, between, fits["steps"], MIXTURES[mixture])
+    return bench.pruned(between, "start hybrid", MASKS)
+
+
+def contest(bench: RecoveryBench, kind: str, seed: int) -> Iterator[Row]:
+    """Every mixture in the same wall time, from the same start on the same problems."""
+    source = start(bench, kind)
+    wanted = bench.arguments.mixtures.split(";")
+    for mixture, settings in MIXTURES.items():
+        if mixture != DATA and not any(mixture.startswith(text) for text in wanted):
+            continue
+
+        def measure(mixture: str = mixture, settings: Row = settings) -> Row:
+            fits = bench.steps_in(bench.arguments.seconds, source, kind, mixture)
+            out = bench.out(f"{kind} {mixture} seed {seed}")
+            seconds = bench.tuned(source, out, fits["steps"], settings | {"seed": seed})
+            model = load(out)
+            facts = {"kind": kind, "mixture": mixture, "seed": seed, "seconds": seconds} | fits
+            row = facts | bench.gap(model) | {"start": bench.gap(load(source))["loss"]}
+            row["fd"] = bench.fd(model, seed)
+            shutil.rmtree(out)
+            return row
+
+        yield bench.kept(f"{kind} {mixture} seed {seed}", measure)
+
+
+def control(bench: RecoveryBench) -> Row:
+    """The dense model, trained on by the data loss: how much of a gain is more training."""
+
+    def measure() -> Row:
+        source, out = bench.arguments.model, bench.out("control")
+        fits = bench.steps_in(bench.arguments.seconds, source, "dense", DATA)
+        bench.tuned(source, out, fits["steps"], MIXTURES[DATA])
+        return fits | bench.gap(load(out))
+
+    return bench.kept("control", measure)
+
+
+def goal(bench: RecoveryBench, kind: str) -> Row:
+    """From the dense model to the end in `--goal-seconds`, pruning included.
+
+    The hybrid recovers for a third of the time before its masks are found.
+    """
+
+    def measure() -> Row:
+        left, mixture = bench.arguments.goal_seconds, bench.arguments.goal_mixture
+        source, spent = str(bench.arguments.model), 0.0
+        if kind == "hybrid":
+            narrow = bench.pruned(source, "goal channels", CHANNELS)
+            spent += load(narrow).record.wall_time_s  # type: ignore[union-attr]
+            fits = bench.steps_in(left / 3, narrow, "goal channels", mixture)
+            source = str(bench.out("goal recovered"))
+            spent += bench.tuned(narrow, Path(source), fits["steps"], MIXTURES[mixture])
+        masked = bench.pruned(source, f"goal masks {kind}", MASKS)
+        spent += load(masked).record.wall_time_s  # type: ignore[union-attr]
+        fits = bench.steps_in(left - spent, masked, f"goal {kind}", mixture)
+        out = bench.out(f"goal {kind}")
+        spent += bench.tuned(masked, out, fits["steps"], MIXTURES[mixture])
+        model, whole = load(out), bench.dense_loss.mean
+        found = bench.gap(model)
+        facts = {"kind": kind, "mixture": mixture, "seconds": spent, "steps": fits["steps"]}
+        return facts | found | {"over": found["gap"] / whole, "fd": bench.fd(model, 0)}
+
+    return bench.kept(f"goal {kind}", measure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--flip", action="store_true")
+    parser.add_argument("--features", default="digits-cnn")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--sampling-steps", type=int, default=25)
+    parser.add_argument("--mixed-precision", default="bf16")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seconds", type=float, default=120, help="of each mixture")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kinds", default=";".join(KINDS), help="of pruning, in the contest")
+    parser.add_argument("--mixtures", default=";".join(MIXTURES), help="by beginnings of names")
+    parser.add_argument(
+        "--goal-seconds", type=float, default=1700, help="of each goal's run; 0 is none"
+    )
+    parser.add_argument("--goal-mixture", default="output, 0.9 (default)", choices=list(MIXTURES))
+    arguments = parser.parse_args()
+    bench = RecoveryBench(arguments)
+    result = {
+        "name": f"recovery-{arguments.name}",
+        "command": " ".join(["python benchmarks/recovery.py", *sys.argv[1:]]),
+        **environment("cpu"),
+        "threads": torch.get_num_threads(),
+        "seconds": arguments.seconds,
+        "goal_seconds": arguments.goal_seconds,
+        "dense": bench.kept(
+            "dense", lambda: bench.gap(bench.dense) | {"fd": bench.fd(bench.dense, 0)}
+        ),
+        "control": control(bench),
+        "contest": [
+            row
+            for seed in range(arguments.seeds)
+            for kind in arguments.kinds.split(";")
+            for row in contest(bench, kind, seed)
+        ],
+        "goals": [goal(bench, kind) for kind in ("2:4", "hybrid") if arguments.goal_seconds],
+    }
+    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
+    into_docs(
+        result["name"],
+        markdown(
+            result,
+            samples=f"{arguments.samples} ddim-{arguments.sampling_steps} samples",
+            features=bench.features.name,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Images per second: diffusers' own DDIMPipeline (float32, eager) against ours, in one run.
+
+    python benchmarks/sampling.py digits
+    python benchmarks/sampling.py cifar10-small --model ../shared/models/cifar10-ddpm-small
+
+All draw the same images: same noise, timesteps, batch and machine, in turns, so that what else the
+machine does falls on all. *Exact* is what `prunedm sample` does; *fast* is `--speed fast`, with and
+without compiling. PSNR is against exact, on uint8. Compile time is reported beside the rates, not
+in them: `--speed fast` compiles only where the run is long enough. At the end:
+`benchmarks/results/sampling-NAME.json`, and the section of that name in `docs/results.md`.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from pruning_report import into_docs
+
+from prunedm.folder import Model, load
+from prunedm.randomness import generator_for
+from prunedm.record import environment, write_json
+from prunedm.sampling import FastDenoiser, make_sampler, sample_batches
+from prunedm.sampling.fast import SAVED_SHARE, SECONDS_PER_LAYER, count_layers
+from prunedm.stages.inputs import device_for
+
+ROOT = Path(__file__).parent.parent
+SEED = 0
+BASELINE, EXACT = "diffusers DDIMPipeline", "exact"
+FAST, EAGER = "fast, compiled", "fast, not compiled"
+
+Draw = Callable[[int, int], torch.Tensor]  # (count, steps) -> uint8 NCHW
+
+
+def pipeline(model: Model, batch_size: int, device: torch.device) -> Draw:
+    """diffusers' loop over a copy of the model, at our timesteps and with our noise."""
+    scheduler = DDIMScheduler.from_config(model.scheduler.config, timestep_spacing="trailing")
+    made = DDIMPipeline(load(model.name).denoiser.eval(), scheduler).to(device)
+    made.set_progress_bar_config(disable=True)
+
+    def draw(count: int, steps: int) -> torch.Tensor:
+        batches = []
+        for start in range(0, count, batch_size):
+            generators = [
+                generator_for(SEED, "sample", i) for i in range(start, start + batch_size)
+            ]
+            images_NHWC = made(
+                batch_size=batch_size,
+                generator=generators,
+                num_inference_steps=steps,
+                output_type="np",
+            ).images
+            batches.append(torch.tensor(images_NHWC).permute(0, 3, 1, 2))
+        return (torch.cat(batches) * 255).round().to(torch.uint8)
+
+    return draw
+
+
+def ours(model: Model, denoiser: torch.nn.Module, batch_size: int, device: torch.device) -> Draw:
+    """What the stage does, without its files."""
+    sampler = make_sampler(model.scheduler, "ddim")
+
+    def draw(count: int, steps: int) -> torch.Tensor:
+        batches = sample_batches(
+            denoiser,
+            sampler,
+            count=count,
+            steps=steps,
+            shape=model.sample_shape,
+            seed=SEED,
+            batch_size=batch_size,
+            device=device,
+        )
+        return torch.cat(list(batches))
+
+    return draw
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float | None]:
+    """Decibels: of all pixels together, the median image's, and the worst image's; None is equal."""
+    error_N = (images.double() - reference.double()).square().flatten(1).mean(1)
+
+    def decibels(error: float) -> float | None:
+        return 10 * math.log10(255**2 / error) if error else None
+
+    return {
+        "pooled": decibels(float(error_N.mean())),
+        "median": decibels(float(error_N.median())),
+        "worst": decibels(float(error_N.max())),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows of all four ways, timed in turns."""
+    device = device_for(arguments.device)
+    model = load(arguments.model)
+    model.denoiser.eval().to(device)
+    size = arguments.batch_size
+    compiled, eager = (
+        FastDenoiser(model.denoiser, calls=0, say=print, compiling=c) for c in ("on", "off")
+    )
+    ways = {
+        BASELINE: pipeline(model, size, device),
+        EXACT: ours(model, model.denoiser, size, device),
+        EAGER: ours(model, eager, size, device),
+        FAST: ours(model, compiled, size, device),
+    }
+    for draw in ways.values():
+        draw(size, 2)  # warm, and compiled
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    images: dict[str, torch.Tensor] = {}
+    for _ in range(arguments.repeats):
+        for name, draw in ways.items():
+            started = time.perf_counter()
+            images[name] = draw(arguments.count, arguments.steps)
+            seconds[name].append(time.perf_counter() - started)
+    rows = [
+        {
+            "way": name,
+            "seconds": taken,
+            "images_s": arguments.count / statistics.median(taken),
+            # of the rounds, so that a slow moment of the machine falls on both sides
+            "ratio": statistics.median(
+                b / t for b, t in zip(seconds[BASELINE], taken, strict=True)
+            ),
+            "psnr": psnr(images[name], images[EXACT]),
+        }
+        for name, taken in seconds.items()
+    ]
+    calls = math.ceil(arguments.count / size) * arguments.steps
+    call_s = statistics.median(seconds[EAGER]) / calls
+    layers = count_layers(model.denoiser)
+    return {
+        "rows": rows,
+        "dtype": str(compiled.dtype).removeprefix("torch."),
+        "is_compiled": compiled.is_compiled,
+        "compile_s": compiled.compile_seconds,
+        "compile_s_layer": compiled.compile_seconds / layers,
+        "saved_share": 1 - statistics.median(seconds[FAST]) / statistics.median(seconds[EAGER]),
+        "compiles_from_images": layers * SECONDS_PER_LAYER / SAVED_SHARE / call_s
+        / arguments.steps * size,
+    }  # fmt: skip
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The section of `docs/results.md`."""
+    rows = {row["way"]: row for row in result["rows"]}
+    body = "\n".join(
+        f"| {name} | {row['images_s']:.2f} | {row['ratio']:.2f}x | {_shown(row['psnr'])} |"
+        for name, row in rows.items()
+    )
+    what = (
+        f"{result['count']} images, DDIM, {result['steps']} steps, batch {result['batch_size']}, "
+        f"in {result['repeats']} turns; {result['device']}. Medians; the ratio is that of turns. "
+        "PSNR against exact: of all pixels, the median image, the worst. "
+        f"Data: `benchmarks/results/{result['name']}.json`."
+    )
+    head = "| | images/s | ratio | PSNR, dB |\n|---|---:|---:|---:|"
+    compiling = (
+        f"Fast is channels-last with {result['dtype']} convolutions and linear layers. Compiling took "
+        f"{result['compile_s']:.0f} s; `--speed fast` does it from about "
+        f"{result['compiles_from_images']:.0f} images on, at these steps."
+        if result["is_compiled"]
+        else "torch.compile did not work there."
+    )
+    return "\n\n".join([f"```\n{result['command']}\n```", what, f"{head}\n{body}", compiling])
+
+
+def _shown(psnr: dict[str, float | None]) -> str:
+    return ", ".join("equal" if v is None else f"{v:.1f}" for v in psnr.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--count", type=int, default=64, help="images a turn; whole batches")
+    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="cpu")
+    arguments = parser.parse_args()
+    if arguments.count % arguments.batch_size:
+        parser.error("--count must be whole batches: diffusers pads none")
+    # what compiling takes the first time, whatever an earlier run left behind
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    result = {
+        "name": f"sampling-{arguments.name}",
+        "command": " ".join(["python benchmarks/sampling.py", *sys.argv[1:]]),
+        **environment(arguments.device),
+        "threads": torch.get_num_threads(),
+        **{key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")},
+        **measure(arguments),
+    }
+    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
+    into_docs(result["name"], markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""comparison_dashboard.png: quality, size, speed, and what each costs the other, on one sheet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from prunedm.evaluation.results import Evaluation, LayerSparsity
+
+_COSTS = (("latency_ms", "latency (ms)"), ("bytes_packed", "packed (MB)"), ("macs", "MACs (M)"))
+_SCALES = {"bytes_packed": 1e-6, "bytes_disk": 1e-6, "macs": 1e-6}
+
+
+def dashboard(rows: Sequence[Evaluation], path: Path) -> None:
+    """Six panels: quality, size, latency; and quality against latency, size and MACs.
+
+    Lower left is better in the last three; models that no other beats in both are joined by a line.
+    """
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, low = figure.subplots(2, 3)
+    key, name = quality_of(rows)
+    _bars(top[0], rows, {name: key}, {name: "fd_se" if key == "fd" else "loss_se"})
+    top[0].set_title(f"quality: {name}, lower is better", fontsize=10)
+    _bars(top[1], rows, {"on disk": "bytes_disk", "packed": "bytes_packed"}, {})
+    top[1].set_title("size (MB)", fontsize=10)
+    _latencies(top[2], rows)
+    for axes, (cost, label) in zip(low, _COSTS, strict=True):
+        _pareto(axes, rows, cost=cost, quality=key)
+        axes.set_xlabel(label)
+        axes.set_ylabel(name)
+    low[1].set_title("lower left is better; the line joins what no other model beats", fontsize=10)
+    figure.savefig(path, dpi=90)
+
+
+def layer_chart(rows: Sequence[Evaluation], path: Path) -> None:
+    """The share of weights left in every layer, of the models of `sparse`."""
+    rows = sparse(rows)
+    names = list(dict.fromkeys(layer.name for row in rows for layer in row.layers))
+    figure = Figure(figsize=(9, 1.5 + 0.18 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for row in rows:
+        shares = {layer.name: _left(layer) for layer in row.layers}
+        axes.plot(
+            [shares.get(name, np.nan) for name in names],
+            range(len(names)),
+            marker="o",
+            markersize=3,
+            linewidth=0,
+            label=row.label,
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 105)
+    axes.set_xlabel("weights left (%)")
+    if rows:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def sparse(rows: Sequence[Evaluation]) -> list[Evaluation]:
+    """The models that lack over 1 % of some layer's weights: a few are zero in any model."""
+    return [row for row in rows if any(_left(layer) < 99 for layer in row.layers)]
+
+
+def quality_of(rows: Sequence[Evaluation]) -> tuple[str, str]:
+    """The field of `Figures` that quality is shown by, and its name: FD, or where it lacks, loss."""
+    if all(row.figures.fd is not None for row in rows):
+        return "fd", rows[0].conditions.features
+    return "loss", "loss"
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at most equal to in both, by rising first value."""
+    order = sorted(range(len(points)), key=lambda k: points[k])
+    best, found = float("inf"), []
+    for k in order:
+        if points[k][1] < best:
+            best = points[k][1]
+            found.append(k)
+    return found
+
+
+def _left(layer: LayerSparsity) -> float:
+    return 100 * layer.nonzero / layer.weights
+
+
+def _value(row: Evaluation, key: str) -> float:
+    value = getattr(row.figures, key)
+    return float("nan") if value is None else float(value) * _SCALES.get(key, 1.0)
+
+
+def _bars(
+    axes: Any, rows: Sequence[Evaluation], series: dict[str, str], errors: dict[str, str]
+) -> None:
+    width = 0.8 / len(series)
+    for number, (name, key) in enumerate(series.items()):
+        heights = [_value(row, key) for row in rows]
+        spread = [_value(row, errors[name]) for row in rows] if name in errors else None
+        places = np.arange(len(rows)) + (number - (len(series) - 1) / 2) * width
+        axes.bar(places, heights, width, yerr=spread, capsize=3, label=name)
+    axes.set_xticks(range(len(rows)), [row.label for row in rows], rotation=30, fontsize=8)
+    if len(series) > 1:
+        axes.legend(fontsize=8)
+
+
+def _latencies(axes: Any, rows: Sequence[Evaluation]) -> None:
+    for row in rows:
+        plain = [t for t in row.figures.timings if not t.compiled and "autocast" not in t.dtype]
+        plain.sort(key=lambda timing: timing.batch)
+        axes.errorbar(
+            [timing.batch for timing in plain],
+            [timing.median_ms / timing.batch for timing in plain],
+            yerr=[timing.spread_ms / timing.batch for timing in plain],
+            marker="o",
+            capsize=3,
+            label=row.label,
+        )
+    axes.set_title("latency an image (ms) by batch size", fontsize=10)
+    axes.set_xlabel("images a call")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+
+
+def _pareto(axes: Any, rows: Sequence[Evaluation], *, cost: str, quality: str) -> None:
+    points = [(_value(row, cost), _value(row, quality)) for row in rows]
+    known = [k for k, point in enumerate(points) if np.isfinite(point).all()]
+    front = [known[k] for k in pareto([points[k] for k in known])]
+    axes.plot(*zip(*(points[k] for k in front), strict=True) if front else ([], []), color="gray")
+    for k in known:
+        axes.scatter(*points[k], color=f"C{k % 10}", zorder=3)
+        axes.annotate(
+            rows[k].label, points[k], textcoords="offset points", xytext=(5, 4), fontsize=8
+        )
+    axes.margins(0.2)

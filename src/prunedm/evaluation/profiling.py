@@ -1,0 +1,66 @@
+"""What one denoiser call really does: the memory it needs, and the kernel that does most work."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+_SPARSE = ("cslt_sparse", "semi_structured", "spgemm", "sparse_mm")
+_PRODUCTS = ("conv", "mm", "linear", "matmul", "attention", "einsum")
+
+
+def peak_memory(module: nn.Module, call: Call, device: torch.device | str = "cpu") -> int:
+    """Bytes of parameters and buffers, and the most that `call` holds besides at any moment.
+
+    On CPUs what PyTorch's allocator gives and takes back, as its profiler sees it; oneDNN's own
+    scratch memory is not in it. The inputs of the call were there before, and are not counted.
+    """
+    own = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    call()  # lazily made buffers and workspaces are no part of a call
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return own + int(torch.cuda.max_memory_allocated(device)) - before
+    # the profiler's own list of events adds what an operator took and gave back to one number
+    profiler: Any = _profile(call, memory=True).profiler
+    changes = [
+        e
+        for e in profiler.kineto_results.events()
+        if e.name() == "[memory]" and e.device_type() == DeviceType.CPU
+    ]
+    held = most = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        held += int(event.nbytes())
+        most = max(most, held)
+    return own + most
+
+
+def kernel(call: Call) -> str:
+    """ "dense" or "semi-structured" by the operators that ran, and the product that took longest."""
+    call()
+    seen = _profile(call).key_averages()
+    sparse, products = (
+        [e for e in seen if any(mark in e.key for mark in marks)] for marks in (_SPARSE, _PRODUCTS)
+    )
+    heaviest = max(
+        sparse or products or seen, key=lambda e: (e.self_device_time_total, e.self_cpu_time_total)
+    )
+    return f"{'semi-structured' if sparse else 'dense'} ({heaviest.key.removeprefix('aten::')})"
+
+
+def _profile(call: Call, *, memory: bool = False) -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr that there is no GPU
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with torch.inference_mode(), profile(activities=activities, profile_memory=memory) as seen:
+        call()
+    return seen

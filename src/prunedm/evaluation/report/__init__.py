@@ -1,0 +1,116 @@
+"""report.html: the whole result on one page that needs no network and little script.
+
+The page speaks English and Chinese (`words`), and is safe to hold anything: all data are escaped,
+and its own policy forbids every request and every script but the one inside it.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from prunedm.errors import UserError
+from prunedm.evaluation import table
+from prunedm.evaluation.pictures import Curve, curve_of, loss_curves
+from prunedm.evaluation.report.conditions import conditions_in_words
+from prunedm.evaluation.report.figures import header, key_figures, meaning, rows, warnings
+from prunedm.evaluation.report.front import panels, quality_column
+from prunedm.evaluation.report.layers import layer_bars, left_dense
+from prunedm.evaluation.report.samples import GAP, sheets
+from prunedm.evaluation.report.stages import failures, timeline, total_time
+from prunedm.evaluation.report.timings import timing_blocks
+from prunedm.evaluation.report.words import attribute, text
+from prunedm.evaluation.results import Evaluation
+
+
+def write_report(
+    evaluations: Sequence[Evaluation],
+    samples: Mapping[str, np.ndarray],
+    path: Path,
+    *,
+    title: str,
+) -> Path:
+    """Write one self-contained HTML file; the first evaluation is the dense model.
+
+    `samples` holds uint8 NHWC images by label, image i of every model from the same noise; it may
+    lack models. Replaces `path`.
+    """
+    if not evaluations:
+        raise UserError("a report needs at least one evaluated model")
+    environment = Environment(
+        loader=PackageLoader("prunedm.evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"text": text, "attribute": attribute, "own": _own(environment)}
+    page_text = environment.get_template("page.html.j2").render(
+        page(evaluations, samples, title=title)
+    )
+    path.write_text(page_text, encoding="utf-8")
+    return path
+
+
+def page(
+    evaluations: Sequence[Evaluation], samples: Mapping[str, np.ndarray], *, title: str
+) -> dict[str, Any]:
+    """Everything the template shows, in the page's order."""
+    dense, curves = evaluations[0], training_curves(evaluations)
+    quality = header(quality_column(evaluations), evaluations)
+    return {
+        "title": title,
+        "version": metadata.version("prunedm"),
+        "labels": [e.label for e in evaluations],
+        "key_figures": key_figures(evaluations),
+        "columns": [(c, header(c, evaluations), meaning(c)) for c in table.measured(evaluations)],
+        "rows": rows(evaluations),
+        "warnings": warnings(evaluations),
+        "sheets": sheets(evaluations, samples),
+        "gap": GAP,
+        "quality": quality,
+        "panels": panels(evaluations, quality),
+        "bars": layer_bars(evaluations),
+        "timings": timing_blocks(evaluations),
+        "curves": _drawn(curves, dense.figures.loss),
+        "dense_loss": f"{dense.figures.loss:.4f}",
+        "stages": timeline(evaluations),
+        "total_time": total_time(evaluations),
+        "failures": failures(evaluations),
+        "foreign": [e.label for e in evaluations if e.record is None],
+        "conditions": conditions_in_words(evaluations),
+        "left_dense": left_dense(evaluations),
+    }
+
+
+def training_curves(evaluations: Sequence[Evaluation]) -> list[Curve]:
+    """The training of each stage that has kept its losses."""
+    return [
+        curve_of(e.label, e.curve.get("losses", ()), e.curve.get("held_out", ()))
+        for e in evaluations
+        if e.curve.get("losses") or e.curve.get("held_out")
+    ]
+
+
+def _drawn(curves: Sequence[Curve], dense_loss: float) -> list[tuple[Curve, Markup]]:
+    svgs = loss_curves(curves, dense=dense_loss)
+    # numbers only: no data to escape
+    return [(curve, Markup(svg)) for curve, svg in zip(curves, svgs, strict=True) if svg]
+
+
+def _own(environment: Environment) -> dict[str, Markup]:
+    """The page's style and script, and the hash by which its policy knows the script."""
+    style, script = (_source(environment, name) for name in ("style.css", "script.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    return {"style": style, "script": script, "script_hash": Markup(f"sha256-{digest}")}
+
+
+def _source(environment: Environment, name: str) -> Markup:
+    assert environment.loader
+    return Markup(environment.loader.get_source(environment, name)[0])

@@ -1,0 +1,101 @@
+"""Feature matching: the outputs of a UNet's blocks, student against teacher."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunedm.errors import UserError
+
+_TINY = 1e-12
+
+
+class BlockOutputs:
+    """Listens to the down, mid and up blocks of a UNet: their latest outputs by name, NCHW."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._found: dict[str, torch.Tensor] = {}
+        self._handles = [
+            denoiser.get_submodule(name).register_forward_hook(self._keep(name))
+            for name in block_names(denoiser)
+        ]
+
+    def take(self, count: int) -> dict[str, torch.Tensor]:
+        """The first `count` rows of what was heard since the last `take`."""
+        found, rows = dict(self._found), {}
+        self._found.clear()  # else a whole pass would stay in memory
+        for name, output_NCHW in found.items():
+            rows[name] = output_NCHW[:count]
+        return rows
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            # a down block gives its skips too, which are in its last output
+            self._found[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+def block_names(denoiser: nn.Module) -> list[str]:
+    """Names of a UNet's blocks in the order of computation. Raises `UserError` if it has none."""
+    down, up = (
+        [f"{kind}.{k}" for k in range(len(getattr(denoiser, kind, ())))]
+        for kind in ("down_blocks", "up_blocks")
+    )
+    middle = ["mid_block"] if getattr(denoiser, "mid_block", None) is not None else []
+    if not (down or up):
+        raise UserError(
+            f"match_features: a {type(denoiser).__name__} has no down_blocks or up_blocks; "
+            "give --match-features 0"
+        )
+    return [*down, *middle, *up]
+
+
+def feature_losses(
+    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Mean over the blocks of `block_losses`: (N,)."""
+    assert student.keys() == teacher.keys()
+    return torch.stack([block_losses(student[name], teacher[name]) for name in student]).mean(0)
+
+
+def block_losses(student_NCHW: torch.Tensor, teacher_NDHW: torch.Tensor) -> torch.Tensor:
+    """How far one block's outputs are apart, free of their scale: (N,).
+
+    Equal widths: |s - t|^2 / |t|^2 of each problem (FitNets, Romero et al. 2015, without the
+    projection). Else one minus linear CKA, which asks that the same positions be alike.
+    """
+    student_NCP, teacher_NDP = _positions(student_NCHW), _positions(teacher_NDHW)
+    if student_NCP.shape == teacher_NDP.shape:
+        apart_N = (student_NCP - teacher_NDP).square().sum((1, 2))
+        return apart_N / teacher_NDP.square().sum((1, 2)).clamp_min(_TINY)
+    return 1 - alignment(student_NCP, teacher_NDP)
+
+
+def alignment(student_NCP: torch.Tensor, teacher_NDP: torch.Tensor) -> torch.Tensor:
+    """Linear CKA of each problem over its P positions (Kornblith et al. 2019): (N,), 0 to 1.
+
+    The cosine between the P x P similarities of positions, S^T S and T^T T, worked out through
+    channels: <S^T S, T^T T> = |S T^T|^2. Neither the order nor the number of channels matters, so
+    no projection has to be learned. For segmentation: Liu et al. 2019 (pair-wise distillation).
+    """
+    student_NCP = student_NCP - student_NCP.mean(2, keepdim=True)
+    teacher_NDP = teacher_NDP - teacher_NDP.mean(2, keepdim=True)
+    own_N = _energy(student_NCP, student_NCP) * _energy(teacher_NDP, teacher_NDP)
+    return _energy(student_NCP, teacher_NDP) / own_N.clamp_min(_TINY).sqrt()
+
+
+def _positions(output_NCHW: torch.Tensor) -> torch.Tensor:
+    """At least float32: (N, C, P)."""
+    return output_NCHW.to(torch.promote_types(output_NCHW.dtype, torch.float32)).flatten(2)
+
+
+def _energy(a_NCP: torch.Tensor, b_NDP: torch.Tensor) -> torch.Tensor:
+    """|A B^T|^2 over mean positions: (N,)."""
+    with torch.autocast(a_NCP.device.type, enabled=False):  # bf16 would drown small differences
+        return (a_NCP @ b_NDP.mT / a_NCP.shape[2]).square().sum((1, 2))

@@ -1,0 +1,66 @@
+"""Sensitivity matching: student and teacher answer alike to small changes of the noisy image.
+
+In the manner of 2ndMatch (CVPR 2026), which matches J_s^T J_s v with J_t^T J_t v. Here the
+Jacobian-vector products J v themselves are matched, by finite differences: equal J v along all v
+imply equal J^T J v, at the cost of one more forward and backward pass of the perturbed problems
+instead of a double backward pass.
+"""
+
+import torch
+
+from prunedm.diffusion import ProblemBatch
+from prunedm.randomness import generator_for
+
+_TINY = 1e-12
+
+
+def perturbed_rows(batch: ProblemBatch, every: int) -> list[int]:
+    """Rows of the problems that are perturbed: one antithetic pair (2k, 2k + 1) of `every`.
+
+    By the problems' numbers, so that the same are taken however they are batched.
+    """
+    return [row for row, number in enumerate(batch.numbers) if number // 2 % every == 0]
+
+
+def directions(batch: ProblemBatch, rows: list[int], seed: int) -> torch.Tensor:
+    """A standard normal v for each of the rows' problems, by its number: (M, C, H, W)."""
+    shape, device = batch.noisy_NCHW.shape[1:], batch.noisy_NCHW.device
+    drawn = [
+        torch.randn(shape, generator=generator_for(seed, "direction", batch.numbers[row]))
+        for row in rows
+    ]
+    return torch.stack(drawn).to(device)
+
+
+def with_perturbed(batch: ProblemBatch, rows: list[int], *, seed: int, size: float) -> ProblemBatch:
+    """The N problems, and behind them copies of M `rows` at x + size * v: one pass takes both."""
+    if not rows:
+        return batch
+    moved_MCHW = batch.noisy_NCHW[rows] + size * directions(batch, rows, seed)
+    labels = batch.labels_N
+    return ProblemBatch(
+        torch.cat([batch.noisy_NCHW, moved_MCHW]),
+        torch.cat([batch.timesteps_N, batch.timesteps_N[rows]]),
+        torch.cat([batch.target_NCHW, batch.target_NCHW[rows]]),
+        None if labels is None else torch.cat([labels, labels[rows]]),
+        (*batch.numbers, *(batch.numbers[row] for row in rows)),
+    )
+
+
+def responses(output_NCHW: torch.Tensor, rows: list[int], *, size: float) -> torch.Tensor:
+    """One-sided finite differences (f(x + size v) - f(x)) / size: (M, C, H, W).
+
+    output: of `with_perturbed`, so M rows longer than the batch.
+    """
+    output_NCHW = output_NCHW.to(torch.promote_types(output_NCHW.dtype, torch.float32))
+    count = len(output_NCHW) - len(rows)
+    return (output_NCHW[count:] - output_NCHW[:count][rows]) / size
+
+
+def sensitivity_losses(student_MCHW: torch.Tensor, teacher_MCHW: torch.Tensor) -> torch.Tensor:
+    """|J_s v - J_t v|^2 / |J_t v|^2 of each perturbed problem: (M,).
+
+    Relative, because for predicted noise |J| grows like 1 / sigma_t as the noise falls.
+    """
+    apart_M = (student_MCHW - teacher_MCHW).square().sum((1, 2, 3))
+    return apart_M / teacher_MCHW.square().sum((1, 2, 3)).clamp_min(_TINY)

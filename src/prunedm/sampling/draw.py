@@ -1,0 +1,117 @@
+"""Batches of images, each image from its own noise."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunedm.data import to_uint8
+from prunedm.errors import UserError
+from prunedm.progress import Progress, Silent, Task
+from prunedm.randomness import generator_for
+from prunedm.sampling.fast import FastDenoiser, native_types
+from prunedm.sampling.schedule import set_steps
+
+
+def sample_batches(
+    denoiser: nn.Module,
+    sampler: Any,
+    *,
+    count: int,
+    steps: int,
+    shape: tuple[int, int, int],
+    seed: int = 0,
+    batch_size: int = 64,
+    starts: Sequence[int] | None = None,
+    labels: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    speed: str = "exact",
+    progress: Progress | None = None,
+) -> Iterator[torch.Tensor]:
+    """Images 0..count-1 as uint8 NCHW batches on the CPU.
+
+    The compute batch is constant, the last one padded, so that an image's bits do not depend on
+    how many others are asked for. `starts` are the first images of the batches to draw where not
+    all are wanted. `labels` are the classes of images 0..count-1. `speed` "exact" is float32 as the
+    denoiser is; "fast" see `FastDenoiser`: close to that, not the same bits.
+    """
+    progress = progress or Silent()
+    starts = range(0, count, batch_size) if starts is None else starts
+    set_steps(sampler, steps)
+    calls = len(starts) * len(sampler.timesteps)
+    was_training = denoiser.training
+    denoiser.eval().to(device)
+    assert speed in ("exact", "fast"), speed
+    call: nn.Module = denoiser
+    try:
+        if speed == "fast":
+            call = FastDenoiser(denoiser, calls=calls, say=progress.say)
+        with progress.task("sampling", calls) as bar:
+            for start in starts:
+                indices = range(start, start + batch_size)
+                of_batch = None if labels is None else labels[[i % len(labels) for i in indices]]
+                draw = partial(
+                    _sample,
+                    sampler=sampler,
+                    indices=indices,
+                    steps=steps,
+                    shape=shape,
+                    seed=seed,
+                    labels=of_batch,
+                    device=device,
+                    bar=bar,
+                )
+                x_NCHW = draw(call)
+                if isinstance(call, FastDenoiser) and not x_NCHW.isfinite().all():
+                    call = _wider(call, denoiser, progress)
+                    x_NCHW = draw(call)
+                yield to_uint8(x_NCHW[: count - start]).cpu()
+    finally:
+        denoiser.train(was_training)
+
+
+def _wider(call: FastDenoiser, denoiser: nn.Module, progress: Progress) -> FastDenoiser:
+    """For the calls that are left, in a type that reaches as far as float32."""
+    progress.say("float16 is too narrow for this model; its images are drawn in a wider type")
+    wide = next(kind for kind in native_types(call.device) if kind != torch.float16)
+    return FastDenoiser(denoiser, calls=call.calls - call.seen, say=progress.say, dtype=wide)
+
+
+@torch.no_grad()
+def _sample(
+    denoiser: nn.Module,
+    *,
+    sampler: Any,
+    indices: range,
+    steps: int,
+    shape: tuple[int, int, int],
+    seed: int,
+    labels: torch.Tensor | None,
+    device: torch.device | str,
+    bar: Task,
+) -> torch.Tensor:
+    generators = [generator_for(seed, "sample", i) for i in indices]
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    set_steps(sampler, steps)
+    arguments = {}
+    if "generator" in inspect.signature(sampler.step).parameters:
+        arguments["generator"] = generators
+    x_NCHW = (noise * sampler.init_noise_sigma).to(device)
+    labels = None if labels is None else labels.to(device)
+    for t in sampler.timesteps:
+        model_input = sampler.scale_model_input(x_NCHW, t)
+        output = denoiser(model_input, t.to(device), labels, return_dict=False)[0]
+        x_NCHW = sampler.step(output, t, x_NCHW, **arguments).prev_sample
+        bar.advance()
+    return x_NCHW
+
+
+def class_labels(model_classes: int, count: int, label: int | None) -> torch.Tensor:
+    """The class of each image: `label`, or all classes in turn."""
+    if label is not None and label >= model_classes:
+        raise UserError(f"label {label} is not below the model's {model_classes} classes")
+    turn = torch.arange(count) % model_classes
+    return turn if label is None else torch.full((count,), label)

@@ -1,0 +1,128 @@
+"""Samplers by name, their timesteps, and DDIM steps that follow any of them."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+
+from prunedm.diffusion import scheduler_class
+from prunedm.errors import UserError
+
+SAMPLERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+SPACINGS = ("trailing", "uniform", "quad")
+
+
+def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
+    """A diffusers scheduler for sampling with the trained one's noise schedule.
+
+    "trailing" timesteps are even and end at T-1, so the first step starts from pure noise (Lin et al.
+    2023); for the others see `spaced`. Raises `UserError` for an unknown name, and for a spacing that
+    the scheduler does not take.
+    """
+    cls = scheduler_class(SAMPLERS.get(name, name))
+    if cls is None:
+        raise UserError(
+            f"unknown sampler {name!r}; try {', '.join(SAMPLERS)} or a diffusers scheduler's class name"
+        )
+    if spacing not in SPACINGS:
+        raise UserError(f"unknown spacing {spacing!r}; try {', '.join(SPACINGS)}")
+    if cls is DDIMScheduler:
+        cls = Ddim
+    elif spacing != "trailing":
+        if "timesteps" not in inspect.signature(cls.set_timesteps).parameters:
+            raise UserError(
+                f"sampler {name!r} takes no {spacing} spacing; try trailing, or one of "
+                f"{', '.join(SAMPLERS)}"
+            )
+        cls = _at_given_timesteps(cls)
+    return cls.from_config(trained.config, timestep_spacing=spacing)
+
+
+def set_steps(sampler: Any, steps: int) -> None:
+    """Give the sampler its timesteps and an empty memory. Raises `UserError` where it refuses."""
+    most = sampler.config.num_train_timesteps
+    if steps > most:
+        raise UserError(f"{steps} sampling steps: the model has {most}; give at most that many")
+    try:
+        sampler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"{steps} steps of {type(sampler).__name__}: {error}") from error
+
+
+def spaced(spacing: str, steps: int, trained: int) -> np.ndarray:
+    """Timesteps from trained-1 down to 0: "uniform", or "quad" (Song et al. 2021, appendix D.2).
+
+    Quadratic ones lie dense near 0; where several would fall on one timestep they move up to the next
+    free ones, since a step from t to t would do nothing.
+    """
+    power = {"uniform": 1, "quad": 2}[spacing]
+    if steps == 1:
+        return np.array([trained - 1])
+    k = np.arange(steps)
+    even = np.round(k**power * (trained - 1) / (steps - 1) ** power).astype(np.int64)
+    return np.maximum(even, k)[::-1].copy()
+
+
+def _at_given_timesteps(cls: Any) -> Any:
+    class Spaced(cls):  # type: ignore[misc]
+        def set_timesteps(self, steps: int, device: Any = None) -> None:
+            c = self.config
+            given = spaced(c.timestep_spacing, steps, c.num_train_timesteps)
+            super().set_timesteps(timesteps=given.tolist(), device=device)
+
+    Spaced.__name__ = cls.__name__
+    return Spaced
+
+
+class Ddim(DDIMScheduler):  # type: ignore[misc]
+    """DDIM without noise (Song et al. 2021, eq. 12, eta = 0), from each timestep to the next one.
+
+    diffusers' own steps go from t to t - T // steps, whatever timestep comes next; that is the same
+    only where timesteps are even and `steps` divides T.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """As diffusers does, or uniform or quadratic."""
+        c = self.config
+        if c.timestep_spacing in ("uniform", "quad"):
+            self.num_inference_steps = num_inference_steps
+            given = spaced(c.timestep_spacing, num_inference_steps, c.num_train_timesteps)
+            self.timesteps = torch.from_numpy(given).to(device)
+        else:
+            super().set_timesteps(num_inference_steps, device)
+
+    def step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
+    ) -> DDIMSchedulerOutput:
+        """x_NCHW one timestep less noisy; the last step goes to `final_alpha_cumprod`."""
+        place = int((self.timesteps == timestep).nonzero()[0])
+        left = self.timesteps[place + 1 :]
+        alpha = self.alphas_cumprod[timestep]
+        alpha_next = self.alphas_cumprod[left[0]] if len(left) else self.final_alpha_cumprod
+        clean, noise = self._predicted(model_output, sample, alpha)
+        if self.config.thresholding:
+            clean = self._threshold_sample(clean)
+        elif self.config.clip_sample:
+            clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        x = alpha_next**0.5 * clean + (1 - alpha_next) ** 0.5 * noise
+        return DDIMSchedulerOutput(prev_sample=x, pred_original_sample=clean)
+
+    def _predicted(
+        self, output: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean image and noise that the denoiser's output stands for."""
+        signal, sigma = alpha**0.5, (1 - alpha) ** 0.5
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            return (x - sigma * output) / signal, output
+        if kind == "sample":
+            return output, (x - signal * output) / sigma
+        assert kind == "v_prediction", kind
+        return signal * x - sigma * output, signal * output + sigma * x

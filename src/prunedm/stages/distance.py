@@ -1,0 +1,238 @@
+"""fid and stats: distances between two sets of images, and statistics to keep of one.
+
+Neither writes a folder: `fid` returns figures, `stats` writes one file.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunedm.errors import UserError
+from prunedm.evaluation.features import FeatureNetwork, extract, load_features
+from prunedm.evaluation.fid import (
+    Statistics,
+    bootstrap_error,
+    check_comparable,
+    frechet_distance,
+    save_statistics,
+    statistics,
+)
+from prunedm.evaluation.image_source import Images, open_side
+from prunedm.evaluation.kid import LEAST_IMAGES, kernel_distance
+from prunedm.evaluation.manifold import precision_recall, share_error
+from prunedm.options import FidOptions, StatsOptions
+from prunedm.progress import Progress, Silent
+from prunedm.record import environment
+from prunedm.stages.distance_lines import comparison_notes, side_notes
+from prunedm.stages.inputs import device_for
+
+PARTIAL = ".partial"
+
+
+@dataclass
+class _Side:
+    """One of the two sets: statistics, and where it was given as images, its features (N, D)."""
+
+    name: str
+    statistics: Statistics
+    features_ND: torch.Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """`images` is None, and `features` "", where a file of statistics does not say."""
+        stats_of = self.statistics
+        return {
+            "name": self.name,
+            "kind": "statistics" if self.features_ND is None else "images",
+            "images": stats_of.count or None,
+            "features": stats_of.features,
+            "dim": stats_of.dim,
+            "biased": 0 < stats_of.count <= stats_of.dim,
+            "skipped": self.skipped,
+        }
+
+
+def fid(
+    a: str,
+    b: str,
+    options: FidOptions,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Figures of generated images `a` against real ones `b`; each may be given as statistics.
+
+    The Fréchet distance is the same the other way round; precision and recall change places.
+    Raises `UserError` for sets that cannot be read or compared, and for too few images.
+    """
+    found = [_open(name, options) for name in (a, b)]
+    network = None
+    if any(isinstance(side, Images) for side in found):
+        network = _network(options)
+        _check_early(found, network, options)
+    left, right = (
+        _side(name, side, network, options, progress or Silent())
+        for name, side in zip((a, b), found, strict=True)
+    )
+    sides = (left, right)
+    check_comparable(left.statistics, right.statistics)
+    for side in sides:
+        _check_enough(side.name, side.statistics.count, left.statistics.dim, options.force)
+    figures: dict[str, Any] = {
+        "fd": frechet_distance(left.statistics, right.statistics, force=options.force),
+        "fd_se": _distance_error(left, right, options),
+        **_sample_figures(left, right, options),
+    }
+    a_figures, b_figures = left.figures(), right.figures()
+    return figures | {
+        "features": a_figures["features"] or b_figures["features"] or "FD",
+        "dim": left.statistics.dim,
+        "biased": a_figures["biased"] or b_figures["biased"],
+        "a": a_figures,
+        "b": b_figures,
+        "notes": comparison_notes(a_figures, b_figures),
+        "options": options.model_dump(mode="json"),
+        **environment(options.device),
+    }
+
+
+def stats(
+    source: str,
+    out: str | Path,
+    options: StatsOptions,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write mean and covariance of the features of `source` to `out`, an .npz as pytorch-fid's.
+
+    The file is there when it is whole. Raises `UserError` where it is there already, unless
+    `overwrite`, and for images that are too few or cannot be read.
+    """
+    out = check_file(out, ".npz", overwrite=overwrite)
+    found = _open(source, options)
+    if isinstance(found, Statistics):
+        raise UserError(f"{source!r} holds statistics already; give images")
+    network = _network(options)
+    _check_early([found], network, options)
+    side = _side(source, found, network, options, progress or Silent())
+    _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
+    partial = out.with_name(out.name + PARTIAL)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_statistics(side.statistics, partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    figures = side.figures()
+    return figures | {"notes": side_notes(figures)}
+
+
+def check_file(out: str | Path, suffix: str, *, overwrite: bool) -> Path:
+    """`out`, if it may be written. Raises `UserError` for another suffix, and where it exists."""
+    out = Path(out)
+    if out.suffix != suffix:
+        raise UserError(f"{str(out)!r} is no {suffix} file; give a name that ends in {suffix}")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} exists; give another file, or --overwrite")
+    return out
+
+
+def _open(name: str, options: StatsOptions) -> Images | Statistics:
+    return open_side(
+        name,
+        split=options.split,
+        res=options.res,
+        count=options.num_samples,
+        skip_bad=options.skip_bad,
+    )
+
+
+def _network(options: StatsOptions) -> FeatureNetwork:
+    return load_features(options.features, weights=options.inception_weights or None)
+
+
+def _check_early(
+    sides: list[Images | Statistics], network: FeatureNetwork, options: StatsOptions
+) -> None:
+    """What would otherwise fail only when the features of all images have been computed."""
+    images = [side for side in sides if isinstance(side, Images)]
+    dims = [network(next(side.batches(1))).shape[1] for side in images]
+    likeness = Statistics(torch.zeros(dims[0]).numpy(), torch.empty(0).numpy(), 0, network.name)
+    for side in sides:
+        if isinstance(side, Statistics):
+            check_comparable(side, likeness)
+            _check_enough("statistics", side.count, side.dim, options.force)
+        else:
+            _check_enough(side.name, side.count, dims[0], options.force)
+
+
+def _side(
+    name: str,
+    found: Images | Statistics,
+    network: FeatureNetwork | None,
+    options: StatsOptions,
+    progress: Progress,
+) -> _Side:
+    if isinstance(found, Statistics):
+        return _Side(name, found)
+    assert network is not None
+    features_ND = extract(
+        network,
+        found.batches(options.batch_size),
+        device=device_for(options.device),
+        progress=progress,
+        total=found.batch_count(options.batch_size),
+    )
+    own = statistics(features_ND, features=network.name)
+    return _Side(name, own, features_ND, found.skipped)
+
+
+def _check_enough(name: str, count: int, dim: int, force: bool) -> None:
+    if 0 < count <= dim and not force:
+        raise UserError(
+            f"{name}: {count} images are too few for {dim} features, the distance would be mostly "
+            f"bias; give more than {dim} images, or features of fewer dimensions, or --force"
+        )
+
+
+def _distance_error(left: _Side, right: _Side, options: FidOptions) -> float | None:
+    """Over the images of both sides: they are independent. A side of statistics counts as exact."""
+    squares = [
+        bootstrap_error(
+            side.features_ND.numpy(), other.statistics, draws=options.draws, seed=options.seed
+        )
+        ** 2
+        for side, other in ((left, right), (right, left))
+        if side.features_ND is not None
+    ]
+    return math.sqrt(sum(squares)) if squares else None
+
+
+def _sample_figures(left: _Side, right: _Side, options: FidOptions) -> dict[str, Any]:
+    """KID, precision and recall, or None where a side has no images or hardly any."""
+    names = ("kid", "kid_se", "precision", "precision_se", "recall", "recall_se")
+    figures: dict[str, Any] = dict.fromkeys(names)
+    a_ND, b_ND = left.features_ND, right.features_ND
+    if a_ND is None or b_ND is None:
+        return figures
+    fewest = min(len(a_ND), len(b_ND))
+    if options.kid and fewest >= LEAST_IMAGES:
+        figures["kid"], figures["kid_se"] = kernel_distance(
+            a_ND,
+            b_ND,
+            subset=options.kid_subset,
+            subsets=options.kid_subsets,
+            seed=options.seed,
+        )
+    if options.prc and fewest > options.neighbours:
+        device = device_for(options.device)
+        precision, recall = precision_recall(
+            b_ND.to(device), a_ND.to(device), neighbours=options.neighbours
+        )
+        figures["precision"], figures["recall"] = precision, recall
+        figures["precision_se"] = share_error(precision, len(a_ND))
+        figures["recall_se"] = share_error(recall, len(b_ND))
+    return figures

@@ -1,0 +1,190 @@
+"""The evaluator of old MaskPro scripts: a model and its baseline, one question a call."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunedm.errors import UserError
+from prunedm.evaluation.layers import layer_sparsity
+from prunedm.evaluation.profiling import peak_memory
+from prunedm.evaluation.results import Timing
+from prunedm.evaluation.size import count_nonzero, count_parameters, nm_validity, packed_bytes
+from prunedm.evaluation.speed import Way, one_call, timings
+from prunedm.folder import Model, find, load, size_on_disk
+from prunedm.progress import Progress, Silent
+from prunedm.sampling import make_sampler, sample_batches
+from prunedm.stages.inputs import dense_source, device_for, reload
+from prunedm.stages.sample import labels_for
+
+
+class MaskProEvaluator:
+    """`load_models` first, then the others in any order; answers are plain dicts and arrays.
+
+    `prunedm evaluate` measures more, and writes it down.
+    """
+
+    def __init__(
+        self,
+        model_checkpoint: str | Path,
+        baseline_model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        """Folders, hub ids, or digits. Without a baseline it is the record's dense model, if any."""
+        self.model_checkpoint, self.baseline_model = model_checkpoint, baseline_model
+        self.device = device_for(device)
+        self._progress = progress or Silent()
+        self._model: Model | None = None
+        self._baseline: Model | None = None
+
+    @property
+    def model(self) -> Model:
+        """Raises `UserError` before `load_models`."""
+        if self._model is None:
+            raise UserError("call load_models() first")
+        return self._model
+
+    @property
+    def baseline(self) -> Model | None:
+        """None where none was given and no record names one."""
+        return self._baseline if self.model is not None else None
+
+    def load_models(self) -> None:
+        """Raises `UserError` where one is no model, the baseline is gone, or the shapes differ."""
+        model, baseline = load(self.model_checkpoint), None
+        if self.baseline_model is not None:
+            baseline = load(self.baseline_model)
+        elif (source := dense_source(model.record)) is not None:
+            baseline = reload(source)
+        if baseline is not None and baseline.sample_shape != model.sample_shape:
+            raise UserError(
+                f"the model makes images of {model.sample_shape}, the baseline of "
+                f"{baseline.sample_shape}; give the model that it was made from"
+            )
+        self._model, self._baseline = model, baseline
+
+    def analyze_sparsity(self) -> dict[str, Any]:
+        """Shares of zeros in all and by layer, N:M compliance, and sizes beside the baseline's.
+
+        `sparsity` is 1 - non-zeros / parameters of the model itself; `compression` compares packed
+        sizes: baseline over model.
+        """
+        model = self.model
+        validity = nm_validity(model.denoiser, model.masks)
+        sizes = _sizes(model)
+        found: dict[str, Any] = sizes | {
+            "sparsity": 1 - sizes["nonzero"] / sizes["params"],
+            "pattern": validity.pattern,
+            "nm_compliance": validity.valid,
+            "layers": {
+                layer.name: layer.model_dump(exclude={"name"})
+                | {"sparsity": 1 - layer.nonzero / layer.weights}
+                for layer in layer_sparsity(model.denoiser, model.masks)
+            },
+        }
+        if self.baseline is not None:
+            dense = _sizes(self.baseline)
+            found |= {
+                "baseline": dense,
+                "params_removed": 1 - sizes["params"] / dense["params"],
+                "compression": dense["bytes_packed"] / sizes["bytes_packed"],
+            }
+        return found
+
+    def generate_samples(
+        self,
+        n: int = 64,
+        *,
+        baseline: bool = False,
+        sampler: str = "ddim",
+        sampling_steps: int = 50,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """`n` images of the model or of the `baseline`, uint8 NHWC; both from the same noise.
+
+        They are those of `prunedm sample` with the same options.
+        """
+        model = self._one(baseline)
+        if n < 1:
+            raise UserError(f"n = {n} images; give at least one")
+        batches = sample_batches(
+            model.denoiser,
+            make_sampler(model.scheduler, sampler),
+            count=n,
+            steps=sampling_steps,
+            shape=model.sample_shape,
+            seed=seed,
+            batch_size=batch_size,
+            labels=labels_for(model, n),
+            device=self.device,
+            progress=self._progress,
+        )
+        images = torch.cat(list(batches)).permute(0, 2, 3, 1)
+        return np.ascontiguousarray(images.numpy())
+
+    def benchmark_inference_speed(
+        self,
+        batch_sizes: Sequence[int] = (1, 4, 16),
+        *,
+        repeats: int = 20,
+        bf16: bool = False,
+        compiled: bool = False,
+    ) -> dict[str, Any]:
+        """Latency of one denoiser call by batch size, the baseline in turns with the model.
+
+        `speedup` (baseline over model) is by batch size too; `peak_memory_mb` is at the largest.
+        """
+        if not batch_sizes or min(batch_sizes) < 1 or repeats < 1:
+            raise UserError(
+                f"batch_sizes {tuple(batch_sizes)}, repeats {repeats}; give one or more"
+            )
+        named = {"model": self.model} | ({"baseline": self.baseline} if self.baseline else {})
+        found: dict[str, Any] = {name: {"timings": {}} for name in named}
+        for batch in batch_sizes:
+            timed = timings(
+                [model.denoiser for model in named.values()],
+                self.model.sample_shape,
+                Way(batch, bf16=bf16, compiled=compiled),
+                repeats=repeats,
+                device=self.device,
+            )
+            for name, timing in zip(named, timed, strict=True):
+                found[name]["timings"][batch] = _plain(timing)
+        for name, model in named.items():
+            found[name]["peak_memory_mb"] = self._peak(model, max(batch_sizes))
+        if self.baseline is not None:
+            ours, theirs = (found[name]["timings"] for name in ("model", "baseline"))
+            found["speedup"] = {
+                batch: theirs[batch]["median_ms"] / ours[batch]["median_ms"] for batch in ours
+            }
+        return found
+
+    def _one(self, baseline: bool) -> Model:
+        if not baseline:
+            return self.model
+        if self.baseline is None:
+            raise UserError("there is no baseline; give baseline_model")
+        return self.baseline
+
+    def _peak(self, model: Model, batch: int) -> float:
+        with torch.inference_mode():
+            call = one_call(model.denoiser, model.sample_shape, batch)
+            return peak_memory(model.denoiser, call, self.device) / 1e6
+
+
+def _sizes(model: Model) -> dict[str, int]:
+    return {
+        "params": count_parameters(model.denoiser),
+        "nonzero": count_nonzero(model.denoiser),
+        "bytes_disk": size_on_disk(find(model.name)),
+        "bytes_packed": packed_bytes(model.denoiser, model.masks),
+    }
+
+
+def _plain(timing: Timing) -> dict[str, Any]:
+    return timing.model_dump() | {"images_per_s": timing.images_per_s}

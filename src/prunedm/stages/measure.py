@@ -1,0 +1,243 @@
+"""measure: one model by itself. `evaluate` and `compare` are made of these."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from prunedm.data import ImageSet
+from prunedm.evaluation.features import FeatureNetwork
+from prunedm.evaluation.layers import layer_sparsity
+from prunedm.evaluation.loss import denoising_loss
+from prunedm.evaluation.pictures import grid
+from prunedm.evaluation.profiling import peak_memory
+from prunedm.evaluation.results import Asked, Conditions, Evaluation, Figures, Step
+from prunedm.evaluation.size import (
+    count_macs,
+    count_nonzero,
+    count_parameters,
+    nm_validity,
+    packed_bytes,
+)
+from prunedm.evaluation.speed import one_call
+from prunedm.folder import Model, find, size_on_disk
+from prunedm.options import EvaluateOptions, SampleOptions
+from prunedm.progress import Progress
+from prunedm.record import Record, device_name, write_json
+from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.inputs import data_source, device_for, held_out_problems, source_of
+from prunedm.stages.quality import MOST_REFERENCES, UNSCORED_SAMPLES, distances, features_of
+from prunedm.stages.reload import check_reload
+from prunedm.stages.sample import sample_resumably
+from prunedm.stages.steps import Steps
+
+RESULTS = "evaluation_results.json"
+STEPS = "steps.json"
+SAMPLES = "samples.npz"
+SHEET = "samples.png"
+LOSSES = "losses.npy"
+MEGABYTE = 1e6
+_Steps = TypeAdapter(list[Step])
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What all models of one comparison are measured with."""
+
+    options: EvaluateOptions
+    reference: ImageSet
+    network: FeatureNetwork | None  # None where no distance is measured
+    progress: Progress
+
+
+def measure(model: Model, out: Path, label: str, yard: Yardstick) -> None:
+    """Write `evaluation_results.json`, `steps.json`, `losses.npy`, and samples where there are any.
+
+    Without latencies: those are taken in turns. A step that fails is recorded, and the rest goes on.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        steps = Steps(label)
+        result = _Measuring(model, label, yard, folder, steps).all()
+        write_json(result.model_dump(mode="json"), folder / RESULTS)
+        write_json([step.model_dump(mode="json") for step in steps.taken], folder / STEPS)
+        return {}
+
+    run_stage(
+        "measure",
+        out,
+        options=yard.options,
+        inputs={"model": source_of(model), "dataset": data_source(yard.reference)},
+        parent=model.record,
+        make=make,
+    )
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `measure` or `evaluate` wrote of one model."""
+    return Evaluation.model_validate_json((folder / RESULTS).read_text(encoding="utf-8"))
+
+
+def read_steps(folder: Path) -> list[Step]:
+    """How each step of `measure` ended."""
+    return _Steps.validate_json((folder / STEPS).read_text(encoding="utf-8"))
+
+
+def read_images(path: Path) -> np.ndarray | None:
+    """The samples in an .npz, uint8 NHWC, or None where there is no such file."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        images: np.ndarray = file["images"]
+    return images
+
+
+def batches_of(options: EvaluateOptions) -> list[int]:
+    """The batch sizes that are timed; the first is the table's."""
+    first = options.latency_batch
+    if options.depth == "quick":
+        return [first]
+    return [first, *sorted(set(options.latency_batches) - {first})]
+
+
+class _Measuring:
+    """The steps of one model, in the order of their cost."""
+
+    def __init__(
+        self, model: Model, label: str, yard: Yardstick, folder: Path, steps: Steps
+    ) -> None:
+        self.model, self.label, self.yard, self.folder, self.steps = (
+            model, label, yard, folder, steps,
+        )  # fmt: skip
+        self.options, self.network = yard.options, yard.network
+        self.device = device_for(self.options.device)
+        counts = ("params", "nonzero", "macs", "bytes_disk", "bytes_packed")
+        self.figures: dict[str, Any] = {"loss": nan, "loss_se": nan} | dict.fromkeys(counts, 0)
+
+    def all(self) -> Evaluation:
+        """Every step that the depth has; the reload check first, before weights move anywhere."""
+        model, steps, denoiser = self.model, self.steps, self.model.denoiser
+        reloads = bool(steps.take("reload check", lambda: check_reload(model)))
+        denoiser.to(self.device)
+        self._note("size", self._sizes)
+        self._note("macs", lambda: {"macs": count_macs(denoiser, model.sample_shape)})
+        layers = steps.take("sparsity", lambda: layer_sparsity(denoiser, model.masks))
+        self._note("loss", self._loss)
+        drawn = False
+        if self.options.depth != "quick":
+            self._note("memory", self._memory)
+            drawn = self._samples()
+        return Evaluation(
+            label=self.label,
+            model=model.name,
+            hash=model.hash,
+            figures=Figures.model_validate(self.figures),
+            conditions=self._conditions(),
+            record=model.record,
+            layers=layers or [],
+            asked=asked(model.record),
+            reloads=reloads,
+            failed=steps.failed,
+            samples_file=SAMPLES if drawn else "",
+            curve=model.record.figures.get("curve", {}) if model.record else {},
+        )
+
+    def _note(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        self.figures |= self.steps.take(name, work) or {}
+
+    def _sizes(self) -> dict[str, Any]:
+        denoiser, masks = self.model.denoiser, self.model.masks
+        validity = nm_validity(denoiser, masks)
+        return {
+            "params": count_parameters(denoiser),
+            "nonzero": count_nonzero(denoiser),
+            "bytes_disk": size_on_disk(find(self.model.name)),
+            "bytes_packed": packed_bytes(denoiser, masks),
+            "pattern": validity.pattern,
+            "nm_valid": validity.valid,
+            "nm_layers": validity.layers,
+            "nm_dense": validity.dense,
+        }
+
+    def _loss(self) -> dict[str, Any]:
+        problems = held_out_problems(self.model, self.options, self.options.problems)
+        loss = denoising_loss(
+            self.model.denoiser, problems, device=self.device, progress=self.yard.progress
+        )
+        np.save(self.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
+        return {"loss": loss.mean, "loss_se": loss.standard_error}
+
+    def _memory(self) -> dict[str, Any]:
+        denoiser = self.model.denoiser
+        with torch.inference_mode():
+            call = one_call(denoiser, self.model.sample_shape, max(batches_of(self.options)))
+            return {"peak_memory_mb": peak_memory(denoiser, call, self.device) / MEGABYTE}
+
+    def _samples(self) -> bool:
+        """Whether there are samples; and, where there is a network, how far they are off."""
+        if not self.options.samples:
+            self.steps.skip("samples", "samples = 0")
+            return False
+        images = self.steps.take("samples", self._draw)
+        if self.network is None:
+            self.steps.skip("fd", "skip_fid")
+        elif images is not None:
+            self._distances(self.network, images)
+        return images is not None
+
+    def _draw(self) -> np.ndarray:
+        wanted = SampleOptions(
+            count=self.options.samples or UNSCORED_SAMPLES,
+            sampler=self.options.sampler,
+            sampling_steps=self.options.sampling_steps,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            device=self.options.device,
+        )
+        images = sample_resumably(self.model, wanted, self.folder / RESUME, self.yard.progress)
+        np.savez(self.folder / SAMPLES, images=images)
+        grid(images[:64], 8).save(self.folder / SHEET)
+        return images
+
+    def _distances(self, network: FeatureNetwork, images_NHWC: np.ndarray) -> None:
+        """FD, KID, precision and recall, all in the same features of the same samples."""
+        found = self.steps.take(
+            "features",
+            lambda: features_of(images_NHWC, self.yard.reference, network, self.device),
+        )
+        if found is not None:
+            for name, work in distances(*found, network.name, seed=self.options.seed).items():
+                self._note(name, work)
+
+    def _conditions(self) -> Conditions:
+        options, network, reference = self.options, self.network, self.yard.reference
+        return Conditions(
+            dataset=reference.name,
+            problems=options.problems,
+            samples=options.samples or 0,
+            sampler=f"{options.sampler}-{options.sampling_steps}",
+            seed=options.seed,
+            features=network.name if network else "FD",
+            reference=min(len(reference), MOST_REFERENCES) if network else 0,
+            device=device_name(options.device),
+            dtype=str(next(self.model.denoiser.parameters()).dtype).removeprefix("torch."),
+            latency_batch=options.latency_batch,
+            latency_repeats=options.latency_repeats,
+        )
+
+
+def asked(record: Record | None) -> list[Asked]:
+    """What each pruning of the lineage was asked for, and what it reached."""
+    found = []
+    for stage in record.lineage() if record else []:
+        got = stage.figures.get("achieved", {})
+        for what, wanted in stage.figures.get("requested", {}).items():
+            reached = got.get(what, wanted)  # a pattern is reached, or the stage fails
+            reason = stage.figures.get("reason", "")
+            found.append(Asked(what=what, asked=wanted, got=reached, reason=reason))
+    return found

@@ -1,0 +1,106 @@
+"""Quality of samples: the feature network, and every distance in its features.
+
+Shapes: N images, D features.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from prunedm.data import ImageSet
+from prunedm.errors import UserError
+from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
+from prunedm.evaluation.fid import bootstrap_error, frechet_distance, statistics
+from prunedm.evaluation.kid import kernel_distance
+from prunedm.evaluation.manifold import precision_recall, share_error
+from prunedm.options import EvaluateOptions
+
+LEAST_SAMPLES = 300  # where the number is not given; more where the features need it
+UNSCORED_SAMPLES = 64  # where no distance is measured
+MOST_REFERENCES = 10_000  # held-out images behind FD
+
+
+def with_features(
+    options: EvaluateOptions, reference: ImageSet
+) -> tuple[EvaluateOptions, FeatureNetwork | None]:
+    """The network of FD and KID (None where they are skipped), and the number of samples set.
+
+    Raises `UserError` for what would fail only after hours: too few images for its features.
+    """
+    if options.depth == "quick" or options.samples == 0:
+        return options.model_copy(update={"samples": 0}), None
+    if options.skip_fid:
+        samples = UNSCORED_SAMPLES if options.samples is None else options.samples
+        return options.model_copy(update={"samples": samples}), None
+    name = options.features
+    if name == "auto":
+        name = "digits-cnn" if reference.name == "digits" and reference.size == 16 else "inception"
+    network = _features(name, options.inception_weights)
+    dim = network.dim or network(reference[0][None]).shape[1]
+    if options.samples is None:
+        options = options.model_copy(update={"samples": max(LEAST_SAMPLES, dim + dim // 4)})
+    for what, count in (("samples", options.samples), ("held-out images", len(reference))):
+        if count is not None and count <= dim:
+            raise UserError(
+                f"{count} {what} are too few for {network.name}, which has {dim} features; "
+                "give more, or --skip-fid to go without"
+            )
+    return options, network
+
+
+def features_of(
+    images_NHWC: np.ndarray, reference: ImageSet, network: FeatureNetwork, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, D) of samples and of the held-out images."""
+    drawn_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
+    own_ND = extract(network, image_batches(drawn_NCHW), device=device)
+    return own_ND, _reference_features(reference, network, device)
+
+
+def distances(
+    own_ND: torch.Tensor, real_ND: torch.Tensor, features: str, *, seed: int
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """What is to be measured, by the step's name; each gives fields of `Figures`."""
+
+    def fd() -> dict[str, float]:
+        own, real = (statistics(x_ND, features=features) for x_ND in (own_ND, real_ND))
+        error = bootstrap_error(own_ND, real, seed=seed)
+        return {"fd": frechet_distance(own, real), "fd_se": error}
+
+    def kid() -> dict[str, float]:
+        mean, error = kernel_distance(own_ND, real_ND, seed=seed)
+        return {"kid": 1000 * mean, "kid_se": 1000 * error}
+
+    def manifold() -> dict[str, float]:
+        precision, recall = precision_recall(real_ND, own_ND)
+        return {
+            "precision": precision,
+            "precision_se": share_error(precision, len(own_ND)),
+            "recall": recall,
+            "recall_se": share_error(recall, len(real_ND)),
+        }
+
+    return {"fd": fd, "kid": kid, "precision and recall": manifold}
+
+
+@lru_cache(maxsize=4)
+def _features(name: str, weights: str) -> FeatureNetwork:
+    return load_features(name, weights=weights or None)
+
+
+_references: dict[tuple[str, str], torch.Tensor] = {}
+
+
+def _reference_features(
+    images: ImageSet, network: FeatureNetwork, device: torch.device
+) -> torch.Tensor:
+    """Features (N, D) of the held-out images; the same for every model of a comparison."""
+    key = (images.fingerprint(), network.name)
+    if key not in _references:
+        count = min(len(images), MOST_REFERENCES)
+        batches = image_batches([images[i] for i in range(count)])
+        _references.clear()  # one set at a time: they can be large
+        _references[key] = extract(network, batches, device=device)
+    return _references[key]

@@ -1,0 +1,47 @@
+"""The reload check: a model folder, loaded again, gives the same output to the bit."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+from prunedm.errors import UserError
+from prunedm.folder import DENOISERS, Model, find
+from prunedm.randomness import generator_for
+
+
+@torch.no_grad()
+def check_reload(model: Model) -> bool:
+    """True, or `UserError` where the outputs on two fixed inputs differ.
+
+    Unnarrowed networks are loaded by diffusers alone, without any of our code.
+    """
+    folder = find(model.name)
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    again = _load_again(place, type(model.denoiser).__name__)
+    before, now = (_outputs(denoiser, model) for denoiser in (model.denoiser, again))
+    if not torch.equal(before, now):
+        gap = float((before - now).abs().max())
+        raise UserError(
+            f"{model.name} loaded again gives another output (by up to {gap:.3g}); save it again"
+        )
+    return True
+
+
+def _load_again(place: Path, name: str) -> torch.nn.Module:
+    cls = UNet2DModel if name == "UNet2DModel" else DENOISERS[name]
+    denoiser: torch.nn.Module = cls.from_pretrained(place, local_files_only=True)
+    return denoiser.eval()
+
+
+def _outputs(denoiser: torch.nn.Module, model: Model) -> torch.Tensor:
+    """The answer to two fixed noisy images, late and early, in float32 on the denoiser's device."""
+    weight = next(denoiser.parameters())
+    noise = torch.randn((2, *model.sample_shape), generator=generator_for(0, "reload check", 0))
+    last = model.scheduler.config.num_train_timesteps - 1
+    timesteps = torch.tensor([last // 100, last], device=weight.device)
+    labels = torch.zeros(2, dtype=torch.long, device=weight.device) if model.conditional else None
+    output: torch.Tensor = denoiser(
+        noise.to(weight.device, weight.dtype), timesteps, labels, return_dict=False
+    )[0]
+    return output.float()

@@ -1,0 +1,70 @@
+"""The frame around every step of an evaluation: what fails is told, and the rest goes on."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from traceback import extract_tb
+from typing import TypeVar
+
+from prunedm.errors import UserError
+from prunedm.evaluation.results import Step
+
+Found = TypeVar("Found")
+
+
+class Steps:
+    """The steps taken so far, of one model or of all."""
+
+    def __init__(self, model: str = "") -> None:
+        self.model = model
+        self.taken: list[Step] = []
+
+    def take(self, name: str, work: Callable[[], Found]) -> Found | None:
+        """What `work` gives, or None where it fails; an interruption is no failure and goes up."""
+        started, found, error = time.monotonic(), None, ""
+        try:
+            found = work()
+        except Exception as problem:
+            error = _in_words(problem)
+        self.taken.append(
+            Step(
+                step=name,
+                model=self.model,
+                status="failed" if error else "done",
+                seconds=round(time.monotonic() - started, 3),
+                error=error,
+            )
+        )
+        return found
+
+    def skip(self, name: str, why: str) -> None:
+        self.taken.append(Step(step=name, model=self.model, status="skipped", error=why))
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Step -> its error."""
+        return {s.step: s.error for s in self.taken if s.status == "failed"}
+
+    @property
+    def failures(self) -> list[str]:
+        """What failed, of which model, and why: one line each."""
+        return failures(self.taken)
+
+
+def failures(steps: Sequence[Step]) -> list[str]:
+    """What failed, of which model, and why: one line each."""
+    return [
+        f"{f'{s.model}: ' if s.model else ''}{s.step} ({s.error})"
+        for s in steps
+        if s.status == "failed"
+    ]
+
+
+def _in_words(error: Exception) -> str:
+    """One line; of what is no mistake of the user's, also the type and the place."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    places = extract_tb(error.__traceback__)
+    where = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
+    return f"{type(error).__name__}: {text[:500]}{where}"

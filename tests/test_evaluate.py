@@ -1,0 +1,454 @@
+"""evaluate to each depth: its rows, its files, what fails, and what is missing."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, Killed, tiny_folder, tiny_model
+from PIL import Image
+
+from prunedm.errors import UserError
+from prunedm.evaluation.dashboard import pareto
+from prunedm.evaluation.paired import psnr, ssim
+from prunedm.evaluation.results import Evaluation, Timing
+from prunedm.folder import load, save
+from prunedm.masks import save_masks
+from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOptions
+from prunedm.progress import Silent
+from prunedm.stages import compare, evaluate, learn, prune, train
+from prunedm.stages.compare import read_comparison
+from prunedm.stages.evaluate import read_evaluation, read_samples
+from prunedm.stages.first_masks import under_first_masks
+from prunedm.stages.measure import asked
+from prunedm.stages.reload import check_reload
+from prunedm.stages.steps import Steps
+
+QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
+MEASURE = {
+    "problems": 10,
+    "sampling_steps": 1,
+    "batch_size": 4,
+    "latency_batch": 2,
+    "latency_batches": (1,),
+    "latency_repeats": 2,
+    "device": "cpu",
+}
+SHALLOW = EvaluateOptions(depth="quick", **MEASURE)
+SAMPLED = EvaluateOptions(samples=6, skip_fid=True, **MEASURE)
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+class Means(torch.nn.Module):
+    """Two features: the means of the upper and the lower half."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = torch.nn.functional.adaptive_avg_pool2d(images.float(), [2, 1])
+        return means.mean(1).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("features") / "means.pt"
+    torch.jit.script(Means()).save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> dict[str, Path]:
+    """train -> prune channels -> learn from a score's masks."""
+    place = tmp_path_factory.mktemp("chain")
+    folders = {name: place / name for name in ("dense", "narrow", "learned")}
+    train(folders["dense"], TrainOptions(unet=TINY, steps=2, warmup=1, **QUICK))
+    prune(folders["dense"], folders["narrow"], PruneOptions(score="magnitude", pictures=0))
+    options = LearnOptions(steps=4, lr=50.0, score="magnitude", keep="last", **QUICK)
+    learn(folders["narrow"], folders["learned"], options)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def deep(chain, features, tmp_path_factory) -> Path:
+    """The learned model, evaluated with its dense model and its first masks."""
+    out = tmp_path_factory.mktemp("deep") / "out"
+    options = EvaluateOptions(depth="compare", samples=6, features=features, **MEASURE)
+    evaluate(chain["learned"], out, options)
+    return out
+
+
+def steps_of(folder: Path) -> dict[tuple[str, str], dict]:
+    workflow = json.loads((folder / "workflow_results.json").read_text())
+    return {(step["model"], step["step"]): step for step in workflow["steps"]}
+
+
+# ---------------------------------------------------------------------------------- depths
+
+
+def test_quick_draws_nothing_and_has_the_dense_row(chain, tmp_path):
+    out = tmp_path / "out"
+    record, _ = evaluate(chain["learned"], out, SHALLOW)
+    dense, own = read_comparison(out)
+    assert (dense.label, own.label) == ("dense", "learned")
+    assert dense.hash == load(chain["dense"]).hash
+    assert own == read_evaluation(out)
+    assert record.figures["loss"] == own.figures.loss
+    for row in (dense, own):
+        assert [t.batch for t in row.figures.timings] == [2]
+        assert row.figures.latency_ms == row.figures.timings[0].median_ms
+        assert row.reloads is True
+        assert row.figures.fd is row.figures.peak_memory_mb is None
+    assert read_samples(out) is None
+    assert not list((out / "samples").iterdir())
+
+
+def test_full_measures_the_model_deeply_and_the_dense_one_quickly(chain, tmp_path, features):
+    out = tmp_path / "out"
+    options = EvaluateOptions(samples=6, features=features, **MEASURE)
+    evaluate(chain["learned"], out, options)
+    dense, own = read_comparison(out)
+    assert [t.batch for t in own.figures.timings] == [2, 1]
+    assert own.figures.peak_memory_mb > 4e-6 * own.figures.params
+    for key in ("fd", "fd_se", "kid", "kid_se", "precision", "recall_se"):
+        assert getattr(own.figures, key) is not None
+        assert getattr(dense.figures, key) is None
+    assert dense.figures.loss > 0
+    assert read_samples(out).shape == (6, 8, 8, 1)
+    assert read_samples(out, "dense") is None
+    last = (out / "evaluation_summary.md").read_text().strip().splitlines()[-1]
+    assert last == f"All {len(steps_of(out))} steps done."
+
+
+def test_comparison_depth_pairs_images_and_losses(deep, chain):
+    rows = {row.label: row for row in read_comparison(deep)}
+    assert list(rows) == ["dense", "first-masks", "learned"]
+    images = {label: read_samples(deep, label) for label in rows}
+    losses = {label: np.load(deep / "metrics" / f"loss-{label}.npy") for label in rows}
+    paired = json.loads((deep / "metrics" / "paired.json").read_text())
+    assert "windows of 7 pixels" in paired["note"]
+    for label in ("first-masks", "learned"):
+        figures = rows[label].figures
+        by_image = psnr(images[label], images["dense"]), ssim(images[label], images["dense"])
+        assert figures.psnr_db == pytest.approx(np.median(by_image[0]))
+        assert figures.ssim == pytest.approx(np.median(by_image[1]))
+        assert paired["models"][label]["psnr_db"] == pytest.approx(by_image[0].tolist())
+        change = (losses[label] - losses["dense"]).astype(float)
+        assert figures.loss_change == pytest.approx(change.mean(), rel=1e-4)
+        pairs = change.reshape(-1, 2).mean(1)
+        assert figures.loss_change_se == pytest.approx(pairs.std(ddof=1) / 5**0.5, rel=1e-3)
+    assert rows["learned"].figures.fd is not None
+    assert rows["dense"].figures.fd is not None
+
+
+def test_first_and_learned_masks_are_compared_on_the_same_noise(deep, chain):
+    found = json.loads((deep / "metrics" / "masks_comparison.json").read_text())
+    record = load(chain["learned"]).record
+    assert found["groups_changed"] == pytest.approx(record.figures["groups_changed"])
+    assert 0 < found["groups_changed"] < 1
+    rows = {row.label: row for row in read_comparison(deep)}
+    first, learned = rows["first-masks"], rows["learned"]
+    assert found["first"]["loss"] == first.figures.loss
+    assert found["learned"]["fd"] == learned.figures.fd
+    gap = learned.figures.loss - first.figures.loss
+    assert found["loss_change"] == pytest.approx(gap, rel=1e-3)
+    assert found["loss_change_se"] > 0
+    pair = read_samples(deep, "learned"), read_samples(deep, "first-masks")
+    assert found["ssim"] == pytest.approx(np.median(ssim(*pair)))
+    with Image.open(deep / "visualizations" / "masks.png") as picture:
+        assert picture.size == (6 * 9 - 1, 2 * 9 - 1)
+    assert first.model == f"{chain['learned']}, under the first masks"
+
+
+def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypatch):
+    ways = []
+
+    def fake(denoisers, shape, way, *, repeats, device):
+        ways.append((way.batch, way.bf16, way.compiled))
+        timing = Timing(
+            batch=way.batch, dtype="x", threads=1, compiled=way.compiled, median_ms=1, spread_ms=0
+        )
+        return [timing.model_copy() for _ in denoisers]
+
+    monkeypatch.setitem(study_globals(), "timings", fake)
+    out = tmp_path / "out"
+    options = SAMPLED.model_copy(update={"depth": "comprehensive"})
+    evaluate(chain["learned"], out, options)
+    labels = [row.label for row in read_comparison(out)]
+    assert labels == ["dense", "narrow", "first-masks", "learned"]
+    assert ways == [(2, False, False), (1, False, False), (2, True, False), (2, False, True)]
+    assert all(read_samples(out, label) is not None for label in labels)
+
+
+def study_globals() -> dict:
+    """The module behind the function `compare`."""
+    return compare.__globals__
+
+
+def test_skip_fid_needs_no_network(tmp_path):
+    record, _ = evaluate(tiny_folder(), tmp_path / "out", SAMPLED)
+    assert record.figures["fd"] is None
+    assert read_samples(tmp_path / "out").shape == (6, 8, 8, 1)
+    assert steps_of(tmp_path / "out")["tiny", "fd"]["status"] == "skipped"
+
+
+# ----------------------------------------------------------------------------------- files
+
+
+def test_the_files_hold_the_figures(deep):
+    rows = read_comparison(deep)
+    with (deep / "metrics" / "layers.csv").open() as file:
+        layers = list(csv.DictReader(file))
+    assert len(layers) == sum(len(row.layers) for row in rows)
+    own = [line for line in layers if line["model"] == "learned" and line["pattern"] == "2:4"]
+    assert own
+    assert all(int(line["nonzero"]) == int(line["weights"]) / 2 for line in own)
+    with (deep / "metrics" / "timings.csv").open() as file:
+        timings = list(csv.DictReader(file))
+    assert [(t["model"], t["batch"]) for t in timings] == [
+        (row.label, batch) for row in rows for batch in ("2", "1")
+    ]
+    for row in rows:
+        with Image.open(deep / "samples" / f"{row.label}.png") as picture:
+            assert picture.size == (6 * 9 - 1, 8)
+    with Image.open(deep / "visualizations" / "side_by_side.png") as picture:
+        assert picture.size == (6 * 9 - 1, 3 * 9 - 1)
+    with Image.open(deep / "comparison_dashboard.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    assert (deep / "visualizations" / "layers.png").exists()
+
+
+def test_the_workflow_says_how_each_step_ended(deep, chain):
+    workflow = json.loads((deep / "workflow_results.json").read_text())
+    assert workflow["checkpoint"] == str(chain["learned"])
+    assert workflow["hash"] == load(chain["learned"]).hash
+    assert workflow["depth"] == "compare"
+    assert workflow["timestamp"].startswith("20")
+    steps = steps_of(deep)
+    for label in ("dense", "first-masks", "learned"):
+        for name in ("reload check", "loss", "samples", "fd", "kid", "precision and recall"):
+            assert steps[label, name]["status"] == "done"
+    for name in ("latency", "latency, batch 1", "paired", "masks comparison", "dashboard"):
+        assert steps["", name]["status"] == "done"
+
+
+def test_the_summary_has_asked_and_got_and_the_conditions(deep, chain):
+    text = (deep / "evaluation_summary.md").read_text()
+    (wanted,) = asked(load(chain["learned"]).record)
+    stats = json.loads((chain["narrow"] / "pruning_stats.json").read_text())
+    assert (wanted.what, wanted.asked) == ("params", 0.3)
+    assert wanted.got == stats["achieved"]["params"]
+    assert f"params 0.3 asked, {wanted.got:.4g} got" in text
+    for words in (
+        "10 held-out problems",
+        "6 by ddim-1",
+        "after 3 to warm up",
+        "to the bit",
+        "of 7 pixels",
+    ):
+        assert words in text
+    assert "| learned | 2 | float32 | 1 | no | dense (" in text
+    assert text.count("± ") > 6
+
+
+# -------------------------------------------------------------------------------- failures
+
+
+def test_a_failed_step_is_recorded_and_the_rest_goes_on(chain, tmp_path, features, monkeypatch):
+    def broken(*arguments, **options):
+        raise ValueError("bad\nluck")
+
+    monkeypatch.setattr("prunedm.stages.quality.frechet_distance", broken)
+    monkeypatch.setattr("prunedm.stages.measure.count_macs", broken)
+    monkeypatch.setitem(study_globals(), "timings", broken)
+    out, listener = tmp_path / "out", Listener()
+    options = EvaluateOptions(samples=6, features=features, **MEASURE)
+    evaluate(tiny_folder(), out, options, progress=listener)
+    row = read_evaluation(out)
+    assert row.failed.keys() == {"macs", "fd", "latency", "latency, batch 1"}
+    assert row.failed["fd"].startswith("ValueError: bad luck (test_evaluate.py:")
+    assert row.figures.fd is row.figures.latency_ms is None
+    assert row.figures.kid is not None
+    assert row.figures.loss > 0
+    steps = steps_of(out)
+    assert steps["tiny", "fd"]["status"] == "failed"
+    assert steps["tiny", "kid"]["status"] == "done"
+    summary = (out / "evaluation_summary.md").read_text()
+    last = summary.strip().splitlines()[-1]
+    assert last.startswith("Failed: tiny: macs (ValueError: bad luck")
+    assert "tiny: fd (" in last
+    assert "| failed |" in summary
+    assert any(line.startswith("failed: tiny: fd (ValueError") for line in listener.said)
+    json.loads((out / "workflow_results.json").read_text())
+
+
+def test_a_loss_that_fails_leaves_a_readable_result(tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise UserError("no such thing")
+
+    monkeypatch.setattr("prunedm.stages.measure.denoising_loss", broken)
+    compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SHALLOW)
+    for row in read_comparison(tmp_path / "out"):
+        assert np.isnan(row.figures.loss)
+        assert row.failed == {"loss": "no such thing"}
+        assert row.figures.loss_change is None
+    assert "failed" in (tmp_path / "out" / "comparison_report.md").read_text()
+
+
+@pytest.mark.parametrize("stop", [Killed, KeyboardInterrupt])
+def test_an_interruption_is_no_failure(stop):
+    def interrupted():
+        raise stop
+
+    steps = Steps("a")
+    with pytest.raises(stop):
+        steps.take("step", interrupted)
+    assert steps.failed == {}
+
+
+def test_the_steps_keep_what_work_gives():
+    steps = Steps("a")
+    assert steps.take("one", lambda: 1) == 1
+    assert steps.take("two", lambda: 1 / 0) is None
+    steps.skip("three", "not asked for")
+    assert [(s.step, s.status) for s in steps.taken] == [
+        ("one", "done"), ("two", "failed"), ("three", "skipped")
+    ]  # fmt: skip
+    assert list(steps.failed) == ["two"]
+    assert steps.failures[0].startswith("a: two (ZeroDivisionError: division by zero")
+
+
+# ---------------------------------------------------------------------------- missing things
+
+
+def test_without_its_dense_parent_a_model_stands_alone_and_says_so(tmp_path):
+    dense, masked, out = tmp_path / "dense", tmp_path / "masked", tmp_path / "out"
+    save(tiny_model(), dense)
+    prune(dense, masked, PruneOptions(mechanism="nm", score="magnitude", pictures=0))
+    dense.rename(tmp_path / "moved")
+    listener = Listener()
+    evaluate(masked, out, SHALLOW, progress=listener)
+    (row,) = read_comparison(out)
+    assert (row.label, row.figures.nm_valid) == ("masked", 1.0)
+    step = steps_of(out)["", "dense model"]
+    assert step["status"] == "failed"
+    assert str(dense) in step["error"]
+    assert any(str(dense) in line for line in listener.said)
+    assert str(dense) in (out / "evaluation_summary.md").read_text().splitlines()[-1]
+
+
+def test_a_model_without_a_record_has_no_dense_row(tmp_path):
+    evaluate(tiny_folder(), tmp_path / "out", SHALLOW)
+    (row,) = read_comparison(tmp_path / "out")
+    assert row.label == "tiny"
+    step = steps_of(tmp_path / "out")["", "dense model"]
+    assert (step["status"], "no record" in step["error"]) == ("skipped", True)
+
+
+@pytest.mark.parametrize("label", ["a/b", "..", ""])
+def test_labels_are_names_of_files(tmp_path, label):
+    with pytest.raises(UserError, match="no name of a file"):
+        compare({label: tiny_folder()}, tmp_path / "out", SHALLOW)
+
+
+def test_a_label_that_the_dense_row_has_is_not_taken_twice(chain, tmp_path):
+    evaluate(chain["narrow"], tmp_path / "out", SHALLOW, label="dense")
+    assert [row.label for row in read_comparison(tmp_path / "out")] == ["dense-2", "dense"]
+
+
+# ------------------------------------------------------------------------------- first masks
+
+
+def test_the_first_masks_of_a_score_are_made_again(chain):
+    learned = load(chain["learned"])
+    first = under_first_masks(learned, device="cpu", progress=Silent())
+    assert first.masks.violations(first.denoiser) == {}
+    narrow = load(chain["narrow"]).denoiser
+    for name, mask in first.masks:
+        weight = narrow.get_parameter(f"{name}.weight")
+        assert torch.equal(first.denoiser.get_parameter(f"{name}.weight"), weight * mask)
+        groups = weight.abs() if weight.ndim == 2 else weight.abs().permute(0, 2, 3, 1)
+        kept = groups.reshape(-1, 4).topk(2, dim=1).values.sum()
+        assert (weight.abs() * mask).sum().item() == pytest.approx(kept.item(), rel=1e-5)
+    assert learned.record.figures["loss_first_masks"] > 0
+
+
+@pytest.mark.parametrize("given", ["model", "file"])
+def test_the_first_masks_that_were_given_are_found(chain, tmp_path, given):
+    masked, out, path = tmp_path / "masked", tmp_path / "out", tmp_path / "m.safetensors"
+    by = PruneOptions(mechanism="nm", score="random", pattern="1:4", pictures=0)
+    prune(chain["narrow"], masked, by)
+    masks = load(masked).masks
+    options = {"steps": 2, "lr": 50.0, "keep": "last"} | QUICK
+    if given == "file":
+        save_masks(masks, path)
+        learn(chain["narrow"], out, LearnOptions(masks=str(path), **options))
+    else:
+        learn(masked, out, LearnOptions(**options))
+    first = under_first_masks(load(out), device="cpu", progress=Silent())
+    assert first.masks.patterns == masks.patterns
+    assert all(torch.equal(mask, masks.by_layer[name]) for name, mask in first.masks)
+    before = load(masked).denoiser
+    for name, value in first.denoiser.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name])
+    if given == "file":
+        save_masks(load(out).masks, path)
+        with pytest.raises(UserError, match="has changed since"):
+            under_first_masks(load(out), device="cpu", progress=Silent())
+
+
+# ------------------------------------------------------------------------------ reload check
+
+
+@pytest.mark.parametrize("name", ["dense", "narrow", "learned"])
+def test_every_kind_of_folder_reloads_to_the_bit(chain, name):
+    assert check_reload(load(chain[name]))
+
+
+def test_a_model_that_is_not_the_folders_is_found_out(tmp_path):
+    save(tiny_model(), tmp_path / "model")
+    model = load(tmp_path / "model")
+    with torch.no_grad():
+        model.denoiser.conv_out.bias += 1e-3
+    with pytest.raises(UserError, match="gives another output"):
+        check_reload(model)
+
+
+def test_plain_models_are_loaded_without_our_code(monkeypatch):
+    model = load(tiny_folder())
+    monkeypatch.setattr("prunedm.stages.reload.DENOISERS", {})
+    assert check_reload(model)
+
+
+# ---------------------------------------------------------------------------------- pictures
+
+
+def test_pareto_is_what_no_other_beats():
+    points = [(1.0, 5.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (2.0, 6.0), (2.0, 3.0)]
+    beaten = [any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points) for p in points]
+    assert pareto(points) == [0, 1, 3]
+    assert [k for k, b in enumerate(beaten) if not b] == [0, 1, 3, 5]  # 5 is 1 once more
+
+
+def test_an_evaluation_survives_its_json():
+    row = Evaluation.model_validate(
+        {
+            "label": "a", "model": "m", "hash": "h",
+            "figures": {
+                "loss": float("nan"), "loss_se": 0.0, "params": 1, "nonzero": 1, "macs": 0,
+                "bytes_disk": 1, "bytes_packed": 1,
+            },
+            "conditions": {
+                "dataset": "d", "problems": 1, "samples": 0, "sampler": "s", "seed": 0,
+                "features": "FD", "reference": 0, "device": "c", "dtype": "x", "latency_batch": 1,
+            },
+        }
+    )  # fmt: skip
+    again = Evaluation.model_validate_json(json.dumps(row.model_dump(mode="json")))
+    assert np.isnan(again.figures.loss)
