@@ -14,6 +14,7 @@ from torch import nn
 from prunedm.errors import UserError
 from prunedm.evaluation.features import load_features
 from prunedm.options import FidOptions, StatsOptions
+from prunedm.stages import distance
 from prunedm.stages.distance import fid, stats
 from prunedm.stages.distance_lines import lines
 
@@ -74,7 +75,7 @@ def test_distance_is_that_of_the_matrix_root_of_scipy(sets, network: str) -> Non
     assert not figures["biased"]
 
 
-def test_agrees_with_torch_fidelitys_own_run(sets, network: str) -> None:
+def test_agrees_with_torch_fidelitys_own_run(sets, network: str, monkeypatch) -> None:
     """`calculate_metrics` from end to end, with our features registered in the place of Inception."""
     from torch_fidelity import calculate_metrics, register_feature_extractor
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -112,6 +113,8 @@ def test_agrees_with_torch_fidelitys_own_run(sets, network: str) -> None:
         fid=True, kid=True, prc=True, kid_subset_size=60, kid_subsets=40,
         cuda=False, save_cpu_ram=True, cache=False, verbose=False,
     )  # fmt: skip
+    # theirs takes features as they are
+    monkeypatch.setattr(distance, "kernel_unit", lambda *_: 1.0)
     ours = fid(*sets, options(network, kid_subset=60))
     assert ours["fd"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
     kid, spread = (theirs[f"kernel_inception_distance_{k}"] for k in ("mean", "std"))

@@ -299,3 +299,13 @@ def test_plackett_luce_of_more_than_sixteen_samples_but_does_not_go_over_all_set
     assert dist.sample(uniforms(dist.logits_GM)).sum(1).tolist() == [16, 16]
     with pytest.raises(UserError, match=r"16:32.*conditional-bernoulli"):
         dist.inclusion()
+
+
+@family
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 8)])
+def test_weighted_scores_are_sums_of_scores(family, n, m):
+    dist = DISTRIBUTIONS[family](some_logits(9, m, 2.0), n)
+    masks = [dist.sample(uniforms(dist.logits_GM, seed).double()) for seed in range(4)]
+    weights = torch.tensor([0.5, -2.0, 1.0, 0.25], dtype=torch.float64)  # their sum counts too
+    expected = sum(w * dist.score(mask) for w, mask in zip(weights, masks, strict=True))
+    torch.testing.assert_close(dist.weighted_score(masks, weights), expected)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prunedm.errors import UserError
-from prunedm.evaluation.kid import kernel_distance, squared_discrepancy
+from prunedm.evaluation.kid import kernel_distance, kernel_unit, squared_discrepancy
 
 
 def features(seed: int, count: int, dim: int = 6, shift: float = 0.0) -> np.ndarray:
@@ -94,3 +94,11 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         kernel_distance(features(0, 9, 3), features(0, 9, 4))
     with pytest.raises(UserError, match="3 images are too few"):
         kernel_distance(features(0, 3), features(0, 9))
+
+
+def test_features_other_than_inceptions_are_taken_in_units_of_their_size():
+    real = np.random.default_rng(0).normal(size=(50, 8)) * 7
+    assert kernel_unit(real, "FID") == 1
+    assert kernel_unit(real, "FD (digits-cnn)") == pytest.approx((real**2).mean() ** 0.5)
+    assert kernel_unit(100 * real, "FD (x)") == pytest.approx(100 * kernel_unit(real, "FD (x)"))
+    assert kernel_unit(0 * real, "FD (x)") == 1

@@ -504,7 +504,7 @@ def test_one_model_without_anything_optional(tmp_path: Path) -> None:
     assert "img" not in read.tags
     assert "No record: dense" in read.text
     assert "nothing to compare it with" in read.text
-    assert "Not measured: FD (digits-cnn), KID ×1000, precision, recall, PSNR to dense" in read.text
+    assert "Not measured: FD (digits-cnn), KD ×1000, precision, recall, PSNR to dense" in read.text
     assert "None" not in read.text
 
 

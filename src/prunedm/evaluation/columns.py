@@ -89,7 +89,8 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "kid",
         "KID ×1000",
-        "kernel distance in the same features, times 1000 ± its standard error",
+        "kernel distance in the same features (but Inception's in units of their root mean square), "
+        "times 1000 ± its standard error",
         lambda figures, base: wide(figures.kid or 0.0),
         spread="kid_se",
         same=_FD,

@@ -53,6 +53,19 @@ def kernel_distance(
     return float(np.mean(found)), math.sqrt(variance)
 
 
+def kernel_unit(real_ND: torch.Tensor | np.ndarray, features: str) -> float:
+    """What to divide both sides' features by before `kernel_distance`.
+
+    The kernel is made for features of about one, as Inception's ("FID") are: these stay as they are,
+    so that KID is what others report. Any others are taken in units of the real images' root mean
+    square; unscaled, the kernel's cube would give numbers in the thousands or around nothing.
+    """
+    if features == "FID":
+        return 1.0
+    square = float(np.square(np.asarray(real_ND, dtype=np.float64)).mean())
+    return math.sqrt(square) or 1.0
+
+
 def squared_discrepancy(x_MD: np.ndarray, y_MD: np.ndarray) -> float:
     """The unbiased estimate from images x and y."""
     return _within(x_MD) + _within(y_MD) - 2 * float(_kernel(x_MD, y_MD).mean())

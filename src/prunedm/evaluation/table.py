@@ -35,13 +35,18 @@ class Cell:
 
 
 def headers(evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS) -> list[str]:
-    """The names over `rows`; the FD's says in which features it was measured."""
+    """The names over `rows`."""
     return ["model", *(header(column, evaluations) for column in columns)]
 
 
 def header(column: Column, evaluations: Sequence[Evaluation]) -> str:
+    """The FD's says in which features it was measured; only Inception's kernel distance is KID."""
     features = {e.conditions.features for e in evaluations}
-    return features.pop() if column.key == "fd" and len(features) == 1 else column.header
+    if column.key == "fd" and len(features) == 1:
+        return features.pop()
+    if column.key == "kid" and features != {"FID"}:
+        return column.header.replace("KID", "KD")
+    return column.header
 
 
 def cell(column: Column, evaluation: Evaluation, dense: Evaluation) -> Cell:

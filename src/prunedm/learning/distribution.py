@@ -27,7 +27,7 @@ makes "all of S before all others" less likely.
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import combinations, pairwise
 from math import comb
@@ -83,6 +83,16 @@ class Distribution(ABC):
             total = type(self)(leaf_GM, self.pattern.n).log_prob(mask_GM).sum()
             return torch.autograd.grad(total, leaf_GM)[0]
 
+    @torch.no_grad()
+    def weighted_score(
+        self, masks_KGM: Sequence[torch.Tensor], weights_K: torch.Tensor
+    ) -> torch.Tensor:
+        """sum over K masks of weight * score, (G, M)."""
+        total_GM = torch.zeros_like(self.logits_GM)
+        for mask_GM, weight in zip(masks_KGM, weights_K, strict=True):
+            total_GM += weight * self.score(mask_GM)
+        return total_GM
+
     def inclusion(self) -> torch.Tensor:
         """Probability that a weight is kept, (G, M), N in sum; differentiable in the logits."""
         return _in_chunks(self._inclusion, self._cost(self.pattern.m), self.logits_GM)
@@ -119,6 +129,16 @@ class ConditionalBernoulli(Distribution):
     def score(self, mask_GM: torch.Tensor) -> torch.Tensor:
         """d log P / d logits = mask - inclusion, (G, M), without a graph."""
         return mask_GM.to(self.logits_GM.dtype) - self.inclusion()
+
+    @torch.no_grad()
+    def weighted_score(
+        self, masks_KGM: Sequence[torch.Tensor], weights_K: torch.Tensor
+    ) -> torch.Tensor:
+        """As for any distribution; all masks share one walk over the inclusion probabilities."""
+        total_GM = -weights_K.sum() * self.inclusion()
+        for mask_GM, weight in zip(masks_KGM, weights_K, strict=True):
+            total_GM += weight * mask_GM
+        return total_GM
 
     def _sample(self, l_CM: torch.Tensor, u_CM: torch.Tensor) -> torch.Tensor:
         u_MC = _by_member(u_CM)

@@ -21,7 +21,7 @@ from prunedm.evaluation.fid import (
     statistics,
 )
 from prunedm.evaluation.image_source import Images, open_side
-from prunedm.evaluation.kid import LEAST_IMAGES, kernel_distance
+from prunedm.evaluation.kid import LEAST_IMAGES, kernel_distance, kernel_unit
 from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import FidOptions, StatsOptions
 from prunedm.progress import Progress, Silent
@@ -220,9 +220,10 @@ def _sample_figures(left: _Side, right: _Side, options: FidOptions) -> dict[str,
         return figures
     fewest = min(len(a_ND), len(b_ND))
     if options.kid and fewest >= LEAST_IMAGES:
+        unit = kernel_unit(b_ND, right.statistics.features)
         figures["kid"], figures["kid_se"] = kernel_distance(
-            a_ND,
-            b_ND,
+            a_ND / unit,
+            b_ND / unit,
             subset=options.kid_subset,
             subsets=options.kid_subsets,
             seed=options.seed,

@@ -13,7 +13,7 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.evaluation.fid import bootstrap_error, frechet_distance, statistics
-from prunedm.evaluation.kid import kernel_distance
+from prunedm.evaluation.kid import kernel_distance, kernel_unit
 from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import EvaluateOptions
 
@@ -70,7 +70,8 @@ def distances(
         return {"fd": frechet_distance(own, real), "fd_se": error}
 
     def kid() -> dict[str, float]:
-        mean, error = kernel_distance(own_ND, real_ND, seed=seed)
+        unit = kernel_unit(real_ND, features)
+        mean, error = kernel_distance(own_ND / unit, real_ND / unit, seed=seed)
         return {"kid": 1000 * mean, "kid_se": 1000 * error}
 
     def manifold() -> dict[str, float]:
