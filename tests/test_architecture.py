@@ -12,7 +12,7 @@ SOURCE = Path(prunedm.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"recipe", "console", "messages"},
+    {"recipe", "console", "messages", "maskpro"},
     {"stages", "configuration"},
     {"folder", "scores", "removal", "learning", "recovery", "evaluation", "sampling"},
     {"training"},

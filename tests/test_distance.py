@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import nn
 
+from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.evaluation.features import load_features
 from prunedm.options import FidOptions, StatsOptions
@@ -258,6 +259,23 @@ def test_a_file_is_replaced_only_on_request_and_as_a_whole(
         stats(str(out), tmp_path / "again.npz", wanted)
     with pytest.raises(UserError, match=r"ends in \.npz"):
         stats(sets[0], tmp_path / "stats", wanted)
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_work(
+    sets, network: str, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("prunedm.stages.distance.extract", None)
+    shape = StatsOptions(features=network, device="cpu")
+    with pytest.raises(OSError, match="file"):
+        stats(sets[1], tmp_path / "file" / "real.npz", shape)
+
+
+def test_the_command_makes_the_folder_of_its_json(sets, network: str, tmp_path: Path) -> None:
+    wanted = tmp_path / "new" / "figures.json"
+    with pytest.raises(SystemExit, match="0"):
+        main(["fid", *sets, "--features", network, "--no-kid", "--no-prc", "--json", str(wanted)])
+    assert json.loads(wanted.read_text())["fd"] > 0
 
 
 def test_inception_is_the_default() -> None:

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2
 
 from prunedm.errors import UserError
-from prunedm.learning import distribution
+from prunedm.learning import chunks, distribution
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution, all_patterns
 from prunedm.masks import Pattern
 
@@ -266,7 +266,7 @@ def test_chunks_change_nothing(family, monkeypatch):
     mask_GM = DISTRIBUTIONS[family](l_GM, 2).sample(uniforms(l_GM))
     results = []
     for numbers in (1 << 30, 1000):
-        monkeypatch.setattr(distribution, "_GRAPH_CHUNK", numbers)
+        monkeypatch.setattr(chunks, "GRAPH_CHUNK", numbers)
         dist = DISTRIBUTIONS[family](l_GM, 2)
         values = [dist.log_prob(mask_GM), dist.inclusion()[:, 1], dist.entropy()]
         total = sum((k + 1) * value.square().sum() for k, value in enumerate(values))
@@ -303,9 +303,10 @@ def test_plackett_luce_of_more_than_sixteen_samples_but_does_not_go_over_all_set
 
 @family
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 8)])
-def test_weighted_scores_are_sums_of_scores(family, n, m):
+def test_relative_scores_differ_from_scores_by_what_all_masks_share(family, n, m):
     dist = DISTRIBUTIONS[family](some_logits(9, m, 2.0), n)
-    masks = [dist.sample(uniforms(dist.logits_GM, seed).double()) for seed in range(4)]
-    weights = torch.tensor([0.5, -2.0, 1.0, 0.25], dtype=torch.float64)  # their sum counts too
-    expected = sum(w * dist.score(mask) for w, mask in zip(weights, masks, strict=True))
-    torch.testing.assert_close(dist.weighted_score(masks, weights), expected)
+    masks = [dist.sample(uniforms(dist.logits_GM, seed).double()) for seed in range(5)]
+    shared = [dist.score(mask) - dist.relative_score(mask) for mask in masks]
+    assert all(not torch.equal(masks[0], mask) for mask in masks[1:])
+    for term in shared[1:]:
+        torch.testing.assert_close(term, shared[0])

@@ -7,22 +7,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, Killed, tiny_folder, tiny_model
+from diffusers import DDPMScheduler
+from helpers import TINY, Killed, noise_images, problems, tiny_folder, tiny_model
 from PIL import Image
 
+from prunedm.cli.frame import show_comparison
+from prunedm.data import load_images
+from prunedm.diffusion import ProblemStream
 from prunedm.errors import UserError
 from prunedm.evaluation.dashboard import pareto
+from prunedm.evaluation.features import load_features
+from prunedm.evaluation.loss import denoising_loss, streamed_batches
 from prunedm.evaluation.paired import psnr, ssim
 from prunedm.evaluation.results import Evaluation, Timing
+from prunedm.evaluation.speed import timings
 from prunedm.folder import load, save
 from prunedm.masks import save_masks
 from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOptions
 from prunedm.progress import Silent
+from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
 from prunedm.stages.compare import read_comparison
+from prunedm.stages.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.evaluate import read_evaluation, read_samples
 from prunedm.stages.first_masks import under_first_masks
-from prunedm.stages.measure import asked
+from prunedm.stages.inputs import held_out_problems
+from prunedm.stages.quality import features_of, with_features
 from prunedm.stages.reload import check_reload
 from prunedm.stages.steps import Steps
 
@@ -109,19 +119,24 @@ def test_quick_draws_nothing_and_has_the_dense_row(chain, tmp_path):
     assert not list((out / "samples").iterdir())
 
 
-def test_full_measures_the_model_deeply_and_the_dense_one_quickly(chain, tmp_path, features):
+def test_full_measures_the_dense_model_alike(chain, tmp_path, features):
     out = tmp_path / "out"
     options = EvaluateOptions(samples=6, features=features, **MEASURE)
-    evaluate(chain["learned"], out, options)
+    record, _ = evaluate(chain["learned"], out, options)
     dense, own = read_comparison(out)
-    assert [t.batch for t in own.figures.timings] == [2, 1]
-    assert own.figures.peak_memory_mb > 4e-6 * own.figures.params
-    for key in ("fd", "fd_se", "kid", "kid_se", "precision", "recall_se"):
-        assert getattr(own.figures, key) is not None
-        assert getattr(dense.figures, key) is None
-    assert dense.figures.loss > 0
-    assert read_samples(out).shape == (6, 8, 8, 1)
-    assert read_samples(out, "dense") is None
+    assert (dense.label, own.label) == ("dense", "learned")
+    assert Path(record.inputs["features file"].path) == Path(features)
+    for row in (dense, own):
+        assert [t.batch for t in row.figures.timings] == [2, 1]
+        assert row.figures.peak_memory_mb > 4e-6 * row.figures.params
+        for key in ("fd", "fd_se", "kid", "kid_se", "precision", "recall_se"):
+            assert getattr(row.figures, key) is not None
+        assert row.samples_file == f"samples/{row.label}.npz"
+    images = read_samples(out), read_samples(out, "dense")
+    assert own.figures.psnr_db == pytest.approx(np.median(psnr(*images)))
+    assert own.figures.ssim == pytest.approx(np.median(ssim(*images)))
+    assert own.figures.identical == 0
+    assert dense.figures.psnr_db is dense.figures.identical is None
     last = (out / "evaluation_summary.md").read_text().strip().splitlines()[-1]
     assert last == f"All {len(steps_of(out))} steps done."
 
@@ -176,7 +191,7 @@ def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypat
         )
         return [timing.model_copy() for _ in denoisers]
 
-    monkeypatch.setitem(study_globals(), "timings", fake)
+    monkeypatch.setattr("prunedm.stages.together.timings", fake)
     out = tmp_path / "out"
     options = SAMPLED.model_copy(update={"depth": "comprehensive"})
     evaluate(chain["learned"], out, options)
@@ -184,11 +199,6 @@ def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypat
     assert labels == ["dense", "narrow", "first-masks", "learned"]
     assert ways == [(2, False, False), (1, False, False), (2, True, False), (2, False, True)]
     assert all(read_samples(out, label) is not None for label in labels)
-
-
-def study_globals() -> dict:
-    """The module behind the function `compare`."""
-    return compare.__globals__
 
 
 def test_skip_fid_needs_no_network(tmp_path):
@@ -214,6 +224,9 @@ def test_the_files_hold_the_figures(deep):
     assert [(t["model"], t["batch"]) for t in timings] == [
         (row.label, batch) for row in rows for batch in ("2", "1")
     ]
+    assert float(timings[0]["images_per_s"]) == 2000 / float(timings[0]["median_ms"])
+    stored = json.loads((deep / "detailed_results.json").read_text())[0]["figures"]["timings"][0]
+    assert stored["images_per_s"] == rows[0].figures.timings[0].images_per_s
     for row in rows:
         with Image.open(deep / "samples" / f"{row.label}.png") as picture:
             assert picture.size == (6 * 9 - 1, 8)
@@ -234,7 +247,9 @@ def test_the_workflow_says_how_each_step_ended(deep, chain):
     for label in ("dense", "first-masks", "learned"):
         for name in ("reload check", "loss", "samples", "fd", "kid", "precision and recall"):
             assert steps[label, name]["status"] == "done"
-    for name in ("latency", "latency, batch 1", "paired", "masks comparison", "dashboard"):
+    for label in ("first-masks", "learned"):
+        assert steps[label, "paired"]["status"] == "done"
+    for name in ("latency", "latency, batch 1", "masks comparison", "dashboard", "sheets"):
         assert steps["", name]["status"] == "done"
 
 
@@ -251,6 +266,8 @@ def test_the_summary_has_asked_and_got_and_the_conditions(deep, chain):
         "after 3 to warm up",
         "to the bit",
         "of 7 pixels",
+        "bootstrap over the samples",
+        "peak memory: one call at batch 2",
     ):
         assert words in text
     assert "| learned | 2 | float32 | 1 | no | dense (" in text
@@ -266,7 +283,7 @@ def test_a_failed_step_is_recorded_and_the_rest_goes_on(chain, tmp_path, feature
 
     monkeypatch.setattr("prunedm.stages.quality.frechet_distance", broken)
     monkeypatch.setattr("prunedm.stages.measure.count_macs", broken)
-    monkeypatch.setitem(study_globals(), "timings", broken)
+    monkeypatch.setattr("prunedm.stages.together.timings", broken)
     out, listener = tmp_path / "out", Listener()
     options = EvaluateOptions(samples=6, features=features, **MEASURE)
     evaluate(tiny_folder(), out, options, progress=listener)
@@ -283,6 +300,12 @@ def test_a_failed_step_is_recorded_and_the_rest_goes_on(chain, tmp_path, feature
     last = summary.strip().splitlines()[-1]
     assert last.startswith("Failed: tiny: macs (ValueError: bad luck")
     assert "tiny: fd (" in last
+    assert last.endswith(". The same command with --overwrite measures again.")
+    monkeypatch.undo()
+    assert evaluate(tiny_folder(), out, options)[1] is False
+    assert evaluate(tiny_folder(), out, options, overwrite=True)[1] is True
+    assert read_evaluation(out).failed == {}
+    assert evaluate(tiny_folder(), out, options, overwrite=True)[1] is False  # nothing to mend
     assert "| failed |" in summary
     assert any(line.startswith("failed: tiny: fd (ValueError") for line in listener.said)
     json.loads((out / "workflow_results.json").read_text())
@@ -295,10 +318,76 @@ def test_a_loss_that_fails_leaves_a_readable_result(tmp_path, monkeypatch):
     monkeypatch.setattr("prunedm.stages.measure.denoising_loss", broken)
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SHALLOW)
     for row in read_comparison(tmp_path / "out"):
-        assert np.isnan(row.figures.loss)
+        assert row.figures.loss is row.figures.loss_se is None
         assert row.failed == {"loss": "no such thing"}
         assert row.figures.loss_change is None
-    assert "failed" in (tmp_path / "out" / "comparison_report.md").read_text()
+    for name in ("comparison_report.md", "report.html"):
+        assert "failed" in (tmp_path / "out" / name).read_text()
+
+
+def strict(text: str) -> object:
+    """JSON as the standard has it, where Python would take NaN too."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_never_reach_json(tmp_path):
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.denoiser.conv_out.bias.fill_(float("nan"))
+    save(broken, tmp_path / "broken")
+    options = SHALLOW.model_copy(update={"problems": 2})
+    models = {"a": tiny_folder(), "b": tiny_folder(), "broken": tmp_path / "broken"}
+    compare(models, tmp_path / "out", options)
+    found = [strict(path.read_text()) for path in (tmp_path / "out").rglob("*.json")]
+    assert len(found) >= 3
+    _, same, bad = read_comparison(tmp_path / "out")
+    assert (same.figures.loss_change, same.figures.loss_change_se) == (0, None)  # of one pair
+    assert same.figures.loss > 0
+    assert same.figures.loss_se is None
+    failed = {
+        name for name, step in steps_of(tmp_path / "out").items() if step["status"] == "failed"
+    }
+    assert failed == {("broken", "loss")}
+    assert bad.figures.loss is None
+    assert "the loss is nan" in bad.failed["loss"]
+    assert "* b: loss +0.00000\n" in (tmp_path / "out" / "evaluation_summary.md").read_text()
+
+
+def test_one_model_that_cannot_be_timed_leaves_the_others_their_turns(chain, tmp_path, monkeypatch):
+    real, called = timings, []
+
+    def picky(denoisers, shape, way, *, repeats, device):
+        called.append((len(denoisers), way.batch, repeats))
+        if way.batch == 1 and any(hasattr(d, "too_large") for d in denoisers):
+            raise torch.cuda.OutOfMemoryError("no room")
+        return real(denoisers, shape, way, repeats=repeats, device=device)
+
+    models = {"a": chain["dense"], "b": chain["narrow"], "c": tiny_folder()}
+    loading = load
+
+    def marked(path):
+        model = loading(path)
+        if path == models["b"]:
+            model.denoiser.too_large = True
+        return model
+
+    monkeypatch.setattr("prunedm.stages.together.timings", picky)
+    monkeypatch.setitem(compare.__globals__, "load", marked)
+    compare(models, tmp_path / "out", SAMPLED)
+    rows = {row.label: row for row in read_comparison(tmp_path / "out")}
+    assert {label: [t.batch for t in row.figures.timings] for label, row in rows.items()} == {
+        "a": [2, 1], "b": [2], "c": [2, 1]
+    }  # fmt: skip
+    assert rows["b"].failed["latency, batch 1"].startswith("OutOfMemoryError: no room")
+    assert not rows["a"].failed | rows["c"].failed
+    assert called == [(3, 2, 2), (3, 1, 2), (1, 1, 1), (1, 1, 1), (1, 1, 1), (2, 1, 2)]
+    steps = steps_of(tmp_path / "out")
+    assert steps["b", "latency, batch 1"]["status"] == "failed"
+    assert steps["", "latency, batch 1"]["status"] == "done"
 
 
 @pytest.mark.parametrize("stop", [Killed, KeyboardInterrupt])
@@ -324,7 +413,200 @@ def test_the_steps_keep_what_work_gives():
     assert steps.failures[0].startswith("a: two (ZeroDivisionError: division by zero")
 
 
+def test_a_sheet_that_fails_is_recorded(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise UserError("no colours for it")
+
+    monkeypatch.setattr("prunedm.stages.comparison_files.grid", broken)
+    evaluate(tiny_folder(), tmp_path / "out", SAMPLED)
+    assert steps_of(tmp_path / "out")["", "sheets"]["error"] == "no colours for it"
+    assert read_samples(tmp_path / "out").shape == (6, 8, 8, 1)
+
+
+def test_pairs_that_fail_name_their_model(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise UserError("no pairs")
+
+    monkeypatch.setattr("prunedm.stages.together.ssim", broken)
+    compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SAMPLED)
+    first, second = read_comparison(tmp_path / "out")
+    assert (first.failed, second.failed) == ({}, {"paired": "no pairs"})
+    assert steps_of(tmp_path / "out")["b", "paired"]["status"] == "failed"
+
+
+def test_one_image_has_no_standard_error(chain, tmp_path):
+    options = SAMPLED.model_copy(update={"samples": 1})
+    compare({"a": chain["dense"], "b": chain["narrow"]}, tmp_path / "out", options)
+    figures = read_comparison(tmp_path / "out")[1].figures
+    assert figures.ssim is not None
+    assert figures.psnr_se is figures.ssim_se is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"features": "digits-cnn"}, r"digits-cnn takes images of shape \(1, 16, 16\)"),
+        ({"skip_fid": True, "sampling_steps": 2000}, "2000 sampling steps"),
+    ],
+)
+def test_what_cannot_be_measured_fails_before_any_work(tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(tiny_folder(), tmp_path / "out", EvaluateOptions(**(MEASURE | wrong)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_other_images_are_refused(tmp_path):
+    models = {"a": tiny_folder(), "b": tiny_folder(sample_size=16)}
+    with pytest.raises(UserError, match=r"b makes images of \(1, 16, 16\), a of \(1, 8, 8\)"):
+        compare(models, tmp_path / "out", SHALLOW)
+
+
+def test_features_of_another_content_are_measured_again(tmp_path):
+    class Half(Means):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            means = torch.nn.functional.adaptive_avg_pool2d(images.float(), [2, 1])
+            return means.mean(1).flatten(1) / 2
+
+    path, out = tmp_path / "net.pt", tmp_path / "out"
+    torch.jit.script(Means()).save(str(path))
+    options = EvaluateOptions(samples=6, features=str(path), **MEASURE)
+    whole = evaluate(tiny_folder(), out, options)[0].figures["fd"]
+    assert evaluate(tiny_folder(), out, options)[1] is False
+    torch.jit.script(Half()).save(str(path))
+    with pytest.raises(UserError, match=r"another features file \(its content has changed\)"):
+        evaluate(tiny_folder(), out, options)
+    record, made = evaluate(tiny_folder(), out, options, overwrite=True)
+    assert made
+    assert record.figures["fd"] == pytest.approx(whole / 4)
+
+
+def test_the_records_say_what_was_left_open(chain, tmp_path, features):
+    options = EvaluateOptions(skip_fid=True, **MEASURE)
+    one, _ = evaluate(tiny_folder(), tmp_path / "one", options)
+    several, _ = compare({"tiny": tiny_folder()}, tmp_path / "several", options)
+    assert one.options["samples"] == several.options["samples"] == 64
+    found, _ = with_features(
+        EvaluateOptions(), load_images("digits", split="test", size=16, channels=1)
+    )
+    assert (found.features, found.samples) == ("digits-cnn", 300)
+
+
+def test_the_loss_does_not_depend_on_the_batch(tmp_path, monkeypatch):
+    found = []
+    for number, update in enumerate(({"batch_size": 10}, {"batch_size": 3}, {"batch_size": 7})):
+        if number == 2:
+            monkeypatch.setattr("prunedm.evaluation.loss.MOST_VALUES", 8 * 8 * 2 + 5)
+        evaluate(tiny_folder(), tmp_path / str(number), SHALLOW.model_copy(update=update))
+        found.append(np.load(tmp_path / str(number) / "metrics" / "loss-tiny.npy"))
+    model = load(tiny_folder())
+    expected = denoising_loss(model.denoiser, held_out_problems(model, SHALLOW, 10)).per_problem_N
+    for losses in found:
+        assert losses == pytest.approx(expected.numpy(), rel=1e-5)
+    stream = streamed_batches(problems(), 5, 100)
+    assert isinstance(stream, ProblemStream)  # which keeps no batch
+    assert [batch.numbers for batch in stream] == [(0, 1), (2, 3), (4,)]
+
+
+def test_figures_stand_beside_the_dense_ones(chain, tmp_path):
+    evaluate(chain["learned"], tmp_path / "out", SHALLOW)
+    stored = json.loads((tmp_path / "out" / "evaluation_results.json").read_text())
+    dense, own = (row.figures for row in read_comparison(tmp_path / "out"))
+    model = load(chain["learned"])
+    zeros = sum(int((p == 0).sum()) for p in model.denoiser.parameters())
+    assert stored["figures"]["sparsity"] == pytest.approx(zeros / own.params)
+    assert stored["figures"]["compression"] == dense.bytes_packed / own.bytes_packed > 1
+    assert dense.compression is None
+    assert stored["dense"]["loss"] == dense.loss
+    for key in ("loss", "params", "nonzero", "macs", "bytes_disk", "bytes_packed", "latency_ms"):
+        value, base = getattr(own, key), getattr(dense, key)
+        assert stored["changes"][key]["absolute"] == pytest.approx(value - base)
+        assert stored["changes"][key]["relative"] == pytest.approx(value / base - 1)
+    assert "fd" not in stored["changes"]
+
+
+def test_models_of_another_kind_are_warned_about(tmp_path):
+    save(tiny_model(), tmp_path / "noise")
+    other = tiny_model()
+    other.scheduler = DDPMScheduler(
+        prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"
+    )
+    save(other, tmp_path / "velocity")
+    compare({n: tmp_path / n for n in ("noise", "velocity")}, tmp_path / "out", SAMPLED)
+    noise, velocity = read_comparison(tmp_path / "out")
+    c = noise.conditions
+    assert (c.prediction, c.schedule) == ("epsilon", "linear 0.0001 to 0.02, 1000 steps")
+    assert (c.spacing, c.threads, c.weights) == ("trailing", torch.get_num_threads(), "")
+    assert velocity.figures.loss_change is None
+    assert "loss" not in velocity.changes
+    summary = (tmp_path / "out" / "evaluation_summary.md").read_text()
+    assert "velocity: prediction is v_prediction, not epsilon as for noise" in summary
+    assert "velocity: schedule is squaredcos_cap_v2, 1000 steps, not linear" in summary
+
+
+def test_weights_are_called_averaged_where_training_averaged_them():
+    train = Record(stage="train", options={"ema_decay": 0.9999})
+    masks = Record(stage="learn", options={"ema_decay": 0.5, "train_weights": False})
+    both = Record(stage="learn", options={"ema_decay": 0.0, "train_weights": True})
+    prune = Record(stage="prune", options={})
+    assert weights_in_words(None) == weights_in_words(prune) == ""
+    for history, last, words in (
+        ([], train, "EMA 0.9999"),
+        ([train], prune, "EMA 0.9999"),
+        ([train, prune], masks, "EMA 0.9999"),
+        ([train, masks], both, "not averaged"),
+    ):
+        assert weights_in_words(last.model_copy(update={"history": history})) == words
+
+
+def test_schedules_of_other_betas_have_other_words():
+    words = {
+        schedule_in_words(DDPMScheduler(**options).config)
+        for options in (
+            {},
+            {"beta_end": 0.01},
+            {"num_train_timesteps": 500},
+            {"beta_schedule": "scaled_linear"},
+            {"rescale_betas_zero_snr": True},
+            {"trained_betas": [0.1] * 1000},
+            {"trained_betas": [0.2] * 1000},
+        )
+    }
+    assert len(words) == 7
+
+
+def test_features_of_a_file_are_not_those_of_its_namesake(tmp_path):
+    class Twice(Means):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            means = torch.nn.functional.adaptive_avg_pool2d(images.float(), [2, 1])
+            return 2 * means.mean(1).flatten(1)
+
+    drawn, images = np.zeros((4, 8, 8, 1), np.uint8), noise_images()
+    real = []
+    for name, module in (("one", Means()), ("two", Twice())):
+        (tmp_path / name).mkdir()
+        torch.jit.script(module).save(str(tmp_path / name / "net.pt"))
+        network = load_features(tmp_path / name / "net.pt")
+        real.append(features_of(drawn, images, network, torch.device("cpu"))[1])
+    assert torch.equal(2 * real[0], real[1])
+
+
 # ---------------------------------------------------------------------------- missing things
+
+
+def test_without_the_dense_model_nothing_is_measured_against_another(chain, tmp_path):
+    out, aside = tmp_path / "out", chain["dense"].with_name("aside")
+    chain["dense"].rename(aside)
+    try:
+        evaluate(chain["learned"], out, SAMPLED.model_copy(update={"depth": "compare"}))
+    finally:
+        aside.rename(chain["dense"])
+    rows = read_comparison(out)
+    assert [row.label for row in rows] == ["first-masks", "learned"]
+    for row in rows:
+        assert row.figures.psnr_db is row.figures.ssim is row.figures.loss_change is None
+    assert not (out / "metrics" / "paired.json").exists()
+    assert json.loads((out / "metrics" / "masks_comparison.json").read_text())["ssim"] is not None
+    assert "Against the dense model" not in (out / "evaluation_summary.md").read_text()
 
 
 def test_without_its_dense_parent_a_model_stands_alone_and_says_so(tmp_path):
@@ -420,6 +702,17 @@ def test_a_model_that_is_not_the_folders_is_found_out(tmp_path):
         check_reload(model)
 
 
+def test_a_reload_that_cannot_be_checked_is_not_one_that_differs(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("prunedm.stages.reload._load_again", broken)
+    evaluate(tiny_folder(), tmp_path / "out", SHALLOW)
+    row = read_evaluation(tmp_path / "out")
+    assert row.reloads is None
+    assert row.failed["reload check"].startswith("MemoryError")
+
+
 def test_plain_models_are_loaded_without_our_code(monkeypatch):
     model = load(tiny_folder())
     monkeypatch.setattr("prunedm.stages.reload.DENOISERS", {})
@@ -451,4 +744,19 @@ def test_an_evaluation_survives_its_json():
         }
     )  # fmt: skip
     again = Evaluation.model_validate_json(json.dumps(row.model_dump(mode="json")))
-    assert np.isnan(again.figures.loss)
+    assert row.figures.loss is again.figures.loss is None
+
+
+def test_a_report_that_failed_is_not_pointed_at(tmp_path, monkeypatch, capsys):
+    def broken(*arguments, **options):
+        raise UserError("no ink")
+
+    evaluate(tiny_folder(), tmp_path / "good", SHALLOW)
+    monkeypatch.setattr("prunedm.stages.comparison_files.write_report", broken)
+    evaluate(tiny_folder(), tmp_path / "bad", SHALLOW)
+    show_comparison(tmp_path / "good")
+    assert "report: " in capsys.readouterr().out
+    show_comparison(tmp_path / "bad")
+    said = capsys.readouterr()
+    assert "Failed: report (no ink)" in " ".join(said.out.split())
+    assert "report: " not in said.out

@@ -106,6 +106,23 @@ def test_the_baseline_is_the_records_dense_model_or_none(masked, tmp_path):
         alone.generate_samples(1, baseline=True)
 
 
+def test_a_dense_model_that_is_gone_is_done_without(tmp_path):
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    save(tiny_model(), dense)
+    prune(dense, out, PruneOptions(mechanism="nm", score="magnitude", pictures=0, device="cpu"))
+    dense.rename(tmp_path / "moved")
+    found = prunedm.MaskProEvaluator(out)
+    found.load_models()
+    assert found.baseline is None
+    assert str(dense) in found.missing
+    assert found.analyze_sparsity()["nm_compliance"] == 1.0
+    with pytest.raises(UserError, match=r"there is no baseline.*dense.*give baseline_model"):
+        found.generate_samples(1, baseline=True)
+    found = prunedm.MaskProEvaluator(out, dense)
+    with pytest.raises(UserError, match="no model at"):
+        found.load_models()
+
+
 def test_a_baseline_of_other_images_is_refused(masked, tmp_path):
     save(tiny_model(in_channels=3, out_channels=3), tmp_path / "rgb")
     evaluator = prunedm.MaskProEvaluator(masked, tmp_path / "rgb")

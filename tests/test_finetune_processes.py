@@ -88,6 +88,8 @@ def test_two_processes_end_where_one_with_their_whole_batch_ends(name, launched,
     options = FinetuneOptions(batch_size=WORLD * SIZE, **COMMON, **MIXTURES[name])
     one, _ = finetune(launched / "hybrid", tmp_path / "one", options)
     two = read_record(launched / f"{name}-two")
+    assert two.figures["processes"] == WORLD
+    assert "processes" not in one.figures
     for key in ("losses", "held_out"):
         curves = [torch.tensor(r.figures["curve"][key]) for r in (one, two)]
         assert torch.allclose(*curves, rtol=1e-4), key

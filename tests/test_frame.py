@@ -14,7 +14,16 @@ from prunedm import __version__
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.options import LoopOptions
-from prunedm.record import FILE, Record, Source, device_name, read_record
+from prunedm.recipe import describe
+from prunedm.record import (
+    FILE,
+    Record,
+    Source,
+    device_name,
+    read_record,
+    write_json,
+    write_record,
+)
 from prunedm.stages import frame
 from prunedm.stages.frame import RESUME, run_stage
 
@@ -273,3 +282,44 @@ def test_the_command_line_says_so_in_one_line(tmp_path, monkeypatch, capsys, err
     assert told.count("\n") == 1
     assert "another place" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_does_not_see_the_first_ones_folder_says_so(tmp_path, monkeypatch):
+    """As on a second machine without a shared disk."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(frame.processes, "wait_for_all", lambda: None)
+    stage = Stage()
+    with pytest.raises(
+        UserError, match=r"process 1 does not see .*out\.partial.*one shared folder"
+    ):
+        stage.run(tmp_path / "out")
+    assert stage.calls == 0
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    write_json({"a": nan, "b": [1.5, -inf, (inf, 2)], "c": {"d": inf}, "e": "nan"}, tmp_path / "f")
+    assert json.loads((tmp_path / "f").read_text(), parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, None, [None, 2]], "c": {"d": None}, "e": "nan"
+    }  # fmt: skip
+
+
+def test_a_record_with_an_endless_option_is_still_itself(tmp_path):
+    record = Record(stage="train", options={"clip": float("inf")}, figures={"loss": float("nan")})
+    write_record(record, tmp_path)
+    found = read_record(tmp_path)
+    assert found.identity == record.identity
+    assert found.figures == {"loss": None}
+
+
+@pytest.mark.parametrize(
+    ("figures", "line"),
+    [
+        ({"loss": None}, "done already"),
+        ({"loss": 0.25}, "loss 0.2500  (done already)"),
+        ({"loss": None, "loss_before": 0.5}, "loss 0.5000 => none  (done already)"),
+        ({"loss": 0.25, "loss_before": 0.5}, "loss 0.5000 => 0.2500  (done already)"),
+    ],
+)
+def test_a_loss_that_was_no_number_is_described(figures, line):
+    assert describe(figures, 0, False) == line

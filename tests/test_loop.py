@@ -17,6 +17,7 @@ from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Silent
 from prunedm.recovery.objective import data_objective
+from prunedm.training import processes
 from prunedm.training.checkpoint import (
     History,
     TrainingState,
@@ -239,6 +240,37 @@ def test_a_checkpoint_of_another_module_is_a_clear_error(tmp_path):
     train(Line(), tmp_path, slope, steps=3, checkpoint_every=2)
     with pytest.raises(UserError, match="of another model"):
         train(tiny_model().denoiser, tmp_path, steps=3, checkpoint_every=2)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_a_clear_error(tmp_path):
+    """Its steps were of other problems, and so is what is left."""
+    path = tmp_path / "c.safetensors"
+    line = Line()
+    state = TrainingState(line, torch.optim.SGD(line.parameters()), None, History(), processes=2)
+    save_checkpoint(path, state)
+    load_checkpoint(path, state)
+    state.processes = 1
+    with pytest.raises(UserError, match="in 2 processes, this one has 1; launch 2 again"):
+        load_checkpoint(path, state)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "PMI_RANK": "1", "PMI_SIZE": "2"}, (5, 8)),
+    ],
+)
+def test_processes_know_their_number_from_torchrun_and_from_mpi(names, found, monkeypatch):
+    for name in (*processes._RANKS, *processes._COUNTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert (processes.rank(), processes.count()) == found
+    assert processes.as_figures() == ({"processes": found[1]} if found[1] > 1 else {})
 
 
 def _nan_from(step: int):

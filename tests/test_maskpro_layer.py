@@ -25,9 +25,9 @@ from prunedm.learning.layer import (
     wrap_model_with_maskpro,
 )
 from prunedm.learning.sparsity import check_nm_compatibility, get_model_sparsity_summary
+from prunedm.maskpro.trainer import reinforce_loss
 from prunedm.masks import Pattern
 from prunedm.removal.nm import nm_mask
-from prunedm.stages.maskpro import reinforce_loss
 
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 6), (5, 16)),

@@ -23,12 +23,12 @@ from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
 from prunedm.layers import prunable_layers
 from prunedm.learning.layer import maskpro_layers, separate_parameters
+from prunedm.maskpro.config import MaskProConfig
+from prunedm.maskpro.trainer import DiffusionMaskProTrainer
 from prunedm.masks import Masks, Pattern
 from prunedm.options import DataOptions
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import held_out_problems, images_for, training_problems
-from prunedm.stages.maskpro import DiffusionMaskProTrainer
-from prunedm.stages.maskpro_config import MaskProConfig
 
 ESTIMATORS = ["relaxed", "reinforce"]
 CALLS = [

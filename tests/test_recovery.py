@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from helpers import Killed, noise_images, problems, tiny_folder, tiny_model
 from torch import nn
 from torch.autograd import gradcheck
@@ -96,6 +97,13 @@ def test_channels_that_were_constant_can_go_without_a_loss():
     teacher[:, 4:] = 0.5
     assert block_losses(teacher[:, :4], teacher).abs().max() < 1e-12
     assert (block_losses(teacher[:, :2], teacher) > 0.01).all()
+
+
+def test_channels_in_another_order_are_no_loss_where_that_is_known():
+    teacher = random(2, 6, 3, 3)
+    student = teacher[:, torch.randperm(6, generator=torch.Generator().manual_seed(0))]
+    assert block_losses(student, teacher, reordered=True).abs().max() < 1e-12
+    assert (block_losses(student, teacher) > 0.1).all()
 
 
 def test_a_block_of_one_position_has_no_gradient_but_no_nan():
@@ -452,6 +460,46 @@ def test_a_model_with_dropout_of_its_own_is_refused_where_it_would_drown_sensiti
     options = FinetuneOptions(match_sensitivity=1.0, **QUICK)
     with pytest.raises(UserError, match=r"has dropout 0\.3, .*--dropout 0"):
         finetune(tiny_folder(dropout=0.3), tmp_path / "out", options)
+
+
+def test_a_model_whose_channels_were_reordered_is_known_by_its_lineage(narrow, tmp_path):
+    import sys
+
+    stage = sys.modules["prunedm.stages.finetune"]
+    dense, out = narrow.parent / "dense", tmp_path / "permuted"
+    options = PruneOptions(mechanism="nm", score="magnitude", permute=True, pictures=0)
+    prune(dense, out, options)
+    assert stage._reorderings(load(dense)) == stage._reorderings(load(narrow)) == []
+    assert stage._reorderings(load(out)) == [load(dense).hash]
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "more", "message"),
+    [
+        ({"sample_size": 16}, {}, {}, r"images of \(1, 16, 16\), .* \(1, 8, 8\)"),
+        ({"num_class_embeds": 3}, {}, {}, "classes: 3, .* None"),
+        ({}, {"prediction_type": "v_prediction"}, {}, "prediction_type = v_prediction"),
+        ({}, {"beta_schedule": "squaredcos_cap_v2"}, {}, "another noise schedule"),
+        (
+            {
+                "block_out_channels": (16,),
+                "down_block_types": ("DownBlock2D",),
+                "up_block_types": ("UpBlock2D",),
+            },
+            {},
+            {"match_features": 1.0},
+            "the teacher has other blocks",
+        ),
+    ],
+)
+def test_a_teacher_that_is_none_is_refused(unet, scheduler, more, message, tmp_path):
+    teacher = tiny_model(**unet)
+    teacher.scheduler = DDPMScheduler(**scheduler)
+    save(teacher, tmp_path / "teacher")
+    options = FinetuneOptions(steps=1, teacher=str(tmp_path / "teacher"), **more, **QUICK)
+    with pytest.raises(UserError, match=message):
+        finetune(tiny_folder(), tmp_path / "out", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
 
 # ------------------------------------------------------------------------- a teacher that went

@@ -17,13 +17,14 @@ from prunedm.errors import UserError
 from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
 from prunedm.evaluation.report import page, table_words, write_report
+from prunedm.evaluation.report.checks import checks
 from prunedm.evaluation.report.front import Point, panels, pareto_front, quality_column
 from prunedm.evaluation.report.layers import layer_bars, reason_in_words
 from prunedm.evaluation.report.samples import sheets
 from prunedm.evaluation.report.stages import duration, failures, lineage_of, timeline
 from prunedm.evaluation.report.timings import timing_blocks
 from prunedm.evaluation.report.words import WORDS, attribute, text
-from prunedm.evaluation.results import Conditions, Evaluation, LayerSparsity, Timing
+from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSparsity, Timing
 from prunedm.layers import why_not_nm
 from prunedm.record import Record, Source
 
@@ -592,3 +593,95 @@ def test_ticks_are_round() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert Page(duration(seconds)).text == text
+
+
+def test_asked_beside_got_paired_loss_and_reload(tmp_path: Path) -> None:
+    models = pipeline()[:4]
+    params = Asked(what="params", asked=0.3, got=0.2956, reason="steps of 16")
+    pattern = Asked(what="pattern", asked="2:4", got="2:4")
+    for e, asked, reloads, change in zip(
+        models,
+        ([], [params], [params], [params, pattern]),
+        (True, True, None, False),
+        (None, 0.0431, -0.00012, 0.0002),
+        strict=True,
+    ):
+        e.asked, e.reloads = asked, reloads
+        e.figures.loss_change, e.figures.loss_change_se = change, 0.0001
+    dense, pruned, recovered, masked = checks(models)
+    assert (dense.change, dense.tone, dense.asked) == ("", "", [])
+    assert (pruned.change, pruned.tone) == ("+0.04310 ± 0.00010", "worse")
+    assert recovered.tone == ""  # 1.2 standard errors
+    assert [c.asked for c in (pruned, recovered, masked)] == [[params], [], [pattern]]
+    source = written(models, {}, tmp_path)
+    english, chinese = (Page(source, language).text for language in ("en", "zh"))
+    assert "params 0.3 → 0.2956" in english
+    assert "steps of 16" in english
+    assert "pattern 2:4 → 2:4" in english
+    assert (english.count("same to the bit"), english.count("DIFFERS")) == (2, 1)
+    assert (chinese.count("逐比特一致"), chinese.count("不一致")) == (2, 1)
+
+
+def test_a_change_without_a_standard_error_stands_alone() -> None:
+    models = pipeline()[:2]
+    models[1].figures.loss_change = 0.5
+    assert (checks(models)[1].change, checks(models)[1].tone) == ("+0.50000", "")
+
+
+def test_identical_images_are_called_so_in_both_languages(tmp_path: Path) -> None:
+    models = [evaluation(), evaluation("same", ssim=1.0, identical=1.0)]
+    source = written(models, {}, tmp_path)
+    for language, word in (("en", "identical"), ("zh", "相同")):
+        read = Page(source, language).text
+        assert f" {word} " in read.split("Figures" if language == "en" else "指标")[1]
+        assert "PSNR:" in read if language == "en" else "PSNR：" in read
+    missing = Page(source).text.split("Not measured:")[1]
+    assert "PSNR" not in missing
+
+
+def test_page_without_the_dense_loss(tmp_path: Path) -> None:
+    models = pipeline()
+    dense = evaluation(loss=None, loss_se=None, failed={"loss": "no number"})
+    dense.record, dense.curve = (
+        models[0].record,
+        {"losses": [0.5, None, 0.1], "held_out": [[3, None]]},
+    )
+    read = Page(written([dense, *models[1:]], {}, tmp_path))
+    assert not read.open
+    assert "None" not in read.text
+    assert "nan" not in read.text.split("Conditions")[0]
+    assert "loss failed" in read.text
+
+
+def test_conditions_of_weights_noise_and_threads_in_both_languages(tmp_path: Path) -> None:
+    own = {
+        "threads": 3, "spacing": "trailing", "prediction": "v_prediction", "schedule": "linear, 9 steps",
+    }  # fmt: skip
+    models = [
+        evaluation(weights="EMA 0.995", **own),
+        evaluation("a", weights="EMA 0.995", **own),
+        evaluation("b", weights="not averaged", **own),
+        evaluation("c", **own),
+    ]
+    source = written(models, {}, tmp_path)
+    english, chinese = (Page(source, language).text for language in ("en", "zh"))
+    assert "Weights of dense, a: an average over training (EMA), decay 0.995." in english
+    assert "Weights of b: those of the last training step, not averaged." in english
+    assert "predicts: v_prediction. Noise schedule: linear, 9 steps." in english
+    assert "Timesteps of ddim-50: trailing spacing." in english
+    assert "Threads: 3." in english
+    assert "dense, a 的权重：训练过程的指数滑动平均（EMA），衰减系数 0.995。" in chinese
+    assert "预测目标：v_prediction；噪声调度：linear, 9 steps。" in chinese
+    assert english.count("held-out denoising problems of") == 1  # one set of conditions for all
+
+
+def test_disk_is_of_the_weight_files_in_both_languages() -> None:
+    meaning = next(c.meaning for c in COLUMNS if c.key == "bytes_disk")
+    assert "weight files" in meaning
+    assert table_words.COLUMNS["bytes_disk"] == ("磁盘占用", "去噪网络权重文件的大小")
+
+
+def test_no_checks_no_section() -> None:
+    models = pipeline()
+    assert checks(models) == []
+    assert page(models, {}, title="x")["checks"] == []

@@ -7,7 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    schedulers,
+)
 from helpers import Killed, tiny_folder, tiny_model
 from PIL import Image
 
@@ -214,6 +220,75 @@ def test_unknown_samplers_and_too_many_steps_are_refused(denoiser):
             make_sampler(TRAINED, name)
     with pytest.raises(UserError, match="2000 sampling steps: the model has 1000"):
         draw(denoiser, 1, steps=2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", "it has a noise schedule of its own"),
+        ("EDMEulerScheduler", "it has a noise schedule of its own"),
+        ("UnCLIPScheduler", "only supports `beta_schedule`: 'squaredcos_cap_v2'"),
+        ("IPNDMScheduler", "it has a noise schedule of its own"),
+        ("DDIMInverseScheduler", "it goes from image to noise"),
+        ("RePaintScheduler", "its steps want model_output, timestep, sample, original_image, mask"),
+        ("VQDiffusionScheduler", "missing 1 required"),
+    ],
+)
+def test_a_scheduler_for_other_models_is_refused(name, why):
+    with pytest.raises(UserError, match=f"'{name}' cannot sample from this model: .*{why}.*; try"):
+        make_sampler(TRAINED, name)
+
+
+def test_a_scheduler_whose_noise_is_not_each_images_own_is_refused(monkeypatch):
+    """As `DPMSolverSDEScheduler`'s, which needs a package that we do not."""
+    module = sys.modules["prunedm.sampling.schedule"]
+
+    class Brownian(EulerDiscreteScheduler):
+        @classmethod
+        def from_config(cls, config, **more):
+            made = EulerDiscreteScheduler.from_config(config, **more)
+            made.register_to_config(noise_sampler_seed=None)
+            return made
+
+    monkeypatch.setattr(module, "scheduler_class", lambda _: Brownian)
+    with pytest.raises(UserError, match="its noise would depend on an image's neighbours"):
+        make_sampler(TRAINED, "Brownian")
+
+
+class OneImage(torch.nn.Module):
+    """The best denoiser of data that are one grey image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grey = torch.nn.Parameter(torch.tensor(0.25))
+        self.place = torch.arange(1000.0)
+
+    def forward(self, x, t, labels=None, return_dict=False):
+        bar = float(np.interp(float(t), self.place, TRAINED.alphas_cumprod))
+        return ((x - bar**0.5 * self.grey) / (1 - bar) ** 0.5,)
+
+
+def supported() -> list[str]:
+    found = []
+    for name in dir(schedulers):
+        try:
+            make_sampler(TRAINED, name)
+        except UserError:
+            continue
+        found.append(name)
+    return found
+
+
+def test_every_scheduler_of_diffusers_is_refused_or_draws_by_the_seed_alone():
+    names, grey = supported(), round((0.25 + 1) * 127.5)
+    assert {"DDPMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"} <= set(names)
+    for name in names:
+        torch.manual_seed(1)
+        whole = draw(OneImage(), 3, sampler=name, steps=6, batch_size=3).int()
+        torch.manual_seed(2)
+        single = draw(OneImage(), 3, sampler=name, steps=6, batch_size=1).int()
+        assert (whole - single).abs().max() <= 1, name
+        assert abs(whole.float().mean() - grey) < 20, name
 
 
 def test_the_noise_schedule_is_the_trained_one():

@@ -6,6 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import tiny_folder, tiny_model
 
+from prunedm.errors import UserError
 from prunedm.folder import load
 from prunedm.options import SampleOptions
 from prunedm.progress import Silent
@@ -141,6 +142,18 @@ def test_images_beyond_float16_are_drawn_in_a_wider_type(monkeypatch, denoiser):
     assert heard.said == [
         "float16 is too narrow for this model; its images are drawn in a wider type"
     ]
+
+
+@pytest.mark.parametrize("kinds", [[torch.bfloat16, torch.float32], [torch.float32], None])
+def test_a_model_without_finite_images_is_an_error_not_a_picture(monkeypatch, denoiser, kinds):
+    with torch.no_grad():
+        denoiser.conv_out.bias.fill_(torch.nan)
+    for module in (fast, draw):
+        monkeypatch.setattr(module, "native_types", lambda d: kinds)
+    heard = Heard()
+    with pytest.raises(UserError, match="image 0 is not finite: the model's weights are broken"):
+        drawn(denoiser, 6, speed="fast" if kinds else "exact", progress=heard)
+    assert heard.said == []
 
 
 # ---------------------------------------------------------------------------- compiling

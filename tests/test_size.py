@@ -18,7 +18,7 @@ from prunedm.evaluation.size import (
     nm_validity,
     packed_bytes,
 )
-from prunedm.evaluation.speed import Way, latencies, latency, timings
+from prunedm.evaluation.speed import Way, dtype_in_words, latencies, latency, timings
 from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern
 from prunedm.removal.nm import nm_masks
@@ -301,3 +301,29 @@ def test_layers_are_counted_on_their_weights():
         unet.get_submodule(name).weight.fill_(1.0)
     assert layer_sparsity(unet, masks)[list(found).index(name)].valid == 0
     assert all(layer.why_dense == "" for layer in layer_sparsity(unet, None))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "allowed", "words"),
+    [
+        ("cuda", (9, 0), True, "float32 (TF32 convolutions)"),
+        ("cuda", (9, 0), False, "float32"),
+        ("cuda", (7, 5), True, "float32"),
+        ("cpu", (9, 0), True, "float32"),
+    ],
+)
+def test_the_type_says_where_convolutions_are_rounded(
+    monkeypatch, device, capability, allowed, words
+):
+    class Weight:
+        dtype = torch.float32
+
+    class OnDevice(nn.Module):
+        def parameters(self, recurse=True):
+            Weight.device = torch.device(device)
+            return iter([Weight])
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert dtype_in_words(OnDevice()) == words
+    assert dtype_in_words(nn.Linear(1, 1).half()) == "float16"

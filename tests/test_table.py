@@ -14,6 +14,7 @@ from prunedm.evaluation.results import Conditions, Evaluation, Figures, Timing
 from prunedm.evaluation.table import (
     cell,
     change_in_words,
+    changes,
     csv_text,
     headers,
     markdown_table,
@@ -117,6 +118,21 @@ def test_every_measure_of_quality_shows_its_standard_error() -> None:
     assert cell(column("precision"), model, higher).tone == "better"
 
 
+def test_identical_images_have_no_decibels_but_a_word() -> None:
+    same = pruned(ssim=1.0, identical=1.0)
+    assert (shown("psnr_db", same), shown("psnr_db", pruned(identical=0.25))) == ("identical", "–")
+    assert "psnr_db" in {c.key for c in measured([evaluation(), same])}
+    assert "| identical |" in markdown_table([evaluation(), same])
+
+
+def test_changes_to_dense_are_of_figures_that_compare() -> None:
+    found = changes(pruned(fd=5.0, samples=7, nm_valid=1.0), evaluation(failed={"macs": "no"}))
+    assert found.keys() == {"loss", "params", "nonzero", "bytes_disk", "bytes_packed", "latency_ms"}
+    assert found["params"].absolute == 759_025 - 1_084_321
+    assert found["params"].relative == pytest.approx(759_025 / 1_084_321 - 1)
+    assert changes(pruned(kid=0.5), evaluation(kid=-0.1))["kid"].relative is None
+
+
 def test_kernel_distances_of_any_size_are_short() -> None:
     assert (wide(1.234), wide(-0.5), wide(1019855.4)) == ("1.23", "-0.50", "1.02e+06")
 
@@ -130,6 +146,7 @@ def test_kernel_distances_of_any_size_are_short() -> None:
         ("latency", ["latency_ms"]),
         ("memory", ["peak_memory_mb"]),
         ("macs", ["macs"]),
+        ("size", ["params", "nonzero", "bytes_disk", "bytes_packed", "nm_valid"]),
     ],
 )
 def test_what_failed_reads_failed(step: str, keys: list[str]) -> None:
@@ -208,10 +225,19 @@ def test_fd_header_names_the_features() -> None:
 
 @pytest.mark.parametrize(
     ("condition", "key"),
-    [("problems", "loss"), ("samples", "fd"), ("device", "latency_ms"), ("seed", "loss")],
+    [
+        ("problems", "loss"),
+        ("samples", "fd"),
+        ("device", "latency_ms"),
+        ("seed", "loss"),
+        ("prediction", "loss"),
+        ("schedule", "loss"),
+        ("spacing", "fd"),
+    ],
 )
 def test_no_change_between_figures_of_other_conditions(condition: str, key: str) -> None:
-    value: Any = "other" if condition == "device" else 7
+    words = ("device", "prediction", "schedule", "spacing")
+    value: Any = "other" if condition in words else 7
     other = pruned(fd=5.0, latency_ms=6.0, **{condition: value})
     assert "(" not in shown(key, other)
     assert "(" in shown("params", other)

@@ -32,9 +32,9 @@ _HOME = {
     "separate_parameters": "prunedm.learning.layer",
     "check_nm_compatibility": "prunedm.learning.sparsity",
     "get_model_sparsity_summary": "prunedm.learning.sparsity",
-    "DiffusionMaskProTrainer": "prunedm.stages.maskpro",
-    "MaskProConfig": "prunedm.stages.maskpro_config",
-    "MaskProEvaluator": "prunedm.stages.evaluator",
+    "DiffusionMaskProTrainer": "prunedm.maskpro.trainer",
+    "MaskProConfig": "prunedm.maskpro.config",
+    "MaskProEvaluator": "prunedm.maskpro.evaluator",
     # diffusers asks a component's library for its base class before it loads the component
     "ModelMixin": "diffusers",
 }

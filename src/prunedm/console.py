@@ -95,7 +95,7 @@ def pruning_table(stats_file: Path) -> None:
             f"{before[key]:,} => {after[key]:,}  (-{share:.1%})" if share else f"{before[key]:,}"
         )
         table.add_row(f"[bold]{key}", change)
-    table.add_row("[bold]loss", f"{before['loss']:.4f} => {after['loss']:.4f}")
+    table.add_row("[bold]loss", " => ".join(map(_loss, (before["loss"], after["loss"]))))
     for kind, wanted in stats.get("requested", {}).items():
         if kind in stats.get("achieved", {}):
             table.add_row(f"[bold]{kind} asked", f"{wanted:.1%}, got {stats['achieved'][kind]:.2%}")
@@ -174,6 +174,10 @@ def loss_line(record: Record) -> None:
         f"mean {found['loss']:.6f}{error}, {found['problems']} problems in "
         f"{found['batches']} batches{masked * bool(found['masked_layers'])}"
     )
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _percent(part: int, whole: int) -> str:

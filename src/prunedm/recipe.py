@@ -97,8 +97,10 @@ def run(
 def describe(figures: dict[str, Any], seconds: float, made: bool) -> str:
     """A stage's result in one line."""
     before = figures.get("loss_before", figures.get("loss_first_masks"))
-    change = f"loss {before:.4f} => {figures['loss']:.4f}" if before is not None else ""
-    if not change and "loss" in figures:
-        change = f"loss {figures['loss']:.4f}"
+    loss = figures.get("loss")  # None was not finite, or not measured
+    after = "" if loss is None else f"{loss:.4f}"
+    change = f"loss {before:.4f} => {after or 'none'}" if before is not None else ""
+    if not change and after:
+        change = f"loss {after}"
     when = f"{seconds:.0f} s" if made else "done already"
     return f"{change}  ({when})" if change else when

@@ -1,6 +1,7 @@
 """record.json: what a stage did, with what, on what, and what came out. One in every folder we write."""
 
 import json
+import math
 import platform
 import time
 from importlib import metadata
@@ -40,7 +41,7 @@ class Record(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What decides the result: the stage, its options and the hashes of its inputs."""
         hashes = {role: source.hash for role, source in self.inputs.items()}
-        return {"stage": self.stage, "options": self.options, "inputs": hashes}
+        return {"stage": self.stage, "options": finite(self.options), "inputs": hashes}
 
     def lineage(self) -> list["Record"]:
         """All records from the first model to this one."""
@@ -63,8 +64,20 @@ def write_record(record: Record, folder: Path) -> None:
 
 
 def write_json(value: Any, path: Path) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+    """Numbers that are not finite become null: JSON has none."""
+    text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, within lists and tables too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
 
 
 def environment(device: str = "auto") -> dict[str, Any]:

@@ -28,12 +28,12 @@ def fid(
     """Measure the distance of two sets of images: FID, KID, precision and recall."""
     from prunedm.console import Terminal
     from prunedm.record import write_json
-    from prunedm.stages.distance import check_file
+    from prunedm.stages.distance import check_file, make_place
     from prunedm.stages.distance import fid as stage
     from prunedm.stages.distance_lines import lines
 
     if json is not None:
-        check_file(json, ".json", overwrite=overwrite)
+        make_place(check_file(json, ".json", overwrite=overwrite))
     terminal = Terminal()
     figures = stage(generated, real, merge_file(options, config), progress=terminal)
     for line in lines(figures):

@@ -22,7 +22,10 @@ app = App(
 )
 Flat = Parameter(name="*")
 Config = Annotated[Path | None, Parameter(help="YAML file of options; the command line wins")]
-Overwrite = Annotated[bool, Parameter(help="replace OUT if it holds another result", negative=())]
+Overwrite = Annotated[
+    bool,
+    Parameter(help="replace OUT if it holds another result, or failed measurements", negative=()),
+]
 Model = Annotated[str, Parameter(help="a model folder, a hub id like owner/name, or digits")]
 Out = Annotated[Path, Parameter(help="the new folder")]
 
@@ -47,4 +50,5 @@ def show_comparison(folder: Path) -> None:
 
     evaluation_table(read_comparison(folder))
     Terminal().say((folder / SUMMARY).read_text(encoding="utf-8").splitlines()[-1])
-    Terminal().say(f"report: {(folder / REPORT).resolve()}")
+    if (folder / REPORT).exists():  # its step may have failed
+        Terminal().say(f"report: {(folder / REPORT).resolve()}")

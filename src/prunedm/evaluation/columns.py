@@ -8,9 +8,11 @@ from typing import Literal
 from prunedm.evaluation.results import Figures
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-_LOSS = ("dataset", "problems", "seed")
+_LOSS = ("dataset", "problems", "seed", "prediction", "schedule")
 _DRAWN = ("samples", "features")
-_FD = ("dataset", "features", "samples", "reference", "sampler", "seed")
+_SIZE = ("size",)
+_FD = ("dataset", "features", "samples", "reference", "sampler", "spacing", "seed")
+IDENTICAL = "identical"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Column:
     spread: str = ""  # the field of Figures that holds ±
     same: tuple[str, ...] = ()
     steps: tuple[str, ...] = ()
+    instead: Callable[[Figures], str] = lambda figures: ""  # what reads where there is no number
 
 
 def amount(value: float, base: float, *, unit: str = "") -> str:
@@ -125,6 +128,7 @@ COLUMNS: tuple[Column, ...] = (
         spread="psnr_se",
         same=_FD,
         steps=("samples", "paired"),
+        instead=lambda figures: IDENTICAL if (figures.identical or 0) >= 0.5 else "",
     ),
     Column(
         "ssim",
@@ -136,8 +140,14 @@ COLUMNS: tuple[Column, ...] = (
         same=_FD,
         steps=("samples", "paired"),
     ),
-    Column("params", "parameters", "weights and biases of the denoiser", _count("params")),
-    Column("nonzero", "non-zero", "parameters that are not zero", _count("nonzero")),
+    Column(
+        "params",
+        "parameters",
+        "weights and biases of the denoiser",
+        _count("params"),
+        steps=_SIZE,
+    ),
+    Column("nonzero", "non-zero", "parameters that are not zero", _count("nonzero"), steps=_SIZE),
     Column(
         "macs",
         "MACs",
@@ -145,12 +155,19 @@ COLUMNS: tuple[Column, ...] = (
         _count("macs"),
         steps=("macs",),
     ),
-    Column("bytes_disk", "disk", "bytes of the model's folder", _count("bytes_disk", unit="B")),
+    Column(
+        "bytes_disk",
+        "disk",
+        "bytes of the denoiser's weight files",
+        _count("bytes_disk", unit="B"),
+        steps=_SIZE,
+    ),
     Column(
         "bytes_packed",
         "packed (fp16)",
         "bytes in half precision; layers with N:M masks as their kept values and one bit a weight",
         _count("bytes_packed", unit="B"),
+        steps=_SIZE,
     ),
     Column(
         "latency_ms",
@@ -175,5 +192,7 @@ COLUMNS: tuple[Column, ...] = (
         "share of groups of M weights with at most N that are not zero, over the masked layers",
         _validity,
         better="",
+        steps=_SIZE,
     ),
 )
+LOSS = COLUMNS[0]

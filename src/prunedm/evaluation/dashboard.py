@@ -91,7 +91,8 @@ def _left(layer: LayerSparsity) -> float:
 
 def _value(row: Evaluation, key: str) -> float:
     value = getattr(row.figures, key)
-    return float("nan") if value is None else float(value) * _SCALES.get(key, 1.0)
+    unknown = value is None or (key in _SCALES and not value)  # 0 where counting failed
+    return float("nan") if unknown else float(value) * _SCALES.get(key, 1.0)
 
 
 def _bars(

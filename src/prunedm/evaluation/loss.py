@@ -1,14 +1,22 @@
 """The denoising loss on fixed problems: the same images, timesteps and noise for every model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from prunedm.diffusion import DenoisingProblems, ProblemBatch, predict, problem_losses
+from prunedm.diffusion import (
+    DenoisingProblems,
+    ProblemBatch,
+    ProblemStream,
+    predict,
+    problem_losses,
+)
 from prunedm.progress import Progress, Silent
 
 BATCH = 100
+MOST_VALUES = 2**21  # pixels times channels of a batch that is not kept
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,17 @@ def fixed_batches(problems: DenoisingProblems, count: int) -> list[ProblemBatch]
     return [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
 
 
+def streamed_batches(problems: DenoisingProblems, count: int, size: int) -> ProblemStream:
+    """Problems 0..count-1, `size` at a time or as many as stay small, drawn as they are wanted."""
+    images = problems.images
+    fitting = max(1, MOST_VALUES // (images.channels * images.size**2))
+    return problems.stream(count, size=min(size, fitting))
+
+
 @torch.no_grad()
 def denoising_loss(
     denoiser: nn.Module,
-    batches: list[ProblemBatch],
+    batches: Sequence[ProblemBatch],
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,

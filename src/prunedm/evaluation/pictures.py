@@ -61,12 +61,18 @@ class Curve:
         return [loss for _, loss in self.training + self.held_out if math.isfinite(loss)]
 
 
-def curve_of(name: str, losses: Sequence[float], held_out: Sequence[Sequence[float]] = ()) -> Curve:
-    """Means of neighbouring losses, as many as leave about a hundred points."""
+def curve_of(
+    name: str,
+    losses: Sequence[float | None],
+    held_out: Sequence[Sequence[float | None]] = (),
+) -> Curve:
+    """Means of neighbouring losses, as many as leave about a hundred points; None was no number."""
     window = max(1, len(losses) // POINTS)
+    losses_N = np.array(losses, dtype=np.float64)  # None becomes NaN
     starts = range(0, len(losses) - window + 1, window)
-    training = [(k + (window + 1) / 2, float(np.mean(losses[k : k + window]))) for k in starts]
-    return Curve(name, training, [(float(p[0]), float(p[1])) for p in held_out], window)
+    training = [(k + (window + 1) / 2, float(np.mean(losses_N[k : k + window]))) for k in starts]
+    points = [(float(p[0]), float(p[1])) for p in np.array(held_out, dtype=np.float64)]
+    return Curve(name, training, points, window)
 
 
 def loss_curves(curves: Sequence[Curve], *, dense: float | None = None) -> list[str]:

@@ -1,10 +1,14 @@
 """What an evaluation found out about one model, and under which conditions: one row of the table."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field
 
-from prunedm.record import Record
+from prunedm.record import Record, finite
+
+EMA, LAST = "EMA ", "not averaged"  # of `Conditions.weights`
+# a number that is not finite was not measured; JSON has none either
+Measured = Annotated[float | None, AfterValidator(finite)]
 
 
 class LayerSparsity(BaseModel):
@@ -30,57 +34,76 @@ class Timing(BaseModel):
     median_ms: float
     spread_ms: float  # half the distance between the quartiles
 
+    @computed_field  # type: ignore[prop-decorator]  # in the files too
     @property
     def images_per_s(self) -> float:
         return 1000 * self.batch / self.median_ms
 
 
 class Figures(BaseModel):
-    """Measured figures. None where a figure was not asked for or does not apply."""
+    """Measured figures. None where a figure was not asked for, does not apply, or its step failed."""
 
-    loss: float
-    loss_se: float
-    fd: float | None = None  # Fréchet distance of samples to held-out images
-    fd_se: float | None = None  # standard error of `fd` over the samples, by bootstrap
-    kid: float | None = None  # kernel distance in the same features, times 1000
-    kid_se: float | None = None
-    precision: float | None = None  # share of samples within the manifold of held-out images
-    precision_se: float | None = None
-    recall: float | None = None  # share of held-out images within the manifold of samples
-    recall_se: float | None = None
-    ssim: float | None = None  # to the dense model's images from the same noise, median
-    ssim_se: float | None = None
-    psnr_db: float | None = None  # to the dense model's images from the same noise, median
-    psnr_se: float | None = None
-    loss_change: float | None = None  # to the dense model's loss, problem by problem
-    loss_change_se: float | None = None
+    model_config = ConfigDict(validate_assignment=True)
+
+    loss: Measured = None
+    loss_se: Measured = None
+    fd: Measured = None  # Fréchet distance of samples to held-out images
+    fd_se: Measured = None  # standard error of `fd` over the samples, by bootstrap
+    kid: Measured = None  # kernel distance in the same features, times 1000
+    kid_se: Measured = None
+    precision: Measured = None  # share of samples within the manifold of held-out images
+    precision_se: Measured = None
+    recall: Measured = None  # share of held-out images within the manifold of samples
+    recall_se: Measured = None
+    ssim: Measured = None  # to the dense model's images from the same noise, median
+    ssim_se: Measured = None
+    psnr_db: Measured = None  # to the dense model's images from the same noise, median
+    psnr_se: Measured = None
+    identical: Measured = None  # share of images that equal the dense model's: no noise, no PSNR
+    loss_change: Measured = None  # to the dense model's loss, problem by problem
+    loss_change_se: Measured = None
     params: int
     nonzero: int
     macs: int  # of one image through the denoiser once, attention included
     bytes_disk: int
     bytes_packed: int  # half precision; layers with N:M masks as kept values + one bit a weight
-    latency_ms: float | None = None  # one denoiser call, median
-    latency_spread_ms: float | None = None  # half the distance between the quartiles
+    sparsity: Measured = None  # share of this model's own parameters that are zero
+    compression: Measured = None  # the dense model's packed bytes over this one's
+    latency_ms: Measured = None  # one denoiser call, median
+    latency_spread_ms: Measured = None  # half the distance between the quartiles
     timings: list[Timing] = Field(default_factory=list)  # the first is `latency_ms`
-    peak_memory_mb: float | None = None  # of one denoiser call at the largest timed batch
+    peak_memory_mb: Measured = None  # of one denoiser call at the largest timed batch
+    peak_memory_batch: int | None = None
     pattern: str = ""  # "2:4" where the model has N:M masks
-    nm_valid: float | None = None  # share of groups that are N:M, over the masked layers
+    nm_valid: Measured = None  # share of groups that are N:M, over the masked layers
     nm_layers: int = 0  # layers with a mask
     nm_dense: dict[str, str] = Field(default_factory=dict)  # prunable layers left dense, and why
 
 
+class Change(BaseModel):
+    """How far a figure is from the dense model's: the difference, and its share of that."""
+
+    absolute: float
+    relative: Measured = None  # -0.3: 30 % less
+
+
 class Conditions(BaseModel):
-    """Without these, the figures mean nothing."""
+    """Without these, the figures mean nothing. Empty ones are not known."""
 
     dataset: str
     problems: int  # held-out denoising problems behind `loss`
     samples: int
     sampler: str  # "ddim-50"
+    spacing: str = ""  # of its timesteps: "trailing"
     seed: int
     features: str  # "FD (digits-cnn)", "FID" only for the Inception network
     reference: int  # held-out images behind `fd`
     device: str
-    dtype: str
+    dtype: str  # "float32", "float32 (TF32 convolutions)"
+    threads: int = 0
+    weights: str = ""  # "EMA 0.9999", an average over training with its decay; "not averaged"
+    prediction: str = ""  # what the denoiser gives: "epsilon", "sample", "v_prediction"
+    schedule: str = ""  # of noise: "linear 0.0001 to 0.02, 1000 steps"
     latency_batch: int
     latency_repeats: int = 0  # timed calls behind a median, after the warm-up
 
@@ -113,6 +136,8 @@ class Evaluation(BaseModel):
     figures: Figures
     conditions: Conditions
     record: Record | None = None
+    dense: Figures | None = None  # the dense model's, where this is another one
+    changes: dict[str, Change] = Field(default_factory=dict)  # to dense, of figures that compare
     layers: list[LayerSparsity] = Field(default_factory=list)
     asked: list[Asked] = Field(default_factory=list)
     reloads: bool | None = None  # loaded again, it gives the same output to the bit

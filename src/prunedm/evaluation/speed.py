@@ -79,7 +79,7 @@ def timings(
     return [
         Timing(
             batch=way.batch,
-            dtype="bf16 autocast" if way.bf16 else _dtype(denoiser),
+            dtype="bf16 autocast" if way.bf16 else dtype_in_words(denoiser),
             threads=torch.get_num_threads(),
             compiled=way.compiled,
             kernel=kernel_name,
@@ -174,8 +174,23 @@ def _autocast(device: torch.device, way: Way) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if way.bf16 else nullcontext()
 
 
-def _dtype(denoiser: nn.Module) -> str:
-    return str(next(denoiser.parameters()).dtype).removeprefix("torch.")
+def dtype_in_words(denoiser: nn.Module) -> str:
+    """The weights' type; and on CUDA whether convolutions round float32 to TF32 on the way."""
+    weight = next(denoiser.parameters())
+    name = str(weight.dtype).removeprefix("torch.")
+    rounded = weight.dtype == torch.float32 and weight.device.type == "cuda"
+    return f"{name} (TF32 convolutions)" if rounded and tf32_convolutions() else name
+
+
+def tf32_convolutions() -> bool:
+    """Whether PyTorch lets cuDNN do so; GPUs before Ampere have no TF32."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set by the newer names, which do not go together with this one
+        precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return precision == "tf32"
 
 
 def _wait(device: torch.device) -> None:

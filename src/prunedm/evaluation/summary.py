@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from prunedm.evaluation.columns import Column
 from prunedm.evaluation.paired import WINDOW, window_for
-from prunedm.evaluation.results import Asked, Evaluation, Step, Timing
+from prunedm.evaluation.results import EMA, Asked, Evaluation, Step, Timing
 from prunedm.evaluation.speed import WARMUP
 from prunedm.evaluation.table import header, markdown_table, measured, warnings
 
@@ -37,7 +37,10 @@ def summary_text(
     parts += _section("Conditions", conditions)
     skipped = [s for s in steps if s.status == "skipped"]
     parts += _section("Skipped", [f"* {_named(s)}: {s.error}" for s in skipped])
-    last = f"Failed: {'; '.join(failures)}" if failures else f"All {len(steps)} steps done."
+    last = f"All {len(steps)} steps done."
+    if failures:
+        again = "The same command with --overwrite measures again."
+        last = f"Failed: {'; '.join(failures)}. {again}"
     if skipped and not failures:
         last = f"{len(steps) - len(skipped)} steps done, {len(skipped)} skipped, none failed."
     return "\n".join([*parts, "", last]) + "\n"
@@ -72,7 +75,8 @@ def _change_lines(rows: Sequence[Evaluation]) -> list[str]:
     for row in rows[1:]:
         change, error = row.figures.loss_change, row.figures.loss_change_se
         if change is not None:
-            lines.append(f"* {row.label}: loss {change:+.5f} ± {error:.5f}")
+            spread = "" if error is None else f" ± {error:.5f}"
+            lines.append(f"* {row.label}: loss {change:+.5f}{spread}")
     return lines
 
 
@@ -99,29 +103,47 @@ def _condition_lines(rows: Sequence[Evaluation]) -> list[str]:
     c, row = rows[-1].conditions, rows[-1]
     lines = [
         f"* loss: {c.problems} held-out problems of {c.dataset}, seed {c.seed}; ± is one standard "
-        "error over antithetic pairs",
+        f"error over antithetic pairs{_model(row)}",
         f"* latency: one denoiser call, median of {c.latency_repeats} after {WARMUP} to warm up, ± "
-        f"half the distance between the quartiles; {c.device}, {c.dtype}",
+        f"half the distance between the quartiles; {c.device}, {c.dtype}{_threads(row)}",
     ]
     if row.samples_file:
+        spacing = f", {c.spacing} timesteps" if c.spacing else ""
         lines.insert(
-            1, f"* samples: {c.samples} by {c.sampler}, seed {c.seed}, the same noise for all"
+            1,
+            f"* samples: {c.samples} by {c.sampler}{spacing}, seed {c.seed}, the same noise for all",
         )
     if row.figures.fd is not None:
-        lines.insert(2, f"* {c.features}: against {c.reference} held-out images; ± by bootstrap")
+        lines.insert(
+            2,
+            f"* {c.features}: against {c.reference} held-out images; ± by bootstrap over the samples",
+        )
+    if row.figures.peak_memory_batch is not None:
+        lines.append(f"* peak memory: one call at batch {row.figures.peak_memory_batch}")
     for e in rows:
         state = {True: "gives the same output to the bit", False: "DIFFERS", None: "not checked"}
         lines.append(f"* {e.label}: {_weights(e)}; loaded again {state[e.reloads]}")
     return lines + [f"* {line}" for line in warnings(rows)]
 
 
+def _model(row: Evaluation) -> str:
+    """What the denoiser gives, and on which noise schedule."""
+    c = row.conditions
+    return f"; predicts {c.prediction}, noise {c.schedule}" if c.prediction else ""
+
+
+def _threads(row: Evaluation) -> str:
+    # the name of a processor has them already
+    threads = row.conditions.threads
+    return f", {threads} threads" if threads and "threads" not in row.conditions.device else ""
+
+
 def _weights(row: Evaluation) -> str:
     """Whether the weights are an average over training."""
-    for record in reversed(row.record.lineage() if row.record else []):
-        decay = record.options.get("ema_decay")
-        if decay is not None:
-            return f"averaged weights, decay {decay:g}" if decay else "weights not averaged"
-    return "weights as they came"
+    kind = row.conditions.weights
+    if kind.startswith(EMA):
+        return f"averaged weights (EMA), decay {kind.removeprefix(EMA)}"
+    return f"weights {kind or 'as they came'}"
 
 
 def ssim_note(size: tuple[int, ...]) -> str:

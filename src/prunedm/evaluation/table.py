@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunedm.evaluation.columns import COLUMNS, Column, wide
-from prunedm.evaluation.results import Conditions, Evaluation, Figures
+from prunedm.evaluation.results import Change, Conditions, Evaluation, Figures
 
 NONE = "–"
 FAILED = "failed"
@@ -55,7 +55,7 @@ def cell(column: Column, evaluation: Evaluation, dense: Evaluation) -> Cell:
     if failed(column, evaluation):
         return Cell(FAILED)
     if value is None:
-        return Cell(NONE)
+        return Cell(column.instead(evaluation.figures) or NONE)
     text = column.text(evaluation.figures, value if base is None else base)
     if column.key == "fd" and evaluation.conditions.features != dense.conditions.features:
         text += f" {evaluation.conditions.features}"
@@ -79,8 +79,27 @@ def measured(evaluations: Sequence[Evaluation]) -> list[Column]:
     return [
         column
         for column in COLUMNS
-        if any(_value(column, e) is not None or failed(column, e) for e in evaluations)
+        if any(known(column, e) or failed(column, e) for e in evaluations)
     ]
+
+
+def known(column: Column, evaluation: Evaluation) -> bool:
+    """Whether the figure was measured, if only to find that it is no number."""
+    return _value(column, evaluation) is not None or bool(column.instead(evaluation.figures))
+
+
+def changes(evaluation: Evaluation, dense: Evaluation) -> dict[str, Change]:
+    """By field of `Figures`: what was measured of both in a way that compares."""
+    found = {}
+    for column in COLUMNS:
+        value, base = _value(column, evaluation), _value(column, dense)
+        broken = failed(column, evaluation) or failed(column, dense)
+        if value is None or base is None or broken or not column.better:
+            continue
+        if comparable(column, evaluation, dense):
+            relative = value / base - 1 if base > 0 else None
+            found[column.key] = Change(absolute=value - base, relative=relative)
+    return found
 
 
 def rows(evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:

@@ -27,21 +27,20 @@ makes "all of S before all others" less likely.
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import combinations, pairwise
 from math import comb
 
 import torch
 from torch.nn.functional import logsigmoid, softplus
-from torch.utils.checkpoint import checkpoint
 
 from prunedm.errors import UserError
+from prunedm.learning.chunks import in_chunks
 from prunedm.masks import Pattern
 from prunedm.removal.nm import nm_mask
 
 _SAMPLE_CHUNK = 1 << 18  # weights at a time: what is worked on stays in the cache
-_GRAPH_CHUNK = 1 << 21  # numbers at a time that a graph holds: 8 MB in float32
 _MOST_SETS = 1 << 16  # all sets of 16
 _LINEAR = 40  # where softplus(x) is x to float64's last digit; torch's own 20 serves float32
 
@@ -74,7 +73,7 @@ class Distribution(ABC):
         """log P of each group's set, (G,), differentiable in the logits."""
         mask_GM = mask_GM.bool()
         assert bool((mask_GM.sum(1) == self.pattern.n).all()), f"masks are not {self.pattern}"
-        return _in_chunks(self._log_prob, self._cost(self.pattern.n), self.logits_GM, mask_GM)
+        return in_chunks(self._log_prob, self._cost(self.pattern.n), self.logits_GM, mask_GM)
 
     def score(self, mask_GM: torch.Tensor) -> torch.Tensor:
         """d log P / d logits, (G, M), without a graph."""
@@ -83,23 +82,17 @@ class Distribution(ABC):
             total = type(self)(leaf_GM, self.pattern.n).log_prob(mask_GM).sum()
             return torch.autograd.grad(total, leaf_GM)[0]
 
-    @torch.no_grad()
-    def weighted_score(
-        self, masks_KGM: Sequence[torch.Tensor], weights_K: torch.Tensor
-    ) -> torch.Tensor:
-        """sum over K masks of weight * score, (G, M)."""
-        total_GM = torch.zeros_like(self.logits_GM)
-        for mask_GM, weight in zip(masks_KGM, weights_K, strict=True):
-            total_GM += weight * self.score(mask_GM)
-        return total_GM
+    def relative_score(self, mask_GM: torch.Tensor) -> torch.Tensor:
+        """`score` less a term that is the same for all masks: as good where weights sum to 0."""
+        return self.score(mask_GM)
 
     def inclusion(self) -> torch.Tensor:
         """Probability that a weight is kept, (G, M), N in sum; differentiable in the logits."""
-        return _in_chunks(self._inclusion, self._cost(self.pattern.m), self.logits_GM)
+        return in_chunks(self._inclusion, self._cost(self.pattern.m), self.logits_GM)
 
     def entropy(self) -> torch.Tensor:
         """Entropy of each group's set in nats, (G,), differentiable in the logits."""
-        return _in_chunks(self._entropy, self._cost(self.pattern.m), self.logits_GM)
+        return in_chunks(self._entropy, self._cost(self.pattern.m), self.logits_GM)
 
     def mode(self) -> torch.Tensor:
         """The most probable masks, bool (G, M): the N largest logits; ties keep the first."""
@@ -130,15 +123,9 @@ class ConditionalBernoulli(Distribution):
         """d log P / d logits = mask - inclusion, (G, M), without a graph."""
         return mask_GM.to(self.logits_GM.dtype) - self.inclusion()
 
-    @torch.no_grad()
-    def weighted_score(
-        self, masks_KGM: Sequence[torch.Tensor], weights_K: torch.Tensor
-    ) -> torch.Tensor:
-        """As for any distribution; all masks share one walk over the inclusion probabilities."""
-        total_GM = -weights_K.sum() * self.inclusion()
-        for mask_GM, weight in zip(masks_KGM, weights_K, strict=True):
-            total_GM += weight * mask_GM
-        return total_GM
+    def relative_score(self, mask_GM: torch.Tensor) -> torch.Tensor:
+        """The mask itself: all share the inclusion probabilities."""
+        return mask_GM.to(self.logits_GM.dtype)
 
     def _sample(self, l_CM: torch.Tensor, u_CM: torch.Tensor) -> torch.Tensor:
         u_MC = _by_member(u_CM)
@@ -303,16 +290,3 @@ def _lattice(items: int, most: int, device: torch.device) -> list[list[torch.Ten
 def _by_member(values_CM: torch.Tensor) -> torch.Tensor:
     """(M, C), contiguous; `.T.contiguous()` takes three times as long on a CPU."""
     return torch.stack(values_CM.unbind(1))
-
-
-def _in_chunks(
-    function: Callable[..., torch.Tensor], cost: int, *tensors: torch.Tensor
-) -> torch.Tensor:
-    """function(*tensors) in bounded memory, also for its gradient, `cost` numbers a group."""
-    groups = max(1, _GRAPH_CHUNK // cost)
-    run = function
-    if torch.is_grad_enabled() and tensors[0].requires_grad and len(tensors[0]) > groups:
-        # the graph of a chunk is dropped, and made again when its gradient is taken
-        run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    parts = zip(*(tensor.split(groups) for tensor in tensors), strict=True)
-    return torch.cat([run(*part) for part in parts])

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from prunedm.learning.distribution import DISTRIBUTIONS
+from prunedm.learning.distribution import DISTRIBUTIONS, Distribution
 from prunedm.learning.estimator import Estimator, Trial, uniforms
 from prunedm.learning.logits import MaskLogits
+
+Groups = list[torch.Tensor]  # one tensor a pattern
 
 
 class ClassicPolicyGradient(Estimator):
@@ -90,10 +92,7 @@ class PolicyGradient(Estimator):
         losses_K = torch.stack(losses)
         with torch.no_grad():
             advantage_K = leave_pair_out(losses_K) / self._scale(losses_K) / self.samples
-            gradients = [
-                d.weighted_score([draw[k] for draw in draws], advantage_K)
-                for k, d in enumerate(explored)
-            ]
+            gradients = [_weighted_scores(d, k, advantage_K, draws) for k, d in enumerate(explored)]
         return with_gradients(losses_K.mean(), inside, gradients)
 
     def _scale(self, losses_K: torch.Tensor) -> torch.Tensor:
@@ -119,6 +118,16 @@ def with_gradients(
     pairs = zip(logits, gradients, strict=True)
     slope = torch.stack([(l_GM * g_GM).sum() for l_GM, g_GM in pairs]).sum()
     return value + (slope - slope.detach())  # zero to the bit, however steep
+
+
+def _weighted_scores(
+    distribution: Distribution, k: int, advantage_K: torch.Tensor, draws: Sequence[Groups]
+) -> torch.Tensor:
+    """sum over draws of advantage * d log P(draw) / d l, for parameter k; advantages sum to 0."""
+    gradient = torch.zeros_like(distribution.logits_GM)
+    for advantage, draw in zip(advantage_K, draws, strict=True):
+        gradient += advantage * distribution.relative_score(draw[k])
+    return gradient
 
 
 def _block(groups: int, share: float, generator: torch.Generator) -> torch.Tensor:

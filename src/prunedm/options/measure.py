@@ -34,9 +34,9 @@ class EvaluateOptions(DataOptions):
     depth: Literal["quick", "full", "compare", "comprehensive"] = Field(
         "full",
         description="quick: loss, size, sparsity, reload check, one latency, no samples; full: "
-        "samples, FD, KID, precision and recall, memory and latencies too; compare: the dense parent "
-        "and the first masks of a learned folder alike, with PSNR and SSIM; comprehensive: all models "
-        "of the lineage, and latency compiled and in bf16",
+        "samples, FD, KID, precision and recall, PSNR and SSIM to dense, memory and latencies too; "
+        "compare: also the first masks of a learned folder; comprehensive: all models of the lineage, "
+        "and latency compiled and in bf16. The dense model of the record is measured alike",
     )
     problems: int = Field(2000, ge=2, description="held-out problems behind the loss")
     samples: int | None = Field(

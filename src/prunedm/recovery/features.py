@@ -57,21 +57,28 @@ def block_names(denoiser: nn.Module) -> list[str]:
 
 
 def feature_losses(
-    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]
+    student: Mapping[str, torch.Tensor],
+    teacher: Mapping[str, torch.Tensor],
+    *,
+    reordered: bool = False,
 ) -> torch.Tensor:
     """Mean over the blocks of `block_losses`: (N,)."""
     assert student.keys() == teacher.keys()
-    return torch.stack([block_losses(student[name], teacher[name]) for name in student]).mean(0)
+    losses = [block_losses(student[k], teacher[k], reordered=reordered) for k in student]
+    return torch.stack(losses).mean(0)
 
 
-def block_losses(student_NCHW: torch.Tensor, teacher_NDHW: torch.Tensor) -> torch.Tensor:
+def block_losses(
+    student_NCHW: torch.Tensor, teacher_NDHW: torch.Tensor, *, reordered: bool = False
+) -> torch.Tensor:
     """How far one block's outputs are apart, free of their scale: (N,).
 
     Equal widths: |s - t|^2 / |t|^2 of each problem (FitNets, Romero et al. 2015, without the
-    projection). Else one minus linear CKA, which asks that the same positions be alike.
+    projection). Else, or where channels are `reordered`, one minus linear CKA, which asks that the
+    same positions be alike.
     """
     student_NCP, teacher_NDP = _positions(student_NCHW), _positions(teacher_NDHW)
-    if student_NCP.shape == teacher_NDP.shape:
+    if student_NCP.shape == teacher_NDP.shape and not reordered:
         apart_N = (student_NCP - teacher_NDP).square().sum((1, 2))
         return apart_N / teacher_NDP.square().sum((1, 2)).clamp_min(_TINY)
     return 1 - alignment(student_NCP, teacher_NDP)

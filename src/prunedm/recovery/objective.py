@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from prunedm.diffusion import ProblemBatch, predict, problem_losses
-from prunedm.recovery.features import BlockOutputs, feature_losses
+from prunedm.errors import UserError
+from prunedm.recovery.features import BlockOutputs, block_names, feature_losses
 from prunedm.recovery.sensitivity import (
     perturbed_rows,
     responses,
@@ -31,7 +32,8 @@ class Mixture:
     """(1 - output) * data + output * teacher's output + features * F + sensitivity * S.
 
     F and S are relative errors (`feature_losses`, `sensitivity_losses`). S is taken on one pair of
-    problems of `every`, `size` away from them, along directions that `seed` decides.
+    problems of `every`, `size` away from them, along directions that `seed` decides. `reordered`:
+    the student's channels stand in another order than the teacher's.
     """
 
     output: float = 0.0
@@ -40,6 +42,7 @@ class Mixture:
     every: int = 4
     size: float = 0.05
     seed: int = 0
+    reordered: bool = False
 
 
 def data_objective(module: nn.Module, batch: ProblemBatch, _: int = 0) -> torch.Tensor:
@@ -55,11 +58,14 @@ def recovery_objective(
 
     Every term is a mean over problems, so several processes with a share of a batch each have the
     mean of their gradients in common with one process.
-    outputs: the teacher's, where they may be known already.
+    outputs: the teacher's, where they may be known already. Raises `UserError` where features are
+    to be matched between networks of other blocks.
     """
     if not (mixture.features or mixture.sensitivity):
         yield partial(_plain, outputs=outputs or partial(predict, teacher), share=mixture.output)
         return
+    if mixture.features and block_names(student) != block_names(teacher):
+        raise UserError("match_features: the teacher has other blocks; give --match-features 0")
     watched = [BlockOutputs(network) for network in (student, teacher) if mixture.features]
     try:
         yield partial(_mixed, teacher=teacher, mixture=mixture, watched=watched)
@@ -102,7 +108,8 @@ def _mixed(
     loss = (1 - mixture.output) * data + mixture.output * copy
     if watched:
         own, wanted = (blocks.take(count) for blocks in watched)
-        loss = loss + mixture.features * feature_losses(own, wanted).mean()
+        apart_N = feature_losses(own, wanted, reordered=mixture.reordered)
+        loss = loss + mixture.features * apart_N.mean()
     if rows:
         pairs = (responses(o, rows, size=mixture.size) for o in (output_NCHW, wanted_NCHW))
         total = sensitivity_losses(*pairs).sum()

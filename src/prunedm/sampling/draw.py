@@ -65,12 +65,29 @@ def sample_batches(
                     bar=bar,
                 )
                 x_NCHW = draw(call)
-                if isinstance(call, FastDenoiser) and not x_NCHW.isfinite().all():
+                if isinstance(call, FastDenoiser) and _went_too_far(call, x_NCHW):
                     call = _wider(call, denoiser, progress)
                     x_NCHW = draw(call)
-                yield to_uint8(x_NCHW[: count - start]).cpu()
+                x_NCHW = x_NCHW[: count - start]
+                _check_finite(x_NCHW, start)
+                yield to_uint8(x_NCHW).cpu()
     finally:
         denoiser.train(was_training)
+
+
+def _check_finite(x_NCHW: torch.Tensor, start: int) -> None:
+    finite_N = x_NCHW.isfinite().flatten(1).all(1)
+    if not finite_N.all():
+        first = start + int((~finite_N).nonzero()[0])
+        raise UserError(
+            f"image {first} is not finite: the model's weights are broken, or this sampler is not for "
+            "it; try --sampler ddim"
+        )
+
+
+def _went_too_far(call: FastDenoiser, x_NCHW: torch.Tensor) -> bool:
+    """Beyond float16; the other types reach as far as float32."""
+    return call.dtype == torch.float16 and not bool(x_NCHW.isfinite().all())
 
 
 def _wider(call: FastDenoiser, denoiser: nn.Module, progress: Progress) -> FastDenoiser:

@@ -23,8 +23,8 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
     """A diffusers scheduler for sampling with the trained one's noise schedule.
 
     "trailing" timesteps are even and end at T-1, so the first step starts from pure noise (Lin et al.
-    2023); for the others see `spaced`. Raises `UserError` for an unknown name, and for a spacing that
-    the scheduler does not take.
+    2023); for the others see `spaced`. Raises `UserError` for an unknown name, for a scheduler that
+    cannot sample from such a model, and for a spacing that it does not take.
     """
     cls = scheduler_class(SAMPLERS.get(name, name))
     if cls is None:
@@ -42,7 +42,38 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
                 f"{', '.join(SAMPLERS)}"
             )
         cls = _at_given_timesteps(cls)
-    return cls.from_config(trained.config, timestep_spacing=spacing)
+    # diffusers would take the other class's own defaults, betas too, for what the trained one left out
+    config = {k: v for k, v in trained.config.items() if k != "_use_default_values"}
+    try:
+        sampler = cls.from_config(config, timestep_spacing=spacing)
+    except (AttributeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
+        raise _unfit(name, str(error)) from error
+    _check_fits(sampler, trained, name)
+    return sampler
+
+
+def _check_fits(sampler: Any, trained: Any, name: str) -> None:
+    """Raise `UserError` unless it leads from noise to image on the trained schedule, by seed alone."""
+    own, due = getattr(sampler, "alphas_cumprod", torch.empty(0)), trained.alphas_cumprod
+    # some end a little above zero
+    if own.shape != due.shape or not torch.allclose(own.float(), due.float(), atol=1e-6):
+        raise _unfit(name, "it has a noise schedule of its own")
+    if "Inverse" in type(sampler).__name__:
+        raise _unfit(name, "it goes from image to noise")
+    if "noise_sampler_seed" in sampler.config:
+        raise _unfit(name, "its noise would depend on an image's neighbours")
+    if not all(hasattr(sampler, part) for part in ("step", "scale_model_input")):
+        raise _unfit(name, "it has no plain steps")
+    parameters = inspect.signature(sampler.step).parameters.values()
+    wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if wanted != ["model_output", "timestep", "sample"]:
+        raise _unfit(name, f"its steps want {', '.join(wanted)}")
+
+
+def _unfit(name: str, why: str) -> UserError:
+    return UserError(
+        f"sampler {name!r} cannot sample from this model: {why}; try {', '.join(SAMPLERS)}"
+    )
 
 
 def set_steps(sampler: Any, steps: int) -> None:
@@ -52,7 +83,7 @@ def set_steps(sampler: Any, steps: int) -> None:
         raise UserError(f"{steps} sampling steps: the model has {most}; give at most that many")
     try:
         sampler.set_timesteps(steps)
-    except ValueError as error:
+    except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"{steps} steps of {type(sampler).__name__}: {error}") from error
 
 

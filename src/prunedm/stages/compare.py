@@ -1,48 +1,43 @@
 """compare: several models on the same problems and the same noise; one table, one report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import TypeAdapter
 
 from prunedm.errors import UserError
-from prunedm.evaluation.loss import LossEstimate
-from prunedm.evaluation.paired import median_error, psnr, ssim
 from prunedm.evaluation.results import Evaluation
-from prunedm.evaluation.speed import Way, timings
 from prunedm.folder import Model, load
 from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
-from prunedm.sampling import make_sampler
+from prunedm.sampling import make_sampler, set_steps
 from prunedm.stages.comparison_files import (
     REPORT,
     ROWS,
     SUMMARY,
     Comparison,
-    Paired,
+    without_failures,
     write_comparison,
 )
 from prunedm.stages.first_masks import masks_comparison
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import data_source, device_for, images_for, source_of
+from prunedm.stages.inputs import data_source, images_for, source_of
 from prunedm.stages.measure import (
     LOSSES,
     SAMPLES,
     Yardstick,
-    batches_of,
     measure,
     read_evaluation,
     read_images,
     read_steps,
 )
-from prunedm.stages.quality import with_features
+from prunedm.stages.quality import feature_files, with_features
 from prunedm.stages.steps import Steps
+from prunedm.stages.together import Entry, pair_with_dense, set_beside, time_in_turns
 from prunedm.training import processes
 
 __all__ = [
@@ -58,17 +53,6 @@ __all__ = [
 _Rows = TypeAdapter(list[Evaluation])
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A model to measure under a label; `shown` is its name where its folder will be gone."""
-
-    label: str
-    model: Model
-    yard: Yardstick
-    shown: str = ""
-    first_masks: bool = False  # the last entry's weights under the masks that it began with
-
-
 def compare(
     models: Mapping[str, str | Path],
     out: str | Path,
@@ -80,16 +64,18 @@ def compare(
 ) -> tuple[Record, bool]:
     """Evaluate `models` (label -> folder, the first is the dense one) and write the report.
 
-    Files: see `write_comparison`. Depth "compare" is "full" here, as all models are given.
+    Files: see `write_comparison`. Depth "compare" is "full" here: all models are given.
+    Where a step has failed, `overwrite` measures again.
     """
     if not models:
         raise UserError("compare needs at least one model; the first is the one to compare with")
     check_labels(models)
     progress = progress or Silent()
     loaded = {label: load(path) for label, path in models.items()}
+    _check_shapes(loaded)
     inputs: dict[str, Source] = {label: source_of(model) for label, model in loaded.items()}
     yard = yardstick(next(iter(loaded.values())), options, progress)
-    inputs["held-out images"] = data_source(yard.reference)
+    inputs |= {"held-out images": data_source(yard.reference)} | yard.files
 
     def make(folder: Path) -> dict[str, Any]:
         entries = [Entry(label, model, yard) for label, model in loaded.items()]
@@ -98,7 +84,15 @@ def compare(
         rows = study(entries, folder, Steps(), title=name, checkpoint=paths)
         return {"models": list(models), "failed": {r.label: r.failed for r in rows if r.failed}}
 
-    return run_stage("compare", out, options=options, inputs=inputs, make=make, overwrite=overwrite)
+    return run_stage(
+        "compare",
+        out,
+        options=yard.options,
+        inputs=inputs,
+        make=make,
+        overwrite=overwrite,
+        complete=without_failures,
+    )
 
 
 def read_comparison(folder: Path) -> list[Evaluation]:
@@ -110,8 +104,11 @@ def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yar
     """Raises `UserError` for what would fail only after the samples are drawn."""
     reference = images_for(model, options, "test")
     options, network = with_features(options, reference)
-    make_sampler(model.scheduler, options.sampler)
-    return Yardstick(options, reference, network, progress)
+    sampler = make_sampler(model.scheduler, options.sampler)
+    if options.samples:
+        set_steps(sampler, options.sampling_steps)
+    files = feature_files(options) if network else {}
+    return Yardstick(options, reference, network, progress, files)
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
@@ -121,6 +118,18 @@ def check_labels(labels: Mapping[str, Any]) -> None:
             raise UserError(f"label {label!r} is no name of a file; give one without slashes")
 
 
+def _check_shapes(models: Mapping[str, Model]) -> None:
+    """Raise `UserError` where images differ: neither problems, noise nor times would compare."""
+    first, *others = models
+    wanted = models[first].sample_shape
+    for label in others:
+        if models[label].sample_shape != wanted:
+            raise UserError(
+                f"{label} makes images of {models[label].sample_shape}, {first} of {wanted}; "
+                "compare models of one shape"
+            )
+
+
 def study(
     entries: Sequence[Entry],
     folder: Path,
@@ -128,10 +137,12 @@ def study(
     *,
     title: str,
     checkpoint: str,
+    dense: bool = True,
 ) -> list[Evaluation]:
     """Measure every entry, then all together, and write the files; the first is the dense one.
 
-    A model that was measured before an interruption is not measured again.
+    Without `dense` it is another one, and nothing is paired with it. A model that was measured
+    before an interruption is not measured again.
     """
     progress = entries[-1].yard.progress
     done = folder / RESUME / "evaluations"
@@ -145,7 +156,9 @@ def study(
         return rows
     own = [step for entry in entries for step in read_steps(done / entry.label)]
     steps.taken += own
-    _time(rows, entries, steps)
+    time_in_turns(rows, entries, steps)
+    if dense:
+        set_beside(rows)
     drawn = {e.label: read_images(done / e.label / SAMPLES) for e in entries}
     samples = {label: images for label, images in drawn.items() if images is not None}
     losses = {e.label: _losses(done / e.label) for e in entries}
@@ -156,7 +169,7 @@ def study(
         rows=rows,
         samples=samples,
         losses=losses,
-        paired=_pair(rows, samples, losses, steps),
+        paired=pair_with_dense(rows, samples, losses, steps) if dense else {},
         **_masks(entries, rows, samples, losses, steps),
     )
     write_comparison(comparison, folder, steps)
@@ -168,65 +181,6 @@ def study(
 def _losses(folder: Path) -> np.ndarray | None:
     path = folder / LOSSES
     return np.load(path, allow_pickle=False) if path.exists() else None
-
-
-def _time(rows: list[Evaluation], entries: Sequence[Entry], steps: Steps) -> None:
-    """Latencies of all models in turns: times minutes apart do not compare."""
-    options = entries[-1].yard.options
-    ways = [Way(batch) for batch in batches_of(options)]
-    if options.depth == "comprehensive":
-        ways += [
-            Way(options.latency_batch, bf16=True),
-            Way(options.latency_batch, compiled=True),
-        ]
-    for number, way in enumerate(ways):
-        name = str(way) if number else "latency"
-
-        def work(way: Way = way) -> list[Any]:
-            return timings(
-                [entry.model.denoiser for entry in entries],
-                entries[0].model.sample_shape,
-                way,
-                repeats=options.latency_repeats,
-                device=device_for(options.device),
-            )
-
-        found = steps.take(name, work)
-        for row, timing in zip(rows, found or [None] * len(rows), strict=True):
-            if timing is None:
-                row.failed[name] = steps.failed[name]
-                continue
-            row.figures.timings.append(timing)
-            if number == 0:
-                row.figures.latency_ms = timing.median_ms
-                row.figures.latency_spread_ms = timing.spread_ms
-
-
-def _pair(
-    rows: list[Evaluation],
-    samples: Mapping[str, np.ndarray],
-    losses: Mapping[str, np.ndarray | None],
-    steps: Steps,
-) -> dict[str, Paired]:
-    """What differs from the dense model, image by image and problem by problem."""
-    paired, dense = {}, rows[0].label
-    for row in rows[1:]:
-        found = Paired()
-        both = losses[dense], losses[row.label]
-        if both[0] is not None and both[1] is not None:
-            change = LossEstimate.of(torch.from_numpy(both[1]) - torch.from_numpy(both[0]))
-            row.figures.loss_change = change.mean
-            row.figures.loss_change_se = change.standard_error
-        if dense in samples and row.label in samples:
-            pair = samples[row.label], samples[dense]
-            taken = steps.take("paired", lambda pair=pair: Paired(psnr(*pair), ssim(*pair)))  # type: ignore[misc]
-            if taken is None:
-                row.failed["paired"] = steps.failed["paired"]
-            else:
-                found = taken
-                _note_pairs(row, found)
-        paired[row.label] = found
-    return paired
 
 
 def _masks(
@@ -256,13 +210,3 @@ def _masks(
         )
 
     return {"masks": steps.take("masks comparison", work) or {}, "masks_of": labels}
-
-
-def _note_pairs(row: Evaluation, found: Paired) -> None:
-    assert found.psnr_N is not None
-    assert found.ssim_N is not None
-    figures = row.figures
-    figures.ssim, figures.ssim_se = float(np.median(found.ssim_N)), median_error(found.ssim_N)
-    if np.isfinite(np.median(found.psnr_N)):  # inf: the same images
-        finite_N = np.minimum(found.psnr_N, 1e3)
-        figures.psnr_db, figures.psnr_se = float(np.median(found.psnr_N)), median_error(finite_N)

@@ -1,6 +1,7 @@
 """The files of `evaluate` and `compare`."""
 
 import csv
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,6 @@ def write_comparison(found: Comparison, folder: Path, steps: Steps) -> None:
     rows = found.rows
     for label, images in found.samples.items():
         np.savez(folder / SAMPLES_FOLDER / f"{label}.npz", images=images)
-        grid(images[:64], 8).save(folder / SAMPLES_FOLDER / f"{label}.png")
     for row in rows:
         row.samples_file = f"{SAMPLES_FOLDER}/{row.label}.npz" if row.label in found.samples else ""
     _metrics(found, folder / "metrics")
@@ -81,6 +81,12 @@ def write_comparison(found: Comparison, folder: Path, steps: Steps) -> None:
     summary = summary_text(found.title, rows, steps.taken, steps.failures, notes=notes)
     (folder / SUMMARY).write_text(summary, encoding="utf-8")
     write_json(_workflow(found, steps), folder / WORKFLOW)
+
+
+def without_failures(folder: Path) -> bool:
+    """Whether every step of a finished folder was done."""
+    workflow = json.loads((folder / WORKFLOW).read_text(encoding="utf-8"))
+    return not workflow["failed"]
 
 
 def _workflow(found: Comparison, steps: Steps) -> dict[str, Any]:
@@ -104,12 +110,18 @@ def _pictures(found: Comparison, folder: Path) -> dict[str, Callable[[], object]
     if sparse(found.rows):
         made["layer chart"] = lambda: layer_chart(found.rows, place / "layers.png")
     if found.samples:
+        made["sheets"] = lambda: _sheets(found.samples, folder / SAMPLES_FOLDER)
         drawn = list(found.samples.values())
         made["side by side"] = lambda: _side_by_side(drawn, place / "side_by_side.png")
     if found.masks_of and found.samples.keys() >= set(found.masks_of):
         pair = [found.samples[label] for label in found.masks_of]
         made["masks side by side"] = lambda: _side_by_side(pair, place / "masks.png")
     return made
+
+
+def _sheets(samples: Mapping[str, np.ndarray], place: Path) -> None:
+    for label, images in samples.items():
+        grid(images[:64], 8).save(place / f"{label}.png")
 
 
 def _side_by_side(images: Sequence[np.ndarray], path: Path) -> None:
@@ -127,7 +139,8 @@ def _metrics(found: Comparison, place: Path) -> None:
     ]
     _table(place / "layers.csv", LayerSparsity.model_fields, layers)
     timings = [(row.label, t.model_dump()) for row in found.rows for t in row.figures.timings]
-    _table(place / "timings.csv", Timing.model_fields, timings)
+    fields = [*Timing.model_fields, *Timing.model_computed_fields]
+    _table(place / "timings.csv", fields, timings)
     likeness = {
         label: _paired(pair) for label, pair in found.paired.items() if pair.psnr_N is not None
     }

@@ -6,6 +6,7 @@ Neither writes a folder: `fid` returns figures, `stats` writes one file.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -117,11 +118,11 @@ def stats(
         raise UserError(f"{source!r} holds statistics already; give images")
     network = _network(options)
     _check_early([found], network, options)
-    side = _side(source, found, network, options, progress or Silent())
-    _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
     partial = out.with_name(out.name + PARTIAL)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out)
     try:
+        side = _side(source, found, network, options, progress or Silent())
+        _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
         save_statistics(side.statistics, partial)
         partial.replace(out)
     finally:
@@ -138,6 +139,13 @@ def check_file(out: str | Path, suffix: str, *, overwrite: bool) -> Path:
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"{out} exists; give another file, or --overwrite")
     return out
+
+
+def make_place(out: Path) -> None:
+    """The folder of `out`; `OSError` before any work where nothing can be written into it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=out.parent):
+        pass
 
 
 def _open(name: str, options: StatsOptions) -> Images | Statistics:

@@ -1,6 +1,5 @@
 """evaluate: one model with its relatives of the record, to the depth asked for."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, write_json
 from prunedm.stages.compare import Entry, check_labels, study, yardstick
-from prunedm.stages.comparison_files import SAMPLES_FOLDER
+from prunedm.stages.comparison_files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.first_masks import is_learned, under_first_masks
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import data_source, reload, source_of
+from prunedm.stages.inputs import reload, source_of
 from prunedm.stages.measure import RESULTS, Yardstick, read_evaluation, read_images
 from prunedm.stages.quality import with_features
 from prunedm.stages.steps import Steps
@@ -35,8 +34,10 @@ def evaluate(
 ) -> tuple[Record, bool]:
     """Measure `source`, and beside it the dense model of its record.
 
-    Files: `evaluation_results.json` (this model), and those of `compare`. Where the dense model is
-    gone, or no record names one, the model stands alone, and the steps say so.
+    Files: `evaluation_results.json` (this model, the dense one's figures and the changes to them), and
+    those of `compare`. Where the dense model is
+    gone, or no record names one, nothing is measured against it, and the steps say so. Where a step
+    has failed, `overwrite` measures again.
     """
     model = load(source)
     label = label or Path(str(source)).resolve().name
@@ -47,7 +48,12 @@ def evaluate(
         steps = Steps()
         entries = [*_relatives(model, label, yard, folder, steps), Entry(label, model, yard)]
         rows = study(
-            entries, folder, steps, title=f"prunedm evaluate: {label}", checkpoint=str(source)
+            entries,
+            folder,
+            steps,
+            title=f"prunedm evaluate: {label}",
+            checkpoint=str(source),
+            dense=any((s.step, s.status) == ("dense model", "done") for s in steps.taken),
         )
         write_json(rows[-1].model_dump(mode="json"), folder / RESULTS)
         return rows[-1].figures.model_dump(mode="json")
@@ -56,10 +62,11 @@ def evaluate(
         "evaluate",
         out,
         options=yard.options,
-        inputs={"model": source_of(model), "dataset": data_source(yard.reference)},
+        inputs={"model": source_of(model), **yard.inputs},
         parent=model.record,
         make=make,
         overwrite=overwrite,
+        complete=without_failures,
     )
 
 
@@ -77,14 +84,12 @@ def _relatives(
 ) -> list[Entry]:
     """The dense model first; with depth, what came between, and the first masks of a learned model.
 
-    Without depth, the dense row has no samples: they would double the time.
+    All are measured alike, on the same problems and noise: figures stand beside their equals.
     """
     depth = yard.options.depth
     sources = _ancestors(model)
     if not sources:
         steps.skip("dense model", "no record says which model this one was made from")
-    deep = depth in ("compare", "comprehensive")
-    shallow = replace(yard, options=yard.options.model_copy(update={"depth": "quick"}))
     entries: list[Entry] = []
     for number, source in enumerate(sources if depth == "comprehensive" else sources[:1]):
         name = "earlier model" if number else "dense model"
@@ -92,8 +97,8 @@ def _relatives(
         if found is not None:
             taken = {label, *(entry.label for entry in entries)}
             wanted = Path(source.path).name if number else DENSE
-            entries.append(Entry(_free(wanted, taken), found, yard if deep else shallow))
-    if deep and is_learned(model):
+            entries.append(Entry(_free(wanted, taken), found, yard))
+    if depth in ("compare", "comprehensive") and is_learned(model):
         first = steps.take("first masks", lambda: _first(model, yard, folder))
         if first is not None:
             taken = {label, *(entry.label for entry in entries)}

@@ -31,6 +31,7 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
+from prunedm.training import processes
 from prunedm.training.loop import Objective, fit, make_accelerator
 
 GIB = 1 << 30
@@ -54,6 +55,8 @@ def finetune(
     if known is None:
         teacher = find_teacher(model, options.teacher, progress)
         known = source_of(teacher) if teacher else None
+    if teacher is not None:
+        _check_teacher(model, teacher)
     if known is not None:
         inputs["teacher"] = known
 
@@ -104,6 +107,35 @@ def _is_there(model: str) -> bool:
     except UserError:
         return False
     return True
+
+
+def _check_teacher(model: Model, teacher: Model) -> None:
+    """Raise `UserError` where the teacher's outputs are no targets for the model."""
+    for what, own, other in (
+        ("images of", model.sample_shape, teacher.sample_shape),
+        ("classes:", *(_classes(m) for m in (model, teacher))),
+        *((f"{name} =", *(m.scheduler.config.get(name) for m in (model, teacher)))
+          for name in ("prediction_type", "num_train_timesteps")),
+    ):  # fmt: skip
+        if own != other:
+            raise UserError(
+                f"teacher {teacher.name} has {what} {other}, {model.name} {own}; give another --teacher"
+            )
+    if not torch.allclose(model.scheduler.alphas_cumprod, teacher.scheduler.alphas_cumprod):
+        raise UserError(
+            f"teacher {teacher.name} was trained on another noise schedule; give another --teacher"
+        )
+
+
+def _classes(model: Model) -> int | None:
+    classes: int | None = model.denoiser.config.get("num_class_embeds")
+    return classes
+
+
+def _reorderings(model: Model) -> list[str]:
+    """Hashes of the ancestors whose channels were reordered when they were pruned."""
+    stages = model.record.lineage() if model.record else []
+    return [s.inputs["model"].hash for s in stages if s.options.get("permute")]
 
 
 def _check_dropout(model: Model, options: FinetuneOptions) -> None:
@@ -170,11 +202,15 @@ def _finetune(
     model.denoiser.to("cpu")
     model.round_to_dtype()
     after = denoising_loss(model.denoiser, held_out)
-    return {
-        "loss_before": before.mean,
-        "loss": after.mean,
-        "loss_se": after.standard_error,
-    } | history.as_figures()
+    return (
+        {
+            "loss_before": before.mean,
+            "loss": after.mean,
+            "loss_se": after.standard_error,
+        }
+        | processes.as_figures()
+        | history.as_figures()
+    )
 
 
 def _objective(
@@ -194,6 +230,7 @@ def _objective(
             every=options.sensitivity_every,
             size=options.sensitivity_size,
             seed=options.seed,
+            reordered=_reorderings(model) != _reorderings(teacher),
         ),
         outputs=lambda batch: known(batch, partial(predict, network)),
     )

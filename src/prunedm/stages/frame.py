@@ -22,6 +22,10 @@ _NOT_IDENTITY = {"device", "workers", "checkpoint_every", "tracker", "tracker_pr
 Make = Callable[[Path], dict[str, Any]]  # working folder -> figures
 
 
+def _complete(out: Path) -> bool:
+    return True
+
+
 def run_stage(
     stage: str,
     out: str | Path,
@@ -31,13 +35,15 @@ def run_stage(
     make: Make,
     parent: Record | None = None,
     overwrite: bool = False,
+    complete: Callable[[Path], bool] = _complete,
 ) -> tuple[Record, bool]:
     """Make `out` unless it is there already; returns its record and whether anything was made.
 
     `make` writes its result into the working folder, `<out>.partial`, and returns the figures of
     the record. What it leaves in `resume/` survives an interruption, and is gone when the stage is
     done; without it, a failed stage leaves nothing. Raises `UserError` where `out` holds another
-    result, which `overwrite` replaces, or anything that is not ours, which is never touched.
+    result, which `overwrite` replaces, or anything that is not ours, which is never touched. Of a
+    result that is not `complete`, `overwrite` makes the same one again.
     Of several processes the first writes; the others share its work.
     """
     out = Path(out).absolute()  # "." has no name to put ".partial" behind
@@ -48,7 +54,7 @@ def run_stage(
         seed=getattr(options, "seed", None),
         history=[r.model_copy(update={"history": []}) for r in parent.lineage()] if parent else [],
     )
-    found = _existing(out, record, overwrite)
+    found = _existing(out, record, overwrite, complete)
     if found is not None:
         return found, False
     partial = out.with_name(out.name + PARTIAL)
@@ -83,6 +89,11 @@ def run_stage(
 def _help(out: Path, partial: Path, make: Make) -> Record:
     """What every process but the first does: the same work, and nothing written."""
     processes.wait_for_all()
+    if not (partial / RESUME).is_dir():
+        raise UserError(
+            f"process {processes.rank()} does not see {partial}, which the first one made; give all "
+            "machines one shared folder"
+        )
     with processes.place_to_write(partial, RESUME) as folder:
         make(folder)
     processes.wait_for_all()
@@ -95,14 +106,16 @@ def _identifying(options: Options) -> dict[str, Any]:
     return options.model_dump(mode="json", exclude=_NOT_IDENTITY)
 
 
-def _existing(out: Path, record: Record, overwrite: bool) -> Record | None:
+def _existing(
+    out: Path, record: Record, overwrite: bool, complete: Callable[[Path], bool]
+) -> Record | None:
     """The record of a finished `out` that is just what was asked for; None where it can be made."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     found = read_record(out) if out.is_dir() else None
     if found is None:
         raise UserError(f"{out} exists and holds no result of prunedm; give another folder")
-    if found.identity == record.identity:
+    if found.identity == record.identity and not (overwrite and not complete(out)):
         return found
     if overwrite:
         return None

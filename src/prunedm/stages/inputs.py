@@ -98,14 +98,21 @@ def training_problems(
 
 def held_out_problems(model: Model, options: DataOptions, count: int) -> list[ProblemBatch]:
     """Fixed problems on the test images, the same for every model and stage of one seed."""
-    problems = DenoisingProblems(
-        images_for(model, options, "test"),
+    problems = problems_on(images_for(model, options, "test"), model, options.seed)
+    return fixed_batches(problems, count)
+
+
+def problems_on(images: ImageSet, model: Model, seed: int) -> DenoisingProblems:
+    """The endless stream whose first are the held-out problems."""
+    if model.conditional:
+        _check_labels(model, images, images.name)
+    return DenoisingProblems(
+        images,
         model.scheduler,
-        seed=options.seed,
+        seed=seed,
         purpose="held out",
         conditional=model.conditional,
     )
-    return fixed_batches(problems, count)
 
 
 def calibration_problems(

@@ -1,8 +1,8 @@
 """measure: one model by itself. `evaluate` and `compare` are made of these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import nan
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,17 @@ import torch
 from pydantic import TypeAdapter
 
 from prunedm.data import ImageSet
+from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.layers import layer_sparsity
-from prunedm.evaluation.loss import denoising_loss
-from prunedm.evaluation.pictures import grid
+from prunedm.evaluation.loss import denoising_loss, streamed_batches
 from prunedm.evaluation.profiling import peak_memory
-from prunedm.evaluation.results import Asked, Conditions, Evaluation, Figures, Step
+from prunedm.evaluation.results import (
+    Conditions,
+    Evaluation,
+    Figures,
+    Step,
+)
 from prunedm.evaluation.size import (
     count_macs,
     count_nonzero,
@@ -24,22 +29,23 @@ from prunedm.evaluation.size import (
     nm_validity,
     packed_bytes,
 )
-from prunedm.evaluation.speed import one_call
+from prunedm.evaluation.speed import dtype_in_words, one_call
 from prunedm.folder import Model, find, size_on_disk
 from prunedm.options import EvaluateOptions, SampleOptions
 from prunedm.progress import Progress
-from prunedm.record import Record, device_name, write_json
+from prunedm.record import Source, device_name, write_json
+from prunedm.sampling import make_sampler
+from prunedm.stages.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import data_source, device_for, held_out_problems, source_of
+from prunedm.stages.inputs import data_source, device_for, problems_on, source_of
 from prunedm.stages.quality import MOST_REFERENCES, UNSCORED_SAMPLES, distances, features_of
-from prunedm.stages.reload import check_reload
+from prunedm.stages.reload import DIFFERS, check_reload
 from prunedm.stages.sample import sample_resumably
 from prunedm.stages.steps import Steps
 
 RESULTS = "evaluation_results.json"
 STEPS = "steps.json"
 SAMPLES = "samples.npz"
-SHEET = "samples.png"
 LOSSES = "losses.npy"
 MEGABYTE = 1e6
 _Steps = TypeAdapter(list[Step])
@@ -53,6 +59,12 @@ class Yardstick:
     reference: ImageSet
     network: FeatureNetwork | None  # None where no distance is measured
     progress: Progress
+    files: dict[str, Source] = field(default_factory=dict)  # that the network was read from
+
+    @property
+    def inputs(self) -> dict[str, Source]:
+        """What decides the figures beside the model and the options."""
+        return {"dataset": data_source(self.reference), **self.files}
 
 
 def measure(model: Model, out: Path, label: str, yard: Yardstick) -> None:
@@ -72,7 +84,7 @@ def measure(model: Model, out: Path, label: str, yard: Yardstick) -> None:
         "measure",
         out,
         options=yard.options,
-        inputs={"model": source_of(model), "dataset": data_source(yard.reference)},
+        inputs={"model": source_of(model), **yard.inputs},
         parent=model.record,
         make=make,
     )
@@ -117,12 +129,12 @@ class _Measuring:
         self.options, self.network = yard.options, yard.network
         self.device = device_for(self.options.device)
         counts = ("params", "nonzero", "macs", "bytes_disk", "bytes_packed")
-        self.figures: dict[str, Any] = {"loss": nan, "loss_se": nan} | dict.fromkeys(counts, 0)
+        self.figures: dict[str, Any] = dict.fromkeys(counts, 0)
 
     def all(self) -> Evaluation:
         """Every step that the depth has; the reload check first, before weights move anywhere."""
         model, steps, denoiser = self.model, self.steps, self.model.denoiser
-        reloads = bool(steps.take("reload check", lambda: check_reload(model)))
+        reloads = self._reloads()
         denoiser.to(self.device)
         self._note("size", self._sizes)
         self._note("macs", lambda: {"macs": count_macs(denoiser, model.sample_shape)})
@@ -147,15 +159,23 @@ class _Measuring:
             curve=model.record.figures.get("curve", {}) if model.record else {},
         )
 
+    def _reloads(self) -> bool | None:
+        """None where it could not be checked."""
+        if self.steps.take("reload check", lambda: check_reload(self.model)):
+            return True
+        return False if DIFFERS in self.steps.failed["reload check"] else None
+
     def _note(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         self.figures |= self.steps.take(name, work) or {}
 
     def _sizes(self) -> dict[str, Any]:
         denoiser, masks = self.model.denoiser, self.model.masks
         validity = nm_validity(denoiser, masks)
+        params, nonzero = count_parameters(denoiser), count_nonzero(denoiser)
         return {
-            "params": count_parameters(denoiser),
-            "nonzero": count_nonzero(denoiser),
+            "params": params,
+            "nonzero": nonzero,
+            "sparsity": 1 - nonzero / params,
             "bytes_disk": size_on_disk(find(self.model.name)),
             "bytes_packed": packed_bytes(denoiser, masks),
             "pattern": validity.pattern,
@@ -165,18 +185,25 @@ class _Measuring:
         }
 
     def _loss(self) -> dict[str, Any]:
-        problems = held_out_problems(self.model, self.options, self.options.problems)
+        problems = problems_on(self.yard.reference, self.model, self.options.seed)
+        batches = streamed_batches(problems, self.options.problems, self.options.batch_size)
         loss = denoising_loss(
-            self.model.denoiser, problems, device=self.device, progress=self.yard.progress
+            self.model.denoiser, batches, device=self.device, progress=self.yard.progress
         )
+        if not isfinite(loss.mean):
+            raise UserError(
+                f"the loss is {loss.mean}: the weights are broken; train or load others"
+            )
         np.save(self.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
         return {"loss": loss.mean, "loss_se": loss.standard_error}
 
     def _memory(self) -> dict[str, Any]:
         denoiser = self.model.denoiser
+        batch = max(batches_of(self.options))
         with torch.inference_mode():
-            call = one_call(denoiser, self.model.sample_shape, max(batches_of(self.options)))
-            return {"peak_memory_mb": peak_memory(denoiser, call, self.device) / MEGABYTE}
+            call = one_call(denoiser, self.model.sample_shape, batch)
+            peak = peak_memory(denoiser, call, self.device) / MEGABYTE
+        return {"peak_memory_mb": peak, "peak_memory_batch": batch}
 
     def _samples(self) -> bool:
         """Whether there are samples; and, where there is a network, how far they are off."""
@@ -201,7 +228,6 @@ class _Measuring:
         )
         images = sample_resumably(self.model, wanted, self.folder / RESUME, self.yard.progress)
         np.savez(self.folder / SAMPLES, images=images)
-        grid(images[:64], 8).save(self.folder / SHEET)
         return images
 
     def _distances(self, network: FeatureNetwork, images_NHWC: np.ndarray) -> None:
@@ -216,28 +242,22 @@ class _Measuring:
 
     def _conditions(self) -> Conditions:
         options, network, reference = self.options, self.network, self.yard.reference
+        sampler = make_sampler(self.model.scheduler, options.sampler)
         return Conditions(
             dataset=reference.name,
             problems=options.problems,
             samples=options.samples or 0,
             sampler=f"{options.sampler}-{options.sampling_steps}",
+            spacing=sampler.config.get("timestep_spacing", ""),
             seed=options.seed,
             features=network.name if network else "FD",
             reference=min(len(reference), MOST_REFERENCES) if network else 0,
             device=device_name(options.device),
-            dtype=str(next(self.model.denoiser.parameters()).dtype).removeprefix("torch."),
+            dtype=dtype_in_words(self.model.denoiser),
+            threads=torch.get_num_threads(),
+            weights=weights_in_words(self.model.record),
+            prediction=self.model.scheduler.config.prediction_type,
+            schedule=schedule_in_words(self.model.scheduler.config),
             latency_batch=options.latency_batch,
             latency_repeats=options.latency_repeats,
         )
-
-
-def asked(record: Record | None) -> list[Asked]:
-    """What each pruning of the lineage was asked for, and what it reached."""
-    found = []
-    for stage in record.lineage() if record else []:
-        got = stage.figures.get("achieved", {})
-        for what, wanted in stage.figures.get("requested", {}).items():
-            reached = got.get(what, wanted)  # a pattern is reached, or the stage fails
-            reason = stage.figures.get("reason", "")
-            found.append(Asked(what=what, asked=wanted, got=reached, reason=reason))
-    return found

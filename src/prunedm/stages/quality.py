@@ -3,11 +3,14 @@
 Shapes: N images, D features.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
@@ -16,6 +19,7 @@ from prunedm.evaluation.fid import bootstrap_error, frechet_distance, statistics
 from prunedm.evaluation.kid import kernel_distance, kernel_unit
 from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import EvaluateOptions
+from prunedm.record import Source
 
 LEAST_SAMPLES = 300  # where the number is not given; more where the features need it
 UNSCORED_SAMPLES = 64  # where no distance is measured
@@ -25,9 +29,10 @@ MOST_REFERENCES = 10_000  # held-out images behind FD
 def with_features(
     options: EvaluateOptions, reference: ImageSet
 ) -> tuple[EvaluateOptions, FeatureNetwork | None]:
-    """The network of FD and KID (None where they are skipped), and the number of samples set.
+    """The network of FD and KID (None where they are skipped); samples and features settled.
 
-    Raises `UserError` for what would fail only after hours: too few images for its features.
+    Raises `UserError` for what would fail only after hours: features that do not take the images,
+    and too few images for them.
     """
     if options.depth == "quick" or options.samples == 0:
         return options.model_copy(update={"samples": 0}), None
@@ -36,9 +41,14 @@ def with_features(
         return options.model_copy(update={"samples": samples}), None
     name = options.features
     if name == "auto":
-        name = "digits-cnn" if reference.name == "digits" and reference.size == 16 else "inception"
-    network = _features(name, options.inception_weights)
-    dim = network.dim or network(reference[0][None]).shape[1]
+        embedded = reference.name == "digits" and (reference.channels, reference.size) == (1, 16)
+        name = "digits-cnn" if embedded else "inception"
+    files = feature_files(options.model_copy(update={"features": name}))
+    hashes = tuple(file.hash for file in files.values())
+    network = _features(name, options.inception_weights, hashes)
+    # `extract` moves the network, which an earlier evaluation may have left on a GPU
+    dim = extract(network, [reference[0][None]]).shape[1]
+    options = options.model_copy(update={"features": name})
     if options.samples is None:
         options = options.model_copy(update={"samples": max(LEAST_SAMPLES, dim + dim // 4)})
     for what, count in (("samples", options.samples), ("held-out images", len(reference))):
@@ -86,22 +96,41 @@ def distances(
     return {"fd": fd, "kid": kid, "precision and recall": manifold}
 
 
+def feature_files(options: EvaluateOptions) -> dict[str, Source]:
+    """The files that a feature network is read from, by role."""
+    names = {
+        "features file": options.features,
+        "Inception weights file": options.inception_weights,
+    }
+    named = {"digits-cnn", "inception", ""}
+    paths = {role: Path(name).expanduser() for role, name in names.items() if name not in named}
+    return {
+        role: Source(
+            path=str(path.resolve()), hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        )
+        for role, path in paths.items()
+        if path.is_file()
+    }
+
+
 @lru_cache(maxsize=4)
-def _features(name: str, weights: str) -> FeatureNetwork:
+def _features(name: str, weights: str, hashes: tuple[str, ...]) -> FeatureNetwork:
+    """`hashes` of its files: one that was written anew is read anew."""
     return load_features(name, weights=weights or None)
 
 
-_references: dict[tuple[str, str], torch.Tensor] = {}
+_references: dict[tuple[str, torch.nn.Module], torch.Tensor] = {}
 
 
 def _reference_features(
     images: ImageSet, network: FeatureNetwork, device: torch.device
 ) -> torch.Tensor:
     """Features (N, D) of the held-out images; the same for every model of a comparison."""
-    key = (images.fingerprint(), network.name)
+    key = (images.fingerprint(), network.module)  # two files may share a name
     if key not in _references:
         count = min(len(images), MOST_REFERENCES)
-        batches = image_batches([images[i] for i in range(count)])
+        first: Subset[torch.Tensor] = Subset(images, range(count))  # type: ignore[arg-type]
+        batches = image_batches(first)  # decoded as they are wanted
         _references.clear()  # one set at a time: they can be large
         _references[key] = extract(network, batches, device=device)
     return _references[key]

@@ -9,6 +9,8 @@ from prunedm.errors import UserError
 from prunedm.folder import DENOISERS, Model, find
 from prunedm.randomness import generator_for
 
+DIFFERS = "gives another output"
+
 
 @torch.no_grad()
 def check_reload(model: Model) -> bool:
@@ -20,11 +22,9 @@ def check_reload(model: Model) -> bool:
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     again = _load_again(place, type(model.denoiser).__name__)
     before, now = (_outputs(denoiser, model) for denoiser in (model.denoiser, again))
-    if not torch.equal(before, now):
+    if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True):
         gap = float((before - now).abs().max())
-        raise UserError(
-            f"{model.name} loaded again gives another output (by up to {gap:.3g}); save it again"
-        )
+        raise UserError(f"{model.name} loaded again {DIFFERS} (by up to {gap:.3g}); save it again")
     return True
 
 

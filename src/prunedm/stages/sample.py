@@ -103,7 +103,7 @@ def _draw(model: Model, options: SampleOptions, resume: Path, progress: Progress
     for k, batch_NCHW in zip(missing, batches, strict=True):
         aside = resume / f"writing-{processes.rank()}.npz"
         np.savez(aside, images=batch_NCHW.permute(0, 2, 3, 1).numpy())
-        aside.rename(files[k])
+        aside.replace(files[k])  # one that is harmed may be there
     processes.wait_for_all()
     return files
 

@@ -18,6 +18,7 @@ from prunedm.record import Record
 from prunedm.recovery.objective import data_objective
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
+from prunedm.training import processes
 from prunedm.training.loop import fit, make_accelerator
 
 
@@ -97,4 +98,5 @@ def _train(
     model.denoiser.to("cpu")
     model.round_to_dtype()
     final = denoising_loss(model.denoiser, held_out)
-    return {"loss": final.mean, "loss_se": final.standard_error} | history.as_figures()
+    figures = {"loss": final.mean, "loss_se": final.standard_error}
+    return figures | processes.as_figures() | history.as_figures()

@@ -51,6 +51,7 @@ class TrainingState:
     done: int = 0
     scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # of fp16
     run: str = ""  # what the tracker knows this run by
+    processes: int = 1  # that share every step
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
@@ -68,12 +69,17 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
         "observed": state.history.observed,
         "scaler": state.scaler.state_dict() if state.scaler else {},
         "run": state.run,
+        "processes": state.processes,
     }
     _write(path, tensors, {"facts": json.dumps(facts)})
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
-    """Restore in place what `save_checkpoint` wrote; without a file the state stays as it is."""
+    """Restore in place what `save_checkpoint` wrote; without a file the state stays as it is.
+
+    Raises `UserError` where the file is damaged, of another module, or of another number of
+    processes, whose steps read other problems.
+    """
     if not path.exists():
         return
     tensors, facts = _read(path)
@@ -82,6 +88,12 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         n: t.shape for n, t in tensors.items() if n.startswith("module.")
     }:
         raise UserError(f"checkpoint {path} is of another model; delete it to start again")
+    processes = facts.get("processes", state.processes)  # 0.1.0 wrote none
+    if processes != state.processes:
+        raise UserError(
+            f"checkpoint {path} is of a run in {processes} processes, this one has "
+            f"{state.processes}; launch {processes} again, or delete it to start again"
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

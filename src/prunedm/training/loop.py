@@ -69,7 +69,14 @@ def fit(
     peaks = [group["lr"] for group in optimizer.param_groups]
     prepared, optimizer = accelerator.prepare(module, optimizer)
     ema = Ema(module, options.ema_decay) if options.ema_decay else None
-    state = TrainingState(module, optimizer, ema, History(), scaler=accelerator.scaler)
+    state = TrainingState(
+        module,
+        optimizer,
+        ema,
+        History(),
+        scaler=accelerator.scaler,
+        processes=accelerator.num_processes,
+    )
     load_checkpoint(checkpoint, state)
     state.run = state.run or new_run()
     take_step = partial(

@@ -1,20 +1,33 @@
 """Several processes on one job (`accelerate launch`, `torchrun`): who writes, who waits."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+# torchrun's, then what MPI launchers set; accelerate reads the same
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def rank() -> int:
     """This process's number; 0 writes and prints."""
-    return int(os.environ.get("RANK", "0"))
+    return _first_of(_RANKS, 0)
 
 
 def count() -> int:
     """How many processes share the job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _first_of(_COUNTS, 1)
+
+
+def _first_of(names: Sequence[str], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+
+
+def as_figures() -> dict[str, int]:
+    """For the record of a training: how many shared every step, where more than one did."""
+    return {"processes": count()} if count() > 1 else {}
 
 
 def wait_for_all() -> None:

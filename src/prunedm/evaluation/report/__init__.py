@@ -18,6 +18,7 @@ from markupsafe import Markup
 from prunedm.errors import UserError
 from prunedm.evaluation import table
 from prunedm.evaluation.pictures import Curve, curve_of, loss_curves
+from prunedm.evaluation.report.checks import checks, shown
 from prunedm.evaluation.report.conditions import conditions_in_words
 from prunedm.evaluation.report.figures import header, key_figures, meaning, rows, warnings
 from prunedm.evaluation.report.front import panels, quality_column
@@ -51,6 +52,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.globals |= {"text": text, "attribute": attribute, "own": _own(environment)}
+    environment.globals["shown"] = shown
     page_text = environment.get_template("page.html.j2").render(
         page(evaluations, samples, title=title)
     )
@@ -72,6 +74,7 @@ def page(
         "columns": [(c, header(c, evaluations), meaning(c)) for c in table.measured(evaluations)],
         "rows": rows(evaluations),
         "warnings": warnings(evaluations),
+        "checks": checks(evaluations),
         "sheets": sheets(evaluations, samples),
         "gap": GAP,
         "quality": quality,
@@ -79,7 +82,7 @@ def page(
         "bars": layer_bars(evaluations),
         "timings": timing_blocks(evaluations),
         "curves": _drawn(curves, dense.figures.loss),
-        "dense_loss": f"{dense.figures.loss:.4f}",
+        "dense_loss": "" if dense.figures.loss is None else f"{dense.figures.loss:.4f}",
         "stages": timeline(evaluations),
         "total_time": total_time(evaluations),
         "failures": failures(evaluations),
@@ -98,7 +101,7 @@ def training_curves(evaluations: Sequence[Evaluation]) -> list[Curve]:
     ]
 
 
-def _drawn(curves: Sequence[Curve], dense_loss: float) -> list[tuple[Curve, Markup]]:
+def _drawn(curves: Sequence[Curve], dense_loss: float | None) -> list[tuple[Curve, Markup]]:
     svgs = loss_curves(curves, dense=dense_loss)
     # numbers only: no data to escape
     return [(curve, Markup(svg)) for curve, svg in zip(curves, svgs, strict=True) if svg]

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from prunedm.evaluation import table
-from prunedm.evaluation.columns import COLUMNS, Column
+from prunedm.evaluation.columns import COLUMNS, IDENTICAL, Column
 from prunedm.evaluation.report import table_words
 from prunedm.evaluation.report.words import both, text
 from prunedm.evaluation.results import Evaluation
@@ -50,6 +50,8 @@ def rows(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, list[tuple
 def _figure(cell: Cell) -> Markup:
     if cell.value == table.FAILED:
         return text("made.failed")
+    if cell.value == IDENTICAL:
+        return text("figures.identical")
     found = _VALIDITY.fullmatch(cell.value)
     if not found:
         return escape(cell.figure)

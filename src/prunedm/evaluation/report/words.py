@@ -27,6 +27,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "Below each figure, its change to {dense}; in colour where it exceeds the two ± together.",
         "数值下方是相对 {dense} 的变化；超出两者 ± 之和时才着色。",
     ),
+    "figures.identical": ("identical", "相同"),
     "columns": ("What the columns mean", "各列含义"),
     "model": ("model", "模型"),
     "lower": ("lower is better", "越低越好"),
@@ -39,6 +40,19 @@ WORDS: dict[str, tuple[str, str]] = {
     "nm.share": ("{share} of {pattern}", "{pattern} 合规 {share}"),
     "nm.one": ("in {layers} layer", "共 {layers} 层"),
     "nm.many": ("in {layers} layers", "共 {layers} 层"),
+    # checks
+    "checks": ("Asked, got, and checked", "目标、实际与核验"),
+    "checks.note": (
+        "Loss against {dense} problem by problem, so that what all models find hard cancels out; in "
+        "colour beyond two standard errors. Loaded again: the same output from the files on disk.",
+        "损失差逐个去噪任务与 {dense} 配对计算，任务本身的难度相互抵消；超过两倍标准误时着色。"
+        "重新加载：从磁盘文件再次读入后的输出是否一致。",
+    ),
+    "checks.asked": ("asked → got", "目标 → 实际"),
+    "checks.loss": ("loss against dense, paired", "与稠密模型的配对损失差"),
+    "checks.reload": ("loaded again", "重新加载"),
+    "checks.reloads.True": ("same to the bit", "逐比特一致"),
+    "checks.reloads.False": ("DIFFERS", "不一致"),
     # samples
     "samples": ("Samples", "生成样本"),
     "samples.note": (
@@ -186,6 +200,23 @@ WORDS: dict[str, tuple[str, str]] = {
     "conditions.device": (
         "Device: {device}. Type: {dtype}.",
         "设备：{device}；数据类型：{dtype}。",
+    ),
+    "conditions.threads": ("Threads: {threads}.", "线程数：{threads}。"),
+    "conditions.model": (
+        "The denoiser predicts: {prediction}. Noise schedule: {schedule}.",
+        "去噪网络的预测目标：{prediction}；噪声调度：{schedule}。",
+    ),
+    "conditions.weights.ema": (
+        "Weights of {labels}: an average over training (EMA), decay {decay}.",
+        "{labels} 的权重：训练过程的指数滑动平均（EMA），衰减系数 {decay}。",
+    ),
+    "conditions.weights.last": (
+        "Weights of {labels}: those of the last training step, not averaged.",
+        "{labels} 的权重：训练最后一步的权重，未做平均（EMA）。",
+    ),
+    "conditions.spacing": (
+        "Timesteps of {sampler}: {spacing} spacing.",
+        "{sampler} 的时间步间隔方式：{spacing}。",
     ),
     "conditions.missing": ("Not measured: {english}.", "未测量：{chinese}。"),
 }

@@ -28,6 +28,8 @@ from prunedm.learning.layer import (
 )
 from prunedm.learning.relaxation import temperature
 from prunedm.learning.sparsity import layer_masks
+from prunedm.maskpro.batches import Epochs, problems_of
+from prunedm.maskpro.config import MaskProConfig, parsed_config
 from prunedm.randomness import generator_for, seed_for
 from prunedm.record import Record, environment
 from prunedm.stages.inputs import (
@@ -38,8 +40,6 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
-from prunedm.stages.maskpro_batches import Epochs, problems_of
-from prunedm.stages.maskpro_config import MaskProConfig, parsed_config
 
 Made = TypeVar("Made")
 

@@ -10,7 +10,6 @@ import torch
 from prunedm.errors import UserError
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.profiling import peak_memory
-from prunedm.evaluation.results import Timing
 from prunedm.evaluation.size import count_nonzero, count_parameters, nm_validity, packed_bytes
 from prunedm.evaluation.speed import Way, one_call, timings
 from prunedm.folder import Model, find, load, size_on_disk
@@ -40,6 +39,7 @@ class MaskProEvaluator:
         self._progress = progress or Silent()
         self._model: Model | None = None
         self._baseline: Model | None = None
+        self.missing = ""  # why there is no baseline
 
     @property
     def model(self) -> Model:
@@ -50,16 +50,18 @@ class MaskProEvaluator:
 
     @property
     def baseline(self) -> Model | None:
-        """None where none was given and no record names one."""
+        """None where none was given, and no record names one or it is gone: see `missing`."""
         return self._baseline if self.model is not None else None
 
     def load_models(self) -> None:
-        """Raises `UserError` where one is no model, the baseline is gone, or the shapes differ."""
-        model, baseline = load(self.model_checkpoint), None
-        if self.baseline_model is not None:
-            baseline = load(self.baseline_model)
-        elif (source := dense_source(model.record)) is not None:
-            baseline = reload(source)
+        """Raises `UserError` where one that was given is no model, or the shapes differ.
+
+        A dense model of the record that is gone or has changed is done without: `missing` says why.
+        """
+        model = load(self.model_checkpoint)
+        baseline, self.missing = self._find_baseline(model)
+        if self.missing:
+            self._progress.say(f"no baseline: {self.missing}")
         if baseline is not None and baseline.sample_shape != model.sample_shape:
             raise UserError(
                 f"the model makes images of {model.sample_shape}, the baseline of "
@@ -154,7 +156,7 @@ class MaskProEvaluator:
                 device=self.device,
             )
             for name, timing in zip(named, timed, strict=True):
-                found[name]["timings"][batch] = _plain(timing)
+                found[name]["timings"][batch] = timing.model_dump()
         for name, model in named.items():
             found[name]["peak_memory_mb"] = self._peak(model, max(batch_sizes))
         if self.baseline is not None:
@@ -164,11 +166,23 @@ class MaskProEvaluator:
             }
         return found
 
+    def _find_baseline(self, model: Model) -> tuple[Model | None, str]:
+        """The baseline, or None and why."""
+        if self.baseline_model is not None:
+            return load(self.baseline_model), ""
+        source = dense_source(model.record)
+        if source is None:
+            return None, "no record says which model this one was made from"
+        try:
+            return reload(source), ""
+        except UserError as error:
+            return None, str(error)
+
     def _one(self, baseline: bool) -> Model:
         if not baseline:
             return self.model
         if self.baseline is None:
-            raise UserError("there is no baseline; give baseline_model")
+            raise UserError(f"there is no baseline ({self.missing}); give baseline_model")
         return self.baseline
 
     def _peak(self, model: Model, batch: int) -> float:
@@ -184,7 +198,3 @@ def _sizes(model: Model) -> dict[str, int]:
         "bytes_disk": size_on_disk(find(model.name)),
         "bytes_packed": packed_bytes(model.denoiser, model.masks),
     }
-
-
-def _plain(timing: Timing) -> dict[str, Any]:
-    return timing.model_dump() | {"images_per_s": timing.images_per_s}

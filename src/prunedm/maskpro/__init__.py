@@ -1,0 +1,1 @@
+"""MaskPro's Python interface, for those who drive the steps themselves; the stages do the same whole."""

@@ -1,0 +1,139 @@
+"""What only all models together give: latencies in turns, and every model beside the dense one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from prunedm.evaluation.columns import LOSS
+from prunedm.evaluation.loss import LossEstimate
+from prunedm.evaluation.paired import median_error, psnr, ssim
+from prunedm.evaluation.results import Evaluation, Timing
+from prunedm.evaluation.speed import Way, timings
+from prunedm.evaluation.table import changes, comparable
+from prunedm.folder import Model
+from prunedm.stages.comparison_files import Paired
+from prunedm.stages.inputs import device_for
+from prunedm.stages.measure import Yardstick, batches_of
+from prunedm.stages.steps import Steps
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to measure under a label; `shown` is its name where its folder will be gone."""
+
+    label: str
+    model: Model
+    yard: Yardstick
+    shown: str = ""
+    first_masks: bool = False  # the last entry's weights under the masks that it began with
+
+
+def time_in_turns(rows: list[Evaluation], entries: Sequence[Entry], steps: Steps) -> None:
+    """Latencies of all models in turns: times minutes apart do not compare."""
+    options = entries[-1].yard.options
+    ways = [Way(batch) for batch in batches_of(options)]
+    if options.depth == "comprehensive":
+        ways += [
+            Way(options.latency_batch, bf16=True),
+            Way(options.latency_batch, compiled=True),
+        ]
+    for number, way in enumerate(ways):
+        name = str(way) if number else "latency"
+        found, errors = _in_turns(name, way, entries, steps)
+        for row in rows:
+            timing = found.get(row.label)
+            if timing is None:
+                row.failed[name] = errors[row.label]
+                continue
+            row.figures.timings.append(timing)
+            if number == 0:
+                row.figures.latency_ms = timing.median_ms
+                row.figures.latency_spread_ms = timing.spread_ms
+
+
+def _in_turns(
+    name: str, way: Way, entries: Sequence[Entry], steps: Steps
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Timings and errors by label. Models that fail by themselves too leave the others their turns."""
+    options = entries[-1].yard.options
+
+    def work(chosen: Sequence[Entry], repeats: int) -> list[Timing]:
+        return timings(
+            [entry.model.denoiser for entry in chosen],
+            chosen[0].model.sample_shape,
+            way,
+            repeats=repeats,
+            device=device_for(options.device),
+        )
+
+    together = Steps()
+    found = together.take(name, partial(work, entries, options.latency_repeats))
+    if found is not None:
+        steps.taken += together.taken
+        return {e.label: timing for e, timing in zip(entries, found, strict=True)}, {}
+    alone = {entry.label: Steps(entry.label) for entry in entries}
+    for entry in entries if len(entries) > 1 else []:
+        alone[entry.label].take(name, partial(work, [entry], 1))
+    able = [entry for entry in entries if not alone[entry.label].failed]
+    if len(able) in (0, len(entries)):
+        steps.taken += together.taken
+        return {}, {entry.label: together.failed[name] for entry in entries}
+    broken = [own for own in alone.values() if own.failed]
+    steps.taken += [step for own in broken for step in own.taken]
+    timed, errors = _in_turns(name, way, able, steps)
+    return timed, errors | {own.model: own.failed[name] for own in broken}
+
+
+def set_beside(rows: Sequence[Evaluation]) -> None:
+    """With every model the dense one's figures, and how far it is from them."""
+    dense = rows[0]
+    for row in rows[1:]:
+        if row.figures.bytes_packed and dense.figures.bytes_packed:
+            row.figures.compression = dense.figures.bytes_packed / row.figures.bytes_packed
+        row.dense, row.changes = dense.figures, changes(row, dense)
+
+
+def pair_with_dense(
+    rows: list[Evaluation],
+    samples: Mapping[str, np.ndarray],
+    losses: Mapping[str, np.ndarray | None],
+    steps: Steps,
+) -> dict[str, Paired]:
+    """What differs from the dense model, image by image and problem by problem."""
+    paired, dense = {}, rows[0].label
+    for row in rows[1:]:
+        found = Paired()
+        both = losses[dense], losses[row.label]
+        like = comparable(LOSS, row, rows[0])  # problems of another noise schedule are others
+        if like and both[0] is not None and both[1] is not None:
+            change = LossEstimate.of(torch.from_numpy(both[1]) - torch.from_numpy(both[0]))
+            row.figures.loss_change = change.mean
+            row.figures.loss_change_se = change.standard_error
+        if dense in samples and row.label in samples:
+            pair = samples[row.label], samples[dense]
+            own = Steps(row.label)
+            taken = own.take("paired", lambda pair=pair: Paired(psnr(*pair), ssim(*pair)))  # type: ignore[misc]
+            steps.taken += own.taken
+            row.failed |= own.failed
+            if taken is not None:
+                found = taken
+                _note_pairs(row, found)
+        paired[row.label] = found
+    return paired
+
+
+def _note_pairs(row: Evaluation, found: Paired) -> None:
+    assert found.psnr_N is not None
+    assert found.ssim_N is not None
+    figures = row.figures
+    several = len(found.ssim_N) > 1  # one image has no spread
+    figures.ssim = float(np.median(found.ssim_N))
+    figures.ssim_se = median_error(found.ssim_N) if several else None
+    figures.identical = float(np.isinf(found.psnr_N).mean())
+    if np.isfinite(np.median(found.psnr_N)):
+        finite_N = np.minimum(found.psnr_N, 1e3)
+        figures.psnr_db = float(np.median(found.psnr_N))
+        figures.psnr_se = median_error(finite_N) if several else None
