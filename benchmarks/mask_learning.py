@@ -3,7 +3,7 @@
     python benchmarks/mask_learning.py digits
     python benchmarks/mask_learning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
         --dataset ../shared/data/cifar10 --flip --features ../shared/models/cifar10_features.pt \\
-        --batch-size 32 --seconds 1750 --estimators relaxed --frozen 2:4 \\
+        --batch-size 32 --seconds 1000 --estimators relaxed --frozen 2:4 \\
         --contest-seconds 150 --lr 5e-4 --calibration 128 --samples 320 --sampling-steps 20 \\
         --contestants "magnitude;Wanda;OBS;guided"
 

@@ -40,8 +40,8 @@ from prunedm.record import environment, write_json
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.scores import SCORES
 from prunedm.stages.inputs import held_out_problems, images_for
-from prunedm.stages.mechanisms import MECHANISMS
-from prunedm.stages.pruning_job import Job
+from prunedm.stages.pruning.job import Job
+from prunedm.stages.pruning.mechanisms import MECHANISMS
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = 2000

@@ -25,7 +25,9 @@ def _contest(result: Row, samples: str, features: str) -> str:
         own = [row for row in rows if row["kind"] == kind]
         mixtures = {m: [r for r in own if r["mixture"] == m] for m in _names(own)}
         # the learning rate that suits the data loss best is its own
-        alone = min((m for m in mixtures if m.startswith(DATA)), key=lambda m: _gap(mixtures[m]))
+        data = [m for m in mixtures if m.startswith(DATA)]
+        seeds = max(len(mixtures[m]) for m in data)
+        alone = min((m for m in data if len(mixtures[m]) == seeds), key=lambda m: _gap(mixtures[m]))
         lines += [_line(kind, mixtures[m], mixtures[alone]) for m in mixtures]
     return (
         f"Fine-tuning for {result['seconds']:.0f} s by every mixture, from the same start; mean ± "

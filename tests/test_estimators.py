@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from scipy.stats import chi2
+from scipy.stats import chi2, kstest
 
 from prunedm.layers import to_groups
 from prunedm.learning import ESTIMATORS, make_estimator, policy_gradient
@@ -19,7 +19,7 @@ from prunedm.learning.policy_gradient import (
     leave_pair_out,
     with_gradients,
 )
-from prunedm.learning.relaxation import RelaxedPatterns, relaxed, temperature
+from prunedm.learning.relaxation import RelaxedPatterns, _gumbel, relaxed, temperature
 from prunedm.learning.sr_ste import SrSte
 from prunedm.learning.straight_through import StraightThrough
 from prunedm.masks import Masks, Pattern
@@ -341,18 +341,25 @@ def test_relaxed_masks_harden_as_tau_falls(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["1:3", "2:4", "3:5"])
-def test_at_tau_0_a_draw_is_the_pattern_of_the_highest_noisy_energy(pattern):
-    """The distribution of such a draw is the conditional Bernoulli (the Gumbel-max trick)."""
+def test_at_tau_0_a_draw_is_a_pattern_of_the_conditional_bernoulli_distribution(pattern):
     wanted = Pattern.parse(pattern)
     logits = torch.tensor([0.9, -0.4, 0.0, 0.6, -1.1][: wanted.m]).expand(8000, -1)
     soft = relaxed(logits, wanted, 1e-4, seeded(2))
     table = all_patterns(wanted)
-    gumbel = -torch.empty(8000, len(table)).exponential_(generator=seeded(2)).log()
-    best = (logits @ table.T + gumbel).argmax(1)
-    assert ((soft - table[best]).abs().amax(1) < 1e-3).float().mean() > 0.995
+    far, best = (soft[:, None] - table).abs().amax(2).min(1)
+    assert (far < 1e-3).float().mean() > 0.995
     p = log_p("conditional-bernoulli", logits[:1].double(), wanted).exp()[0]
     counts = torch.bincount(best, minlength=len(table))
     assert float(((counts - 8000 * p) ** 2 / (8000 * p)).sum()) < chi2.ppf(0.99, len(table) - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gumbel_noise_is_standard_and_finite_where_the_uniform_draw_is_0(dtype, monkeypatch):
+    noise = _gumbel((3, 40_000), torch.empty(0, dtype=dtype), seeded(5))
+    assert noise.dtype == dtype
+    assert kstest(noise.flatten().double().numpy(), "gumbel_r").pvalue > 0.01
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, generator: self.zero_())
+    assert _gumbel((2, 3), noise, seeded(5)).isfinite().all()
 
 
 def test_the_relaxed_gradient_reaches_the_exact_one_as_tau_falls():

@@ -16,7 +16,7 @@ from prunedm.data import load_images
 from prunedm.diffusion import ProblemStream
 from prunedm.errors import UserError
 from prunedm.evaluation.dashboard import pareto
-from prunedm.evaluation.features import load_features
+from prunedm.evaluation.features import FeatureNetwork, load_features
 from prunedm.evaluation.loss import denoising_loss, streamed_batches
 from prunedm.evaluation.paired import psnr, ssim
 from prunedm.evaluation.results import Evaluation, Timing
@@ -28,13 +28,13 @@ from prunedm.progress import Silent
 from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
 from prunedm.stages.compare import read_comparison
-from prunedm.stages.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.evaluate import read_evaluation, read_samples
-from prunedm.stages.first_masks import under_first_masks
+from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
+from prunedm.stages.evaluating.first_masks import under_first_masks
+from prunedm.stages.evaluating.quality import features_of, with_features
+from prunedm.stages.evaluating.reload import check_reload
+from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import held_out_problems
-from prunedm.stages.quality import features_of, with_features
-from prunedm.stages.reload import check_reload
-from prunedm.stages.steps import Steps
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 MEASURE = {
@@ -191,7 +191,7 @@ def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypat
         )
         return [timing.model_copy() for _ in denoisers]
 
-    monkeypatch.setattr("prunedm.stages.together.timings", fake)
+    monkeypatch.setattr("prunedm.stages.evaluating.together.timings", fake)
     out = tmp_path / "out"
     options = SAMPLED.model_copy(update={"depth": "comprehensive"})
     evaluate(chain["learned"], out, options)
@@ -270,7 +270,7 @@ def test_the_summary_has_asked_and_got_and_the_conditions(deep, chain):
         "peak memory: one call at batch 2",
     ):
         assert words in text
-    assert "| learned | 2 | float32 | 1 | no | dense (" in text
+    assert f"| learned | 2 | float32 | {torch.get_num_threads()} | no | dense (" in text
     assert text.count("± ") > 6
 
 
@@ -281,9 +281,9 @@ def test_a_failed_step_is_recorded_and_the_rest_goes_on(chain, tmp_path, feature
     def broken(*arguments, **options):
         raise ValueError("bad\nluck")
 
-    monkeypatch.setattr("prunedm.stages.quality.frechet_distance", broken)
-    monkeypatch.setattr("prunedm.stages.measure.count_macs", broken)
-    monkeypatch.setattr("prunedm.stages.together.timings", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.quality.frechet_distance", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.measure.count_macs", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.together.timings", broken)
     out, listener = tmp_path / "out", Listener()
     options = EvaluateOptions(samples=6, features=features, **MEASURE)
     evaluate(tiny_folder(), out, options, progress=listener)
@@ -315,7 +315,7 @@ def test_a_loss_that_fails_leaves_a_readable_result(tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise UserError("no such thing")
 
-    monkeypatch.setattr("prunedm.stages.measure.denoising_loss", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.measure.denoising_loss", broken)
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SHALLOW)
     for row in read_comparison(tmp_path / "out"):
         assert row.figures.loss is row.figures.loss_se is None
@@ -375,7 +375,7 @@ def test_one_model_that_cannot_be_timed_leaves_the_others_their_turns(chain, tmp
             model.denoiser.too_large = True
         return model
 
-    monkeypatch.setattr("prunedm.stages.together.timings", picky)
+    monkeypatch.setattr("prunedm.stages.evaluating.together.timings", picky)
     monkeypatch.setitem(compare.__globals__, "load", marked)
     compare(models, tmp_path / "out", SAMPLED)
     rows = {row.label: row for row in read_comparison(tmp_path / "out")}
@@ -417,7 +417,7 @@ def test_a_sheet_that_fails_is_recorded(tmp_path, monkeypatch):
     def broken(*arguments):
         raise UserError("no colours for it")
 
-    monkeypatch.setattr("prunedm.stages.comparison_files.grid", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.files.grid", broken)
     evaluate(tiny_folder(), tmp_path / "out", SAMPLED)
     assert steps_of(tmp_path / "out")["", "sheets"]["error"] == "no colours for it"
     assert read_samples(tmp_path / "out").shape == (6, 8, 8, 1)
@@ -427,7 +427,7 @@ def test_pairs_that_fail_name_their_model(tmp_path, monkeypatch):
     def broken(*arguments):
         raise UserError("no pairs")
 
-    monkeypatch.setattr("prunedm.stages.together.ssim", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.together.ssim", broken)
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SAMPLED)
     first, second = read_comparison(tmp_path / "out")
     assert (first.failed, second.failed) == ({}, {"paired": "no pairs"})
@@ -586,8 +586,19 @@ def test_features_of_a_file_are_not_those_of_its_namesake(tmp_path):
         (tmp_path / name).mkdir()
         torch.jit.script(module).save(str(tmp_path / name / "net.pt"))
         network = load_features(tmp_path / name / "net.pt")
-        real.append(features_of(drawn, images, network, torch.device("cpu"))[1])
+        real.append(features_of(drawn, images, network, torch.device("cpu"), most=5)[1])
     assert torch.equal(2 * real[0], real[1])
+
+
+def test_references_are_the_first_images_and_no_more_than_asked_for():
+    drawn, images = np.zeros((4, 8, 8, 1), np.uint8), noise_images()
+    network = FeatureNetwork("means", 2, Means())
+    few, all_of_them = (
+        features_of(drawn, images, network, torch.device("cpu"), most=most)[1]
+        for most in (3, 10_000)
+    )
+    assert len(all_of_them) == len(images) > 3
+    assert torch.equal(few, all_of_them[:3])
 
 
 # ---------------------------------------------------------------------------- missing things
@@ -706,7 +717,7 @@ def test_a_reload_that_cannot_be_checked_is_not_one_that_differs(tmp_path, monke
     def broken(*arguments):
         raise MemoryError("too large")
 
-    monkeypatch.setattr("prunedm.stages.reload._load_again", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.reload._load_again", broken)
     evaluate(tiny_folder(), tmp_path / "out", SHALLOW)
     row = read_evaluation(tmp_path / "out")
     assert row.reloads is None
@@ -715,7 +726,7 @@ def test_a_reload_that_cannot_be_checked_is_not_one_that_differs(tmp_path, monke
 
 def test_plain_models_are_loaded_without_our_code(monkeypatch):
     model = load(tiny_folder())
-    monkeypatch.setattr("prunedm.stages.reload.DENOISERS", {})
+    monkeypatch.setattr("prunedm.stages.evaluating.reload.DENOISERS", {})
     assert check_reload(model)
 
 
@@ -752,7 +763,7 @@ def test_a_report_that_failed_is_not_pointed_at(tmp_path, monkeypatch, capsys):
         raise UserError("no ink")
 
     evaluate(tiny_folder(), tmp_path / "good", SHALLOW)
-    monkeypatch.setattr("prunedm.stages.comparison_files.write_report", broken)
+    monkeypatch.setattr("prunedm.stages.evaluating.files.write_report", broken)
     evaluate(tiny_folder(), tmp_path / "bad", SHALLOW)
     show_comparison(tmp_path / "good")
     assert "report: " in capsys.readouterr().out

@@ -17,6 +17,7 @@ from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Silent
 from prunedm.recovery.objective import data_objective
+from prunedm.stages.inputs import device_for
 from prunedm.training import processes
 from prunedm.training.checkpoint import (
     History,
@@ -271,6 +272,18 @@ def test_processes_know_their_number_from_torchrun_and_from_mpi(names, found, mo
         monkeypatch.setenv(name, value)
     assert (processes.rank(), processes.count()) == found
     assert processes.as_figures() == ({"processes": found[1]} if found[1] > 1 else {})
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in (*processes._COUNTS, *processes._LOCAL_RANKS):
+        monkeypatch.delenv(name, raising=False)
+    assert device_for("auto") == torch.device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_for("auto") == torch.device("cuda", 3)
+    assert device_for("cpu") == torch.device("cpu")
 
 
 def _nan_from(step: int):

@@ -15,8 +15,8 @@ from prunedm.options import PruneOptions
 from prunedm.progress import Silent
 from prunedm.removal.channel_costs import count_macs, layer_positions
 from prunedm.scores import SCORES
-from prunedm.stages.mechanisms import MECHANISMS
-from prunedm.stages.pruning_job import Job
+from prunedm.stages.pruning.job import Job
+from prunedm.stages.pruning.mechanisms import MECHANISMS
 
 CONDITIONAL = {
     "num_class_embeds": 3,

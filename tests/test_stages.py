@@ -31,8 +31,8 @@ from prunedm.record import read_record
 from prunedm.stages import compare, evaluate, finetune, learn, prune, sample, train
 from prunedm.stages.compare import read_comparison
 from prunedm.stages.evaluate import read_evaluation, read_samples
+from prunedm.stages.evaluating.measure import _Measuring
 from prunedm.stages.inputs import held_out_problems
-from prunedm.stages.measure import _Measuring
 
 SMALL = {"score": "magnitude", "sensitivity_problems": 2}
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
@@ -486,7 +486,7 @@ def test_an_interrupted_comparison_does_not_measure_again(chain, tmp_path, monke
     done = tmp_path / "out.partial" / "resume" / "evaluations"
     assert (done / "dense" / "evaluation_results.json").exists()
     measured = []
-    monkeypatch.setattr("prunedm.stages.measure._Measuring.all", _noted(measured))
+    monkeypatch.setattr("prunedm.stages.evaluating.measure._Measuring.all", _noted(measured))
     compare(models, tmp_path / "out", options)
     assert measured == ["final"]
     whole, out = read_comparison(tmp_path / "whole"), read_comparison(tmp_path / "out")

@@ -146,7 +146,18 @@ def test_kernel_distances_of_any_size_are_short() -> None:
         ("latency", ["latency_ms"]),
         ("memory", ["peak_memory_mb"]),
         ("macs", ["macs"]),
-        ("size", ["params", "nonzero", "bytes_disk", "bytes_packed", "nm_valid"]),
+        (
+            "size",
+            [
+                "params",
+                "nonzero",
+                "sparsity",
+                "bytes_disk",
+                "bytes_packed",
+                "compression",
+                "nm_valid",
+            ],
+        ),
     ],
 )
 def test_what_failed_reads_failed(step: str, keys: list[str]) -> None:

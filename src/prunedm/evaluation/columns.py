@@ -149,6 +149,14 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("nonzero", "non-zero", "parameters that are not zero", _count("nonzero"), steps=_SIZE),
     Column(
+        "sparsity",
+        "sparsity",
+        "share of the model's own parameters that are zero; removed channels do not count",
+        lambda figures, base: f"{100 * (figures.sparsity or 0):.1f} %",
+        better="",
+        steps=_SIZE,
+    ),
+    Column(
         "macs",
         "MACs",
         "multiply-accumulates of one image through the denoiser once, attention included",
@@ -167,6 +175,14 @@ COLUMNS: tuple[Column, ...] = (
         "packed (fp16)",
         "bytes in half precision; layers with N:M masks as their kept values and one bit a weight",
         _count("bytes_packed", unit="B"),
+        steps=_SIZE,
+    ),
+    Column(
+        "compression",
+        "compression",
+        "the dense model's packed bytes over this model's",
+        lambda figures, base: f"×{figures.compression:.2f}",
+        better="",
         steps=_SIZE,
     ),
     Column(

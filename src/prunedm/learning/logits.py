@@ -46,14 +46,21 @@ class MaskLogits(nn.Module):
         pairs = zip(self.groups, self.patterns, strict=True)
         return [DISTRIBUTIONS[family](logits, pattern.n) for logits, pattern in pairs]
 
-    def by_layer(self, groups: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values of groups, one (G, M) tensor a pattern, as tensors of the weights' shapes."""
+    def by_layer(
+        self, groups: Sequence[torch.Tensor], wanted: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Values of groups, one (G, M) tensor a pattern, as tensors of the weights' shapes.
+
+        Of all layers, or of those `wanted`.
+        """
+        chosen = set(self.shapes if wanted is None else wanted)
         found = {}
         for values_GM, (pattern, names) in zip(groups, self.names.items(), strict=True):
             sizes = [self.shapes[name].numel() // pattern.m for name in names]
             for name, part in zip(names, values_GM.split(sizes), strict=True):
-                found[name] = from_groups(part, self.shapes[name])
-        return {name: found[name] for name in self.shapes}
+                if name in chosen:
+                    found[name] = from_groups(part, self.shapes[name])
+        return {name: found[name] for name in self.shapes if name in chosen}
 
     def layers_of(self, groups: Sequence[torch.Tensor]) -> list[str]:
         """The layers that have any of these groups, given by their numbers, a tensor a pattern."""

@@ -86,8 +86,7 @@ class PolicyGradient(Estimator):
                     mode_GM.index_copy(0, block, part)
                     for mode_GM, block, part in zip(modes, blocks, draws[-1], strict=True)
                 ]
-                drawn = logits.by_layer(tried)
-                masked = trial.masked({name: drawn[name] for name in changed})
+                masked = trial.masked(logits.by_layer(tried, changed))
                 losses.append(trial.loss_of({**usual, **masked}).float())
         losses_K = torch.stack(losses)
         with torch.no_grad():

@@ -42,6 +42,9 @@ class EvaluateOptions(DataOptions):
     samples: int | None = Field(
         None, ge=0, description="images behind FD; none: enough for the features; 0 skips them"
     )
+    references: int = Field(
+        10_000, ge=2, description="held-out images behind FD at most; published FID takes 50000"
+    )
     skip_fid: bool = Field(
         False, description="no distances of samples to images, and so no feature network"
     )

@@ -15,7 +15,7 @@ from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
 from prunedm.sampling import make_sampler, set_steps
-from prunedm.stages.comparison_files import (
+from prunedm.stages.evaluating.files import (
     REPORT,
     ROWS,
     SUMMARY,
@@ -23,10 +23,8 @@ from prunedm.stages.comparison_files import (
     without_failures,
     write_comparison,
 )
-from prunedm.stages.first_masks import masks_comparison
-from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import data_source, images_for, source_of
-from prunedm.stages.measure import (
+from prunedm.stages.evaluating.first_masks import masks_comparison
+from prunedm.stages.evaluating.measure import (
     LOSSES,
     SAMPLES,
     Yardstick,
@@ -35,9 +33,11 @@ from prunedm.stages.measure import (
     read_images,
     read_steps,
 )
-from prunedm.stages.quality import feature_files, with_features
-from prunedm.stages.steps import Steps
-from prunedm.stages.together import Entry, pair_with_dense, set_beside, time_in_turns
+from prunedm.stages.evaluating.quality import feature_files, with_features
+from prunedm.stages.evaluating.steps import Steps
+from prunedm.stages.evaluating.together import Entry, pair_with_dense, set_beside, time_in_turns
+from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.inputs import data_source, images_for, source_of
 from prunedm.training import processes
 
 __all__ = [

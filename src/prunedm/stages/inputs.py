@@ -15,6 +15,7 @@ from prunedm.options import CalibrationOptions, DataOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import Record, Source
 from prunedm.scores import Calibration, score_layers
+from prunedm.training import processes
 
 
 def source_of(model: Model) -> Source:
@@ -45,8 +46,12 @@ def dense_source(record: Record | None) -> Source | None:
 
 
 def device_for(wanted: str) -> torch.device:
-    """ "auto" is a GPU where there is one."""
-    return torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu")
+    """ "auto" is a GPU where there is one; of several processes on a machine each takes its own."""
+    if wanted != "auto" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if processes.count() == 1:
+        return torch.device("cuda")
+    return torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
 
 
 def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:

@@ -19,8 +19,8 @@ from prunedm.record import Record, write_json
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.frame import run_stage
 from prunedm.stages.inputs import data_source, device_for, held_out_problems, images_for, source_of
-from prunedm.stages.mechanisms import MECHANISMS
-from prunedm.stages.pruning_job import Job, check_options
+from prunedm.stages.pruning.job import Job, check_options
+from prunedm.stages.pruning.mechanisms import MECHANISMS
 from prunedm.stages.sample import labels_for
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only

@@ -8,12 +8,23 @@ from tempfile import TemporaryDirectory
 
 # torchrun's, then what MPI launchers set; accelerate reads the same
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_LOCAL_RANKS = (
+    "LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def rank() -> int:
     """This process's number; 0 writes and prints."""
     return _first_of(_RANKS, 0)
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which decides its GPU."""
+    return _first_of(_LOCAL_RANKS, 0)
 
 
 def count() -> int:

@@ -14,10 +14,10 @@ from prunedm.evaluation.results import Evaluation, Timing
 from prunedm.evaluation.speed import Way, timings
 from prunedm.evaluation.table import changes, comparable
 from prunedm.folder import Model
-from prunedm.stages.comparison_files import Paired
+from prunedm.stages.evaluating.files import Paired
+from prunedm.stages.evaluating.measure import Yardstick, batches_of
+from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import device_for
-from prunedm.stages.measure import Yardstick, batches_of
-from prunedm.stages.steps import Steps
 
 
 @dataclass(frozen=True)

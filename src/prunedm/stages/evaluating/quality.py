@@ -23,7 +23,6 @@ from prunedm.record import Source
 
 LEAST_SAMPLES = 300  # where the number is not given; more where the features need it
 UNSCORED_SAMPLES = 64  # where no distance is measured
-MOST_REFERENCES = 10_000  # held-out images behind FD
 
 
 def with_features(
@@ -51,7 +50,8 @@ def with_features(
     options = options.model_copy(update={"features": name})
     if options.samples is None:
         options = options.model_copy(update={"samples": max(LEAST_SAMPLES, dim + dim // 4)})
-    for what, count in (("samples", options.samples), ("held-out images", len(reference))):
+    real = min(options.references, len(reference))
+    for what, count in (("samples", options.samples), ("held-out images", real)):
         if count is not None and count <= dim:
             raise UserError(
                 f"{count} {what} are too few for {network.name}, which has {dim} features; "
@@ -61,12 +61,17 @@ def with_features(
 
 
 def features_of(
-    images_NHWC: np.ndarray, reference: ImageSet, network: FeatureNetwork, device: torch.device
+    images_NHWC: np.ndarray,
+    reference: ImageSet,
+    network: FeatureNetwork,
+    device: torch.device,
+    *,
+    most: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, D) of samples and of the held-out images."""
+    """Features (N, D) of samples and of the held-out images, of these the first `most`."""
     drawn_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
     own_ND = extract(network, image_batches(drawn_NCHW), device=device)
-    return own_ND, _reference_features(reference, network, device)
+    return own_ND, _reference_features(reference, network, device, most)
 
 
 def distances(
@@ -119,16 +124,16 @@ def _features(name: str, weights: str, hashes: tuple[str, ...]) -> FeatureNetwor
     return load_features(name, weights=weights or None)
 
 
-_references: dict[tuple[str, torch.nn.Module], torch.Tensor] = {}
+_references: dict[tuple[str, torch.nn.Module, int], torch.Tensor] = {}
 
 
 def _reference_features(
-    images: ImageSet, network: FeatureNetwork, device: torch.device
+    images: ImageSet, network: FeatureNetwork, device: torch.device, most: int
 ) -> torch.Tensor:
     """Features (N, D) of the held-out images; the same for every model of a comparison."""
-    key = (images.fingerprint(), network.module)  # two files may share a name
+    count = min(len(images), most)
+    key = (images.fingerprint(), network.module, count)  # two files may share a name
     if key not in _references:
-        count = min(len(images), MOST_REFERENCES)
         first: Subset[torch.Tensor] = Subset(images, range(count))  # type: ignore[arg-type]
         batches = image_batches(first)  # decoded as they are wanted
         _references.clear()  # one set at a time: they can be large

@@ -18,7 +18,7 @@ from prunedm.evaluation.summary import comparison_text, ssim_note, summary_text
 from prunedm.evaluation.table import csv_text
 from prunedm.options import EvaluateOptions
 from prunedm.record import write_json
-from prunedm.stages.steps import Steps
+from prunedm.stages.evaluating.steps import Steps
 
 ROWS = "detailed_results.json"
 REPORT = "report.html"

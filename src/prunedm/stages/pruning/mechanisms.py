@@ -28,7 +28,7 @@ from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import find_permutation, permute_, permuted
 from prunedm.removal.weights import keep_highest, weight_masks
 from prunedm.stages.inputs import calibration_problems, device_for
-from prunedm.stages.pruning_job import (
+from prunedm.stages.pruning.job import (
     Details,
     Job,
     choice_of,

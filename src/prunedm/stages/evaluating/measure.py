@@ -35,13 +35,13 @@ from prunedm.options import EvaluateOptions, SampleOptions
 from prunedm.progress import Progress
 from prunedm.record import Source, device_name, write_json
 from prunedm.sampling import make_sampler
-from prunedm.stages.conditions import asked, schedule_in_words, weights_in_words
+from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
+from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, features_of
+from prunedm.stages.evaluating.reload import DIFFERS, check_reload
+from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, device_for, problems_on, source_of
-from prunedm.stages.quality import MOST_REFERENCES, UNSCORED_SAMPLES, distances, features_of
-from prunedm.stages.reload import DIFFERS, check_reload
 from prunedm.stages.sample import sample_resumably
-from prunedm.stages.steps import Steps
 
 RESULTS = "evaluation_results.json"
 STEPS = "steps.json"
@@ -234,7 +234,13 @@ class _Measuring:
         """FD, KID, precision and recall, all in the same features of the same samples."""
         found = self.steps.take(
             "features",
-            lambda: features_of(images_NHWC, self.yard.reference, network, self.device),
+            lambda: features_of(
+                images_NHWC,
+                self.yard.reference,
+                network,
+                self.device,
+                most=self.options.references,
+            ),
         )
         if found is not None:
             for name, work in distances(*found, network.name, seed=self.options.seed).items():
@@ -251,7 +257,7 @@ class _Measuring:
             spacing=sampler.config.get("timestep_spacing", ""),
             seed=options.seed,
             features=network.name if network else "FD",
-            reference=min(len(reference), MOST_REFERENCES) if network else 0,
+            reference=min(len(reference), options.references) if network else 0,
             device=device_name(options.device),
             dtype=dtype_in_words(self.model.denoiser),
             threads=torch.get_num_threads(),

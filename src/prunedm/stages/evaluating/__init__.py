@@ -1,0 +1,1 @@
+"""What `evaluate` and `compare` are made of: one model measured, several in turns, and the files."""
