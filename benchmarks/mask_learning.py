@@ -18,6 +18,7 @@ interrupted. At the end: `benchmarks/results/mask-learning-NAME.json`, and the s
 import argparse
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -338,7 +339,7 @@ def main() -> None:
     ]
     result = {
         "name": f"mask-learning-{arguments.name}",
-        "command": " ".join(["python benchmarks/mask_learning.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/mask_learning.py", *sys.argv[1:]]),
         **environment("cpu"),
         "threads": torch.get_num_threads(),
         "seconds": arguments.seconds,

@@ -14,6 +14,7 @@ kept in `runs/pruning-NAME/`, so the same command goes on where it was interrupt
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -362,10 +363,10 @@ def main() -> None:
         "--compile", action="store_true", help="compiled and in bf16: loss and samples"
     )
     parser.add_argument(
-        "--without-reductions", action="store_true", help=f"no table {REDUCTIONS!r}"
+        "--without-reductions", action="store_true", help="no table of reductions and rounding"
     )
     bench = Bench(parser.parse_args().name, parser.parse_args())
-    command = " ".join(["python benchmarks/pruning.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/pruning.py", *sys.argv[1:]])
     rows = list(rows_of(bench))
     result = {
         "name": f"pruning-{bench.name}",

@@ -13,6 +13,7 @@ in them: `--speed fast` compiles only where the run is long enough. At the end:
 import argparse
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -193,7 +194,7 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     result = {
         "name": f"sampling-{arguments.name}",
-        "command": " ".join(["python benchmarks/sampling.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/sampling.py", *sys.argv[1:]]),
         **environment(arguments.device),
         "threads": torch.get_num_threads(),
         **{key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")},

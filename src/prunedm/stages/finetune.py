@@ -199,9 +199,9 @@ def _finetune(
             observe=lambda m: {"sparsity": sparsity(m, model.masks)} if model.masks else {},
             compiles=options.compile,
         )
-    model.denoiser.to("cpu")
     model.round_to_dtype()
-    after = denoising_loss(model.denoiser, held_out)
+    after = denoising_loss(model.denoiser, held_out, device=device)
+    model.denoiser.to("cpu")
     return (
         {
             "loss_before": before.mean,

@@ -183,7 +183,8 @@ def _learn(
     model.masks = learned.masks
     model.masks.apply_(model.denoiser)
     model.round_to_dtype()
-    after = denoising_loss(model.denoiser, held_out)
+    after = denoising_loss(model.denoiser.to(device), held_out, device=device)
+    model.denoiser.to("cpu")
     save(model, folder)
     (_, before), *_ = learned.history.held_out
     write_learned(learned, folder, dense=dense.mean, first=before)

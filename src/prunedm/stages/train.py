@@ -95,8 +95,8 @@ def _train(
         validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
         compiles=options.compile,
     )
-    model.denoiser.to("cpu")
     model.round_to_dtype()
-    final = denoising_loss(model.denoiser, held_out)
+    final = denoising_loss(model.denoiser, held_out, device=accelerator.device)
+    model.denoiser.to("cpu")
     figures = {"loss": final.mean, "loss_se": final.standard_error}
     return figures | processes.as_figures() | history.as_figures()
