@@ -62,6 +62,16 @@ def test_sheets_count_in_foreign_folders_and_not_in_ours(tmp_path: Path) -> None
     assert len(whole(opened(folder))) == 5
 
 
+def test_of_arrays_with_sheets_beside_them_one_has_to_be_named(tmp_path: Path) -> None:
+    for name in ("dense", "final"):
+        np.savez(tmp_path / f"{name}.npz", images=pixels(5, 4, 4))
+        Image.fromarray(pixels(1, 4, 4)[0]).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match=r"as dense\.npz, final\.npz; give one of these files"):
+        opened(tmp_path)
+    Image.fromarray(pixels(1, 4, 4)[0]).save(tmp_path / "other.png")
+    assert len(whole(opened(tmp_path))) == 1
+
+
 def test_a_sample_folder_as_the_stage_writes_it(tmp_path: Path) -> None:
     from helpers import tiny_folder
 

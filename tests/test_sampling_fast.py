@@ -137,7 +137,9 @@ def test_images_beyond_float16_are_drawn_in_a_wider_type(monkeypatch, denoiser):
     for module in (fast, draw):
         monkeypatch.setattr(module, "native_types", lambda d: [torch.float16, torch.float32])
     heard = Heard()
-    images = drawn(denoiser, 6, speed="fast", progress=heard)
+    used: list[FastDenoiser] = []
+    images = drawn(denoiser, 6, speed="fast", progress=heard, made=used.append)
+    assert [call.dtype for call in used] == [torch.float16, torch.float32]
     assert (images.int() - drawn(denoiser, 6).int()).abs().max() <= 1
     assert heard.said == [
         "float16 is too narrow for this model; its images are drawn in a wider type"
@@ -254,6 +256,9 @@ def test_the_stage_draws_fast_images_that_are_close(tmp_path):
         )
         assert made
         assert record.options["speed"] == speed
+        kind = str(native_types(torch.device("cpu"))[0]).removeprefix("torch.")
+        how = {} if speed == "exact" else {"dtype": kind, "compiled": False}
+        assert record.figures == {"images": 5} | how
         with np.load(tmp_path / speed / "samples.npz") as file:
             images[speed] = torch.tensor(file["images"])
     assert psnr(images["fast"], images["exact"]).min() > 35

@@ -214,11 +214,18 @@ def _own_images(folder: Path) -> Sequence[Any]:
         found = _open_npz(folder / _SAMPLES)
         assert not isinstance(found, Statistics)
         return found
-    return sorted(
+    arrays = sorted(path.name for path in folder.glob("*.npz"))
+    sheets = {Path(name).with_suffix(".png").name for name in arrays}  # as `evaluate` draws them
+    others = sorted(path for path in folder.iterdir() if path.name not in {*arrays, *sheets})
+    if arrays and not others:
+        raise UserError(
+            f"{str(folder)!r} holds its images as {', '.join(arrays)}; give one of these files"
+        )
+    return [
         path
-        for path in folder.iterdir()
+        for path in others
         if path.suffix.lower() in SUFFIXES and not (ours and path.name in _SHEETS)
-    )
+    ]
 
 
 def _open_npz(path: Path) -> "Statistics | _Rows":

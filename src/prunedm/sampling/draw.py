@@ -1,7 +1,7 @@
 """Batches of images, each image from its own noise."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,13 +30,14 @@ def sample_batches(
     device: torch.device | str = "cpu",
     speed: str = "exact",
     progress: Progress | None = None,
+    made: Callable[[FastDenoiser], object] = lambda call: None,
 ) -> Iterator[torch.Tensor]:
     """Images 0..count-1 as uint8 NCHW batches on the CPU.
 
     The compute batch is constant, the last one padded, so that an image's bits do not depend on
     how many others are asked for. `starts` are the first images of the batches to draw where not
     all are wanted. `labels` are the classes of images 0..count-1. `speed` "exact" is float32 as the
-    denoiser is; "fast" see `FastDenoiser`: close to that, not the same bits.
+    denoiser is; "fast" see `FastDenoiser`: close to that, not the same bits; `made` is shown each one.
     """
     progress = progress or Silent()
     starts = range(0, count, batch_size) if starts is None else starts
@@ -49,6 +50,7 @@ def sample_batches(
     try:
         if speed == "fast":
             call = FastDenoiser(denoiser, calls=calls, say=progress.say)
+            made(call)
         with progress.task("sampling", calls) as bar:
             for start in starts:
                 indices = range(start, start + batch_size)
@@ -67,6 +69,7 @@ def sample_batches(
                 x_NCHW = draw(call)
                 if isinstance(call, FastDenoiser) and _went_too_far(call, x_NCHW):
                     call = _wider(call, denoiser, progress)
+                    made(call)
                     x_NCHW = draw(call)
                 x_NCHW = x_NCHW[: count - start]
                 _check_finite(x_NCHW, start)

@@ -1,7 +1,7 @@
 """sample: images from a model, as PNG files or one array; an interrupted run continues."""
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from prunedm.folder import Model, load
 from prunedm.options import SampleOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
-from prunedm.sampling import class_labels, make_sampler, sample_batches, set_steps
+from prunedm.sampling import FastDenoiser, class_labels, make_sampler, sample_batches, set_steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import device_for, source_of
 from prunedm.training import processes
@@ -43,10 +43,11 @@ def sample(
     labels_for(model, options.count, options.label)
 
     def make(folder: Path) -> dict[str, Any]:
-        files = _draw(model, options, folder / RESUME, progress or Silent())
+        used: list[FastDenoiser] = []
+        files = _draw(model, options, folder / RESUME, progress or Silent(), used.append)
         if processes.rank() == 0:
             _assemble(files, folder, options)
-        return {"images": options.count}
+        return {"images": options.count} | _how(used)
 
     return run_stage(
         "sample",
@@ -78,7 +79,23 @@ def labels_for(model: Model, count: int, label: int | None = None) -> torch.Tens
     return class_labels(classes, count, label)
 
 
-def _draw(model: Model, options: SampleOptions, resume: Path, progress: Progress) -> list[Path]:
+def _how(used: list[FastDenoiser]) -> dict[str, Any]:
+    """What the fast path came to on this machine, for the record; the first process's."""
+    if not used:
+        return {}
+    return {
+        "dtype": str(used[-1].dtype).removeprefix("torch."),
+        "compiled": used[-1].is_compiled,
+    }
+
+
+def _draw(
+    model: Model,
+    options: SampleOptions,
+    resume: Path,
+    progress: Progress,
+    made: Callable[[FastDenoiser], object] = lambda call: None,
+) -> list[Path]:
     """The files of all batches, in order; of several processes each draws its share."""
     starts = range(0, options.count, options.batch_size)
     files = [resume / f"batch-{k:06d}.npz" for k in range(len(starts))]
@@ -99,6 +116,7 @@ def _draw(model: Model, options: SampleOptions, resume: Path, progress: Progress
         device=device_for(options.device),
         speed=options.speed,
         progress=progress,
+        made=made,
     )
     for k, batch_NCHW in zip(missing, batches, strict=True):
         aside = resume / f"writing-{processes.rank()}.npz"
