@@ -18,9 +18,7 @@ interrupted. At the end: `benchmarks/results/mask-learning-NAME.json`, and the s
 import argparse
 import json
 import re
-import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 from mask_learning_costs import costs
 from mask_learning_report import markdown
-from pruning_report import into_docs
+from pruning_report import command_line, into_docs
 
 from prunedm.console import Terminal
 from prunedm.evaluation.features import extract, image_batches, load_features
@@ -339,7 +337,7 @@ def main() -> None:
     ]
     result = {
         "name": f"mask-learning-{arguments.name}",
-        "command": shlex.join(["python", "benchmarks/mask_learning.py", *sys.argv[1:]]),
+        "command": command_line(),
         **environment("cpu"),
         "threads": torch.get_num_threads(),
         "seconds": arguments.seconds,

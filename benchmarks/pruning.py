@@ -14,7 +14,6 @@ kept in `runs/pruning-NAME/`, so the same command goes on where it was interrupt
 import argparse
 import json
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pruning_report import into_docs, markdown
+from pruning_report import command_line, into_docs, markdown
 
 from prunedm.console import Terminal
 from prunedm.evaluation.features import extract, image_batches, load_features
@@ -366,7 +365,7 @@ def main() -> None:
         "--without-reductions", action="store_true", help="no table of reductions and rounding"
     )
     bench = Bench(parser.parse_args().name, parser.parse_args())
-    command = shlex.join(["python", "benchmarks/pruning.py", *sys.argv[1:]])
+    command = command_line()
     rows = list(rows_of(bench))
     result = {
         "name": f"pruning-{bench.name}",

@@ -1,6 +1,8 @@
 """The section of `docs/results.md` that `pruning.py` writes."""
 
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,11 @@ def _latency_table(rows: Sequence[Row]) -> str:
         "Real speed, eager float32, timed in turns with dense:\n\n"
         f"{head}\n|---|---:|---:|---:|---:|\n{body}"
     )
+
+
+def command_line() -> str:
+    """What made a section, to be pasted into a shell."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def into_docs(name: str, body: str) -> None:

@@ -17,9 +17,7 @@ in `runs/recovery-NAME/`, so the same command goes on where it was interrupted. 
 """
 
 import argparse
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +26,7 @@ from typing import Any
 
 import torch
 from mask_learning import ROOT, Bench
-from pruning_report import into_docs
+from pruning_report import command_line, into_docs
 from recovery_report import markdown
 
 from prunedm.console import Terminal
@@ -105,9 +103,8 @@ class RecoveryBench(Bench):
             return self.tuned(source, self.scratch, steps, settings)
 
         def beside() -> Row:
-            settings = MIXTURES[mixture] | {"lr_factor": 1.0}
             short, long = 4, 28
-            both = (MIXTURES[DATA], settings)
+            both = (MIXTURES[DATA], MIXTURES[mixture])
             starts = [run(own, short) for own in both]
             data, own = (run(s, long) - start for s, start in zip(both, starts, strict=True))
             return {"ratio": own / data}
@@ -227,7 +224,7 @@ def main() -> None:
     bench = RecoveryBench(arguments)
     result = {
         "name": f"recovery-{arguments.name}",
-        "command": shlex.join(["python", "benchmarks/recovery.py", *sys.argv[1:]]),
+        "command": command_line(),
         **environment("cpu"),
         "threads": torch.get_num_threads(),
         "seconds": arguments.seconds,

@@ -13,9 +13,7 @@ in them: `--speed fast` compiles only where the run is long enough. At the end:
 import argparse
 import math
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
-from pruning_report import into_docs
+from pruning_report import command_line, into_docs
 
 from prunedm.folder import Model, load
 from prunedm.randomness import generator_for
@@ -194,7 +192,7 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     result = {
         "name": f"sampling-{arguments.name}",
-        "command": shlex.join(["python", "benchmarks/sampling.py", *sys.argv[1:]]),
+        "command": command_line(),
         **environment(arguments.device),
         "threads": torch.get_num_threads(),
         **{key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")},

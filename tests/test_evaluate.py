@@ -485,7 +485,7 @@ def test_the_records_say_what_was_left_open(chain, tmp_path, features):
     one, _ = evaluate(tiny_folder(), tmp_path / "one", options)
     several, _ = compare({"tiny": tiny_folder()}, tmp_path / "several", options)
     assert one.options["samples"] == several.options["samples"] == 64
-    found, _ = with_features(
+    found, *_ = with_features(
         EvaluateOptions(), load_images("digits", split="test", size=16, channels=1)
     )
     assert (found.features, found.samples) == ("digits-cnn", 300)

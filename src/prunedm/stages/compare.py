@@ -33,7 +33,7 @@ from prunedm.stages.evaluating.measure import (
     read_images,
     read_steps,
 )
-from prunedm.stages.evaluating.quality import feature_files, with_features
+from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Entry, pair_with_dense, set_beside, time_in_turns
 from prunedm.stages.frame import RESUME, run_stage
@@ -103,11 +103,10 @@ def read_comparison(folder: Path) -> list[Evaluation]:
 def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yardstick:
     """Raises `UserError` for what would fail only after the samples are drawn."""
     reference = images_for(model, options, "test")
-    options, network = with_features(options, reference)
+    options, network, files = with_features(options, reference)
     sampler = make_sampler(model.scheduler, options.sampler)
     if options.samples:
         set_steps(sampler, options.sampling_steps)
-    files = feature_files(options) if network else {}
     return Yardstick(options, reference, network, progress, files)
 
 

@@ -35,9 +35,8 @@ def evaluate(
     """Measure `source`, and beside it the dense model of its record.
 
     Files: `evaluation_results.json` (this model, the dense one's figures and the changes to them), and
-    those of `compare`. Where the dense model is
-    gone, or no record names one, nothing is measured against it, and the steps say so. Where a step
-    has failed, `overwrite` measures again.
+    those of `compare`. Where the dense model is gone, or no record names one, nothing is measured
+    against it, and the steps say so. Where a step has failed, `overwrite` measures again.
     """
     model = load(source)
     label = label or Path(str(source)).resolve().name

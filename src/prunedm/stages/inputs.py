@@ -1,5 +1,6 @@
 """What stages begin with: the model, its ancestors, the dataset, problems from it, and scores."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,10 @@ def source_of(model: Model) -> Source:
     path = Path(model.name)
     local = path.is_dir() and model.name not in EMBEDDED
     return Source(path=str(path.resolve()) if local else model.name, hash=model.hash)
+
+
+def file_source(path: Path) -> Source:
+    return Source(path=str(path.resolve()), hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
 
 
 def data_source(images: ImageSet) -> Source:

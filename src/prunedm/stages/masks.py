@@ -1,6 +1,5 @@
 """Masks from a file, from a model that has them, or from the zeros of one that has not."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from prunedm.layers import prunable_layers, to_groups
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
 from prunedm.record import Source
 from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
-from prunedm.stages.inputs import source_of
+from prunedm.stages.inputs import file_source, source_of
 
 SUFFIX = ".safetensors"
 STRAY = (
@@ -106,7 +105,7 @@ def masks_from(
     """
     targets, path = tuple(targets), Path(source).expanduser()
     if path.is_file() or path.suffix == SUFFIX:
-        masks, found = _read(path), Extraction(str(source), _file_source(path))
+        masks, found = _read(path), Extraction(str(source), file_source(path))
     else:
         masks, found = _given(load(source), targets)
     masks.check_fits(denoiser)
@@ -155,11 +154,6 @@ def _read(path: Path) -> Masks:
     masks = load_masks(path)
     masks.check_pattern()
     return masks
-
-
-def _file_source(path: Path) -> Source:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Source(path=str(path.resolve()), hash=digest)
 
 
 def _given(model: Model, targets: tuple[str, ...]) -> tuple[Masks, Extraction]:

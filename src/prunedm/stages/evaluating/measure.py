@@ -16,12 +16,7 @@ from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import denoising_loss, streamed_batches
 from prunedm.evaluation.profiling import peak_memory
-from prunedm.evaluation.results import (
-    Conditions,
-    Evaluation,
-    Figures,
-    Step,
-)
+from prunedm.evaluation.results import Conditions, Evaluation, Figures, Step
 from prunedm.evaluation.size import (
     count_macs,
     count_nonzero,

@@ -3,7 +3,6 @@
 Shapes: N images, D features.
 """
 
-import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from prunedm.evaluation.kid import kernel_distance, kernel_unit
 from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import EvaluateOptions
 from prunedm.record import Source
+from prunedm.stages.inputs import file_source
 
 LEAST_SAMPLES = 300  # where the number is not given; more where the features need it
 UNSCORED_SAMPLES = 64  # where no distance is measured
@@ -27,22 +27,23 @@ UNSCORED_SAMPLES = 64  # where no distance is measured
 
 def with_features(
     options: EvaluateOptions, reference: ImageSet
-) -> tuple[EvaluateOptions, FeatureNetwork | None]:
-    """The network of FD and KID (None where they are skipped); samples and features settled.
+) -> tuple[EvaluateOptions, FeatureNetwork | None, dict[str, Source]]:
+    """Samples and features settled; the network of FD and KID (None where they are skipped), and the
+    files that it was read from, by role.
 
     Raises `UserError` for what would fail only after hours: features that do not take the images,
     and too few images for them.
     """
     if options.depth == "quick" or options.samples == 0:
-        return options.model_copy(update={"samples": 0}), None
+        return options.model_copy(update={"samples": 0}), None, {}
     if options.skip_fid:
         samples = UNSCORED_SAMPLES if options.samples is None else options.samples
-        return options.model_copy(update={"samples": samples}), None
+        return options.model_copy(update={"samples": samples}), None, {}
     name = options.features
     if name == "auto":
         embedded = reference.name == "digits" and (reference.channels, reference.size) == (1, 16)
         name = "digits-cnn" if embedded else "inception"
-    files = feature_files(options.model_copy(update={"features": name}))
+    files = _feature_files(name, options.inception_weights)
     hashes = tuple(file.hash for file in files.values())
     network = _features(name, options.inception_weights, hashes)
     # `extract` moves the network, which an earlier evaluation may have left on a GPU
@@ -57,7 +58,7 @@ def with_features(
                 f"{count} {what} are too few for {network.name}, which has {dim} features; "
                 "give more, or --skip-fid to go without"
             )
-    return options, network
+    return options, network, files
 
 
 def features_of(
@@ -101,21 +102,12 @@ def distances(
     return {"fd": fd, "kid": kid, "precision and recall": manifold}
 
 
-def feature_files(options: EvaluateOptions) -> dict[str, Source]:
+def _feature_files(features: str, inception_weights: str) -> dict[str, Source]:
     """The files that a feature network is read from, by role."""
-    names = {
-        "features file": options.features,
-        "Inception weights file": options.inception_weights,
-    }
+    names = {"features file": features, "Inception weights file": inception_weights}
     named = {"digits-cnn", "inception", ""}
     paths = {role: Path(name).expanduser() for role, name in names.items() if name not in named}
-    return {
-        role: Source(
-            path=str(path.resolve()), hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        )
-        for role, path in paths.items()
-        if path.is_file()
-    }
+    return {role: file_source(path) for role, path in paths.items() if path.is_file()}
 
 
 @lru_cache(maxsize=4)
