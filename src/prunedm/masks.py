@@ -180,10 +180,10 @@ def save_masks(masks: Masks, path: Path) -> None:
         "shapes": json.dumps({n: list(mask.shape) for n, mask in masks}, sort_keys=True),
         "patterns": json.dumps({n: str(p) for n, p in masks.patterns.items()}, sort_keys=True),
     }
-    path.write_bytes(_sorted_header(save(packed, metadata=metadata)))
+    path.write_bytes(sorted_header(save(packed, metadata=metadata)))
 
 
-def _sorted_header(file: bytes) -> bytes:
+def sorted_header(file: bytes) -> bytes:
     """safetensors writes metadata in a random order; equal masks must make equal files."""
     end = 8 + int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()

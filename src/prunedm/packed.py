@@ -1,0 +1,251 @@
+"""The packed weight file: of every masked weight its kept values and one bit a position.
+
+docs/packed.md describes the format and holds a reader of its own, which the tests run.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.layers import from_groups, to_groups
+from prunedm.masks import Masks, Pattern, sorted_header
+
+FORMAT, VERSION = "prunedm-packed", "1"
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+_VALUES, _BITS, _SCALE = ".values", ".bits", ".scale"
+_PARTS = tuple(f".weight{part}" for part in (_VALUES, _BITS, _SCALE))
+_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LARGEST = 127  # of a symmetric int8; -128 is not used
+_T = TypeVar("_T")
+
+
+def save_packed(
+    denoiser: nn.Module, masks: Masks | None, path: Path, *, precision: Precision = "fp16"
+) -> None:
+    """Write the denoiser's state as one packed safetensors file; equal input gives equal bytes.
+
+    int8 stores the weights of Conv2d and Linear layers so, and all other floats as fp16.
+    Raises `UserError` where masks do not hold on the weights, are not what their patterns say or
+    are of other layers, and where `precision` cannot hold a value.
+    """
+    layers = {
+        name: module
+        for name, module in denoiser.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    masks = masks or Masks({})
+    _check_masks(masks, denoiser, layers)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in denoiser.state_dict().items():
+        assert not name.endswith(_PARTS), f"{name} is a name of the format"
+        layer = name.removesuffix(".weight")
+        quantised = precision == "int8" and name.endswith(".weight") and layer in layers
+        if quantised and tensor.is_floating_point():
+            stored, tensors[name + _SCALE] = _quantise(layer, tensor.cpu())
+        else:
+            stored = _cast(name, tensor.cpu(), precision)
+        mask = masks.by_layer.get(layer) if name.endswith(".weight") else None
+        if mask is None:
+            tensors[name] = stored
+        else:
+            mask_K = to_groups(mask.cpu(), 1).flatten()
+            tensors[name + _VALUES] = to_groups(stored, 1).flatten()[mask_K]
+            tensors[name + _BITS] = torch.from_numpy(np.packbits(mask_K.numpy()))
+    _write(path, tensors, _metadata(masks, precision))
+
+
+def load_packed(path: Path) -> tuple[dict[str, torch.Tensor], Masks | None]:
+    """The state that `save_packed` wrote, and its masks; None where no layer has any.
+
+    Floats have the type they are stored in; int8 weights come back as float32, q times scale.
+    Raises `UserError` where the file is damaged, none of ours, or of another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no packed file or is damaged ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is no packed file: its metadata has no format {FORMAT}")
+    if metadata.get("version") != VERSION:
+        raise UserError(
+            f"{path} is of packed version {metadata.get('version')}; "
+            f"this prunedm reads {VERSION}; update prunedm"
+        )
+    try:
+        masks = _unpack(tensors, metadata)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); export it again") from error
+    return tensors, masks
+
+
+def packed_matmul(
+    values_K: torch.Tensor,
+    bits: torch.Tensor,
+    x_BI: torch.Tensor,
+    pattern: Pattern,
+    scale_O: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T => y[B, O] for a packed Linear weight W[O, I], of which only kept inputs are read.
+
+    A reference for kernels: the gathered inputs are [B, O, J], J = I N/M kept inputs an output.
+    values_K: the K = O J kept values; bits: the packed mask; scale_O: of int8 values. Computed in
+    the type of `x_BI`.
+    """
+    inputs = x_BI.shape[1]
+    groups = values_K.numel() // pattern.n
+    mask_GM = _unpack_bits(bits, groups * pattern.m).reshape(groups, pattern.m)
+    assert bool((mask_GM.sum(1) == pattern.n).all()), f"the bits are not {pattern}"
+    kept_J = inputs // pattern.m * pattern.n
+    index_OJ = mask_GM.reshape(-1, inputs).nonzero()[:, 1].reshape(-1, kept_J).to(x_BI.device)
+    values_OJ = values_K.reshape(-1, kept_J).to(x_BI)
+    y_BO = torch.einsum("boj,oj->bo", x_BI[:, index_OJ], values_OJ)
+    return y_BO if scale_O is None else y_BO * scale_O.to(x_BI)
+
+
+def _check_masks(masks: Masks, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    violations = masks.violations(denoiser)
+    if violations:
+        name, count = next(iter(violations.items()))
+        raise UserError(
+            f"masks do not hold: {name} has {count} removed weights that are not zero; "
+            "apply the masks again"
+        )
+    masks.check_pattern()
+    for name, _ in masks:
+        if name not in layers:
+            raise UserError(f"masks of {name} cannot be packed: it is no Conv2d or Linear")
+
+
+def _cast(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """A contiguous copy, floats in the chosen type; a copy since tied weights may share memory."""
+    if not tensor.is_floating_point():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    cast = tensor.to(_FLOATS.get(precision, torch.float16), copy=True).contiguous()
+    if bool((cast.isinf() & ~tensor.isinf()).any()):
+        wider = "bf16 or fp32" if cast.dtype == torch.float16 else "fp32"
+        largest = float(tensor[tensor.isfinite()].abs().max())
+        raise UserError(
+            f"{name} has values up to {largest:.4g}, too large for {precision}; "
+            f"use --precision {wider}"
+        )
+    return cast
+
+
+def _quantise(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W[O, ...] => its int8 values, and scale[O] so that W is about q times scale."""
+    weight_OR = weight.float().flatten(1)
+    scale_O = weight_OR.abs().amax(1) / _LARGEST
+    if not bool(scale_O.isfinite().all()):
+        raise UserError(f"{layer} has weights that are not finite; int8 has no value for them")
+    scale_O[scale_O == 0] = 1
+    q_OR = (weight_OR / scale_O[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    return q_OR.reshape(weight.shape), scale_O
+
+
+def _metadata(masks: Masks, precision: Precision) -> dict[str, str]:
+    shapes = {f"{name}.weight": list(mask.shape) for name, mask in masks}
+    patterns = {name: str(pattern) for name, pattern in masks.patterns.items()}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "precision": precision,
+        "shapes": json.dumps(shapes, sort_keys=True),
+        "patterns": json.dumps(patterns, sort_keys=True),
+    }
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(sorted_header(save(tensors, metadata=metadata)))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _unpack(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Masks | None:
+    """Put whole weights in the place of their parts, in `tensors`. Raises `ValueError`."""
+    precision = _take(metadata, "precision")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision {precision!r} is none of {', '.join(get_args(Precision))}")
+    by_layer = {}
+    for name, shape in _table(metadata, "shapes").items():
+        if name in tensors:
+            raise ValueError(f"{name} is there twice, packed and whole")
+        tensors[name], by_layer[name.removesuffix(".weight")] = _whole(tensors, name, shape)
+        if tensors[name].dtype != _FLOATS.get(precision, torch.int8):
+            raise ValueError(f"{name} is stored as {tensors[name].dtype}, not as {precision}")
+        if precision == "int8":
+            _take(tensors, name + _SCALE)
+    for name in [name for name in tensors if name.endswith(_PARTS)]:
+        weight = name.removesuffix(_SCALE)
+        if weight == name:
+            raise ValueError(f"{name} is of no packed weight")
+        tensors[weight] = _dequantise(weight, _take(tensors, weight), tensors.pop(name))
+    claimed = _table(metadata, "patterns")
+    if not claimed.keys() <= by_layer.keys():
+        raise ValueError(f"a pattern for {min(claimed.keys() - by_layer.keys())}, not packed")
+    masks = Masks(by_layer, {name: Pattern.parse(str(n_m)) for name, n_m in claimed.items()})
+    masks.check_pattern()
+    return masks if by_layer else None
+
+
+def _whole(
+    tensors: dict[str, torch.Tensor], name: str, shape: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight in its stored type and its mask, both of `shape`; their parts leave `tensors`."""
+    known = isinstance(shape, list) and len(shape) in (2, 4)
+    if not (known and all(type(size) is int and size > 0 for size in shape)):
+        raise ValueError(f"{name} has shape {shape}")
+    values_K, bits = _take(tensors, name + _VALUES), _take(tensors, name + _BITS)
+    mask_flat = _unpack_bits(bits, math.prod(shape))
+    kept = int(mask_flat.sum())
+    if values_K.shape != (kept,):
+        raise ValueError(f"{name} has values of shape {tuple(values_K.shape)} for {kept} bits set")
+    weight_flat = values_K.new_zeros(len(mask_flat))
+    weight_flat[mask_flat] = values_K
+    del tensors[name + _VALUES], tensors[name + _BITS]
+    size = torch.Size(shape)
+    return from_groups(weight_flat, size).contiguous(), from_groups(mask_flat, size).contiguous()
+
+
+def _unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """uint8 (ceil(count / 8),), highest bit first => bool (count,)."""
+    if bits.shape != (-(-count // 8),):  # numpy would fill the rest with zeros
+        raise ValueError(f"{bits.numel()} bytes of bits for {count} weights")
+    flat = np.unpackbits(bits.cpu().numpy()).astype(bool)
+    if flat[count:].any():
+        raise ValueError(f"bits are set behind the last of {count} weights")
+    return torch.from_numpy(flat[:count])
+
+
+def _dequantise(name: str, q: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
+    fits = q.dtype == torch.int8 and scale_O.dtype == torch.float32
+    if not (fits and q.ndim and scale_O.shape == q.shape[:1] and bool(scale_O.isfinite().all())):
+        raise ValueError(f"{name} has a scale that does not fit")
+    return q.float() * scale_O.reshape(-1, *[1] * (q.ndim - 1))
+
+
+def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    table = json.loads(_take(metadata, key))
+    if not isinstance(table, dict):
+        raise ValueError(f"{key} is no JSON object")
+    return table
+
+
+def _take(known: Mapping[str, _T], name: str) -> _T:
+    if name not in known:
+        raise ValueError(f"{name} is missing")
+    return known[name]
