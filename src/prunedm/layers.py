@@ -16,7 +16,8 @@ from torch import nn
 
 from prunedm.errors import UserError
 
-PROTECTED = ("conv_in", "conv_out", "time_embedding", "class_embedding")
+ENDS = ("conv_in", "conv_out")
+PROTECTED = (*ENDS, "time_embedding", "class_embedding")
 
 
 def prunable_layers(

@@ -76,6 +76,9 @@ class PruneOptions(ScoreOptions):
     max_layer_ratio: float = Field(
         0.7, gt=0, lt=1, description="most that one layer loses (channels)"
     )
+    narrow_ends: bool = Field(
+        False, description="also remove channels that conv_in makes and conv_out reads (channels)"
+    )
     reduction: Literal["sum", "mean", "max", "first"] = Field(
         "max", description="of a channel's scores over the layers that share it (channels)"
     )

@@ -8,7 +8,7 @@ import torch
 
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
-from prunedm.layers import why_not_nm
+from prunedm.layers import ENDS, PROTECTED, why_not_nm
 from prunedm.masks import Masks, Pattern
 from prunedm.options import parse_target
 from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
@@ -49,7 +49,13 @@ def remove_by_channels(job: Job) -> Details:
     options, denoiser = job.options, job.model.denoiser
     kind, ratio = parse_target(options.target)
     before = {name: widths(layer) for name, layer in job.layers.items()}
-    groups = channel_groups(denoiser, job.sample, class_labels=job.labels, round_to=job.round_to)
+    groups = channel_groups(
+        denoiser,
+        job.sample,
+        class_labels=job.labels,
+        protect=[n for n in PROTECTED if not (options.narrow_ends and n in ENDS)],
+        round_to=job.round_to,
+    )
     plan = plan_channels(
         denoiser,
         groups,
