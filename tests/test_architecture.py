@@ -14,10 +14,10 @@ LEVELS = [
     {"cli"},
     {"recipe", "console", "messages", "maskpro"},
     {"stages", "configuration"},
-    {"folder", "scores", "removal", "learning", "recovery", "evaluation", "sampling"},
+    {"folder", "scores", "removal", "learning", "recovery", "evaluation", "sampling", "export"},
     {"training"},
-    {"masks", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"},
-    {"options", "progress", "randomness", "errors"},
+    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"},
+    {"options", "progress", "randomness", "errors", "hub"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 BELOW_STAGES = {name for names in LEVELS[4:] for name in names}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from prunedm.evaluation.features import load_digits_cnn
-from prunedm.folder import find, load, size_on_disk
+from prunedm.folder import load, size_on_disk
+from prunedm.hub import find
 from prunedm.sampling import make_sampler, sample_batches
 
 

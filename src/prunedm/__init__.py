@@ -17,6 +17,7 @@ _HOME = {
     "prune": "prunedm.stages",
     "learn": "prunedm.stages",
     "finetune": "prunedm.stages",
+    "export": "prunedm.stages.export",
     "sample": "prunedm.stages",
     "evaluate": "prunedm.stages",
     "compare": "prunedm.stages",

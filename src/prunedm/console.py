@@ -23,9 +23,10 @@ from rich.text import Text
 from prunedm.evaluation.columns import Column
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
+from prunedm.export.description import read_description
 from prunedm.masks import Masks
 from prunedm.progress import Task
-from prunedm.record import Record
+from prunedm.record import Record, read_record
 from prunedm.stages.masks import Extraction
 from prunedm.training import processes
 
@@ -174,6 +175,31 @@ def loss_line(record: Record) -> None:
         f"mean {found['loss']:.6f}{error}, {found['problems']} problems in "
         f"{found['batches']} batches{masked * bool(found['masked_layers'])}"
     )
+
+
+def export_lines(folder: Path) -> None:
+    """What was written, how far it is from the model, and what to do with it."""
+    record, about = read_record(folder), read_description(folder)
+    assert record is not None
+    figures, terminal = record.figures, Terminal()
+    terminal.say(
+        f"{', '.join(about.files)}: {figures['bytes'] / 1e6:.2f} MB, "
+        f"{100 * figures['share_of_fp16']:.1f} % of the weights in float16"
+    )
+    terminal.say(
+        f"run beside the model: relative error {about.relative_error:.1e} (tolerance "
+        f"{about.tolerance:g}), largest {about.largest_error:.1e}"
+        + (f"; {about.pattern} found again in the file" if about.pattern else "")
+    )
+    if "fd" in figures:
+        terminal.say(
+            f"{figures['features']} {figures['fd_before']:.1f} => {figures['fd']:.1f} ± "
+            f"{figures['fd_se']:.1f}, PSNR {figures['psnr']:.1f} dB, {figures['samples']} images"
+        )
+    if "command" in figures:
+        terminal.say(f"engine: {figures.get('engine', 'built')}; the command: {figures['command']}")
+    elif "runtime" in figures or about.format == "packed":
+        terminal.say(f"next: prunedm sample {folder} images/")
 
 
 def _loss(value: float | None) -> str:

@@ -10,7 +10,6 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 
 from prunedm.diffusion import check_scheduler, sample_shape, scheduler_class
-from prunedm.errors import UserError
+from prunedm.errors import UserError, first_line
+from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
+from prunedm.packed import load_packed
 from prunedm.pruned_unet import PrunedUNet2DModel
 from prunedm.record import Record, read_record, write_json, write_record
 
-EMBEDDED = ("digits",)
 MASKS_FILE = "masks.safetensors"
+PACKED_FILE = "packed.safetensors"  # weights and masks in one, as `export` writes them
+EXPORT_FILE = "export.json"
 DENOISERS = {"UNet2DModel": UNet2DModel, "PrunedUNet2DModel": PrunedUNet2DModel}
 _WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin")
 
@@ -74,17 +76,25 @@ def load(source: str | Path) -> Model:
             "give a diffusers pipeline folder, a hub id, or digits"
         )
     _refuse_other_components(index, folder)
-    denoiser = _load_denoiser(_component(folder, "unet"))
-    masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
+    if (folder / PACKED_FILE).exists():
+        denoiser, masks, dtype = _load_packed(folder)
+    elif (folder / EXPORT_FILE).exists():
+        raise UserError(
+            f"{source} is an exported file, which only `sample` takes; give the model folder that it "
+            "was made from, or a packed export"
+        )
+    else:
+        denoiser, dtype = _load_denoiser(where := _component(folder, "unet")), _stored_dtype(where)
+        masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
     model = Model(
         denoiser=denoiser,
-        scheduler=_load_scheduler(folder),
+        scheduler=load_scheduler(folder),
         masks=masks,
         record=read_record(folder),
         name=str(source),
         hash=hash_folder(folder),
         pipeline=index.get("_class_name", "DDPMPipeline"),
-        dtype=_stored_dtype(_component(folder, "unet")),
+        dtype=dtype,
     )
     if masks is not None:
         masks.check_pattern()
@@ -119,20 +129,6 @@ def save(model: Model, folder: Path) -> None:
         write_record(model.record, folder)
 
 
-def find(source: str | Path) -> Path:
-    """The local folder of a model: itself, the embedded one, or the hub's snapshot."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if str(source) in EMBEDDED:
-        return Path(str(resources.files("prunedm") / "assets" / str(source)))
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise UserError(
-            f"no model at {str(source)!r}: give a folder, a hub id like owner/name, or digits"
-        )
-    return _snapshot(str(source))
-
-
 def hash_folder(folder: Path) -> str:
     """A hash of weights, masks and configuration files, whatever the folder is called."""
     digest = hashlib.sha256()
@@ -147,7 +143,7 @@ def hash_folder(folder: Path) -> str:
 def _is_part_of_model(path: Path, folder: Path) -> bool:
     if path.parent not in (folder, folder / "unet", folder / "scheduler"):
         return False
-    configurations = ("model_index.json", "config.json", "scheduler_config.json")
+    configurations = ("model_index.json", "config.json", "scheduler_config.json", EXPORT_FILE)
     return path.name in configurations or path.suffix in (".safetensors", ".bin")
 
 
@@ -207,9 +203,7 @@ def _component(folder: Path, name: str) -> Path:
 
 
 def _load_denoiser(folder: Path) -> Any:
-    name = _read_json(folder / "config.json").get("_class_name")
-    if name not in DENOISERS:
-        raise UserError(f"{folder} holds a {name}; supported denoisers: {', '.join(DENOISERS)}")
+    name = _class_name(read_config(folder), folder)
     if not any(next(folder.glob(kind), None) for kind in _WEIGHTS):
         raise UserError(
             f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing; "
@@ -220,7 +214,7 @@ def _load_denoiser(folder: Path) -> Any:
             folder, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # diffusers wraps the reader's errors in several types
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"cannot load weights in {folder}: {reason}; download it again?") from error
     # diffusers would leave missing tensors at random values, and drop unexpected ones
     for problem in ("missing_keys", "unexpected_keys"):
@@ -233,7 +227,42 @@ def _load_denoiser(folder: Path) -> Any:
     return denoiser.eval()
 
 
-def _load_scheduler(folder: Path) -> Any:
+def _load_packed(folder: Path) -> tuple[Any, Masks | None, torch.dtype]:
+    """A denoiser from one file of weights and masks; its arithmetic is float32 as everywhere."""
+    config = read_config(folder)
+    denoiser = DENOISERS[_class_name(config, folder)].from_config(config)
+    state, masks = load_packed(folder / PACKED_FILE)
+    dtype = max(Counter(t.dtype for t in state.values()).items(), key=lambda kind: kind[1])[0]
+    try:
+        denoiser.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder / PACKED_FILE} is not of its config.json: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return denoiser.eval(), masks, dtype
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A denoiser's config.json."""
+    return _read_json(folder / "config.json")
+
+
+def save_config(model: Model, folder: Path) -> None:
+    """The denoiser's config.json and the scheduler, for a folder whose weights are elsewhere."""
+    model.denoiser.save_config(folder)
+    _forget_origin(folder / "config.json")
+    model.scheduler.save_pretrained(folder / "scheduler")
+
+
+def _class_name(config: dict[str, Any], folder: Path) -> str:
+    name = str(config.get("_class_name"))
+    if name not in DENOISERS:
+        raise UserError(f"{folder} holds a {name}; supported denoisers: {', '.join(DENOISERS)}")
+    return name
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The noise scheduler of a model folder, or the paper's where it has none."""
     where = _component(folder, "scheduler")
     path = where / "scheduler_config.json"
     if not path.exists():
@@ -245,7 +274,7 @@ def _load_scheduler(folder: Path) -> Any:
     try:
         scheduler = cls.from_config(config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} describes no {cls.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{path} describes no {cls.__name__}: {first_line(error)}") from error
     check_scheduler(scheduler)
     return scheduler
 
@@ -258,21 +287,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is no JSON object")
     return value
-
-
-def _snapshot(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
-        if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.bin"]))
-    except Exception as error:  # network, authentication, no such repository
-        raise UserError(
-            f"cannot get model {hub_id!r}: no such folder, and the hub says: {_first_line(error)}"
-        ) from error
-    return folder
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

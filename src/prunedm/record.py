@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field
 from prunedm.errors import UserError
 
 FILE = "record.json"
+MISSING = "not installed"
 _PACKAGES = ("prunedm", "torch", "diffusers", "numpy", "torch-pruning")
+_EXTRAS = ("onnx", "onnxruntime", "openvino", "nncf", "tensorrt")  # named where installed
 
 
 class Source(BaseModel):
@@ -83,6 +85,8 @@ def finite(value: Any) -> Any:
 def environment(device: str = "auto") -> dict[str, Any]:
     """Versions, device and time of now, as the record's fields."""
     versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    extras = {name: _version(name) for name in _EXTRAS}
+    versions |= {name: version for name, version in extras.items() if version != MISSING}
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return {"versions": versions, "device": device_name(device), "created": created}
 
@@ -109,4 +113,4 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return MISSING

@@ -1,4 +1,4 @@
-"""Commands that make models: run, train, prune, learn, finetune."""
+"""Commands that make models: run, train, prune, learn, finetune, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from prunedm.cli.frame import Config, Flat, Model, Out, Overwrite, app, report, show_comparison
 from prunedm.configuration import merge_file, preset_file
-from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions, TrainOptions
+from prunedm.options import ExportOptions, FinetuneOptions, LearnOptions, PruneOptions, TrainOptions
 from prunedm.recipe import Recipe
 from prunedm.recipe import run as run_recipe
 
@@ -93,3 +93,20 @@ def finetune(
     from prunedm.stages import finetune as stage
 
     report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+
+
+@app.command
+def export(
+    model: Model,
+    out: Out,
+    *,
+    options: Annotated[ExportOptions, Flat] = ExportOptions(),
+    config: Config = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one file for another runtime: packed, ONNX, OpenVINO, torch.export, TensorRT; int8 too."""
+    from prunedm.console import export_lines
+    from prunedm.stages import export as stage
+
+    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    export_lines(out)

@@ -12,7 +12,8 @@ from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.profiling import peak_memory
 from prunedm.evaluation.size import count_nonzero, count_parameters, nm_validity, packed_bytes
 from prunedm.evaluation.speed import Way, one_call, timings
-from prunedm.folder import Model, find, load, size_on_disk
+from prunedm.folder import Model, load, size_on_disk
+from prunedm.hub import find
 from prunedm.progress import Progress, Silent
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.inputs import dense_source, device_for, reload

@@ -10,6 +10,7 @@ from prunedm.options.base import (
     ScoreOptions,
 )
 from prunedm.options.distance import FidOptions, StatsOptions
+from prunedm.options.export import PRECISIONS, ExportOptions
 from prunedm.options.learn import ESTIMATOR_DEFAULTS, EstimatorName, LearnOptions
 from prunedm.options.measure import AnalyzeOptions, EvaluateOptions, LossOptions, SampleOptions
 from prunedm.options.prune import TARGETS, Mechanism, PruneOptions, parse_target
@@ -17,12 +18,14 @@ from prunedm.options.train import FinetuneOptions, TrainOptions
 
 __all__ = [
     "ESTIMATOR_DEFAULTS",
+    "PRECISIONS",
     "TARGETS",
     "AnalyzeOptions",
     "CalibrationOptions",
     "DataOptions",
     "EstimatorName",
     "EvaluateOptions",
+    "ExportOptions",
     "FidOptions",
     "FinetuneOptions",
     "LearnOptions",

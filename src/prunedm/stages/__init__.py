@@ -5,6 +5,7 @@ from prunedm.sampling import make_sampler
 from prunedm.stages.analyze import analyze
 from prunedm.stages.compare import compare
 from prunedm.stages.evaluate import evaluate, with_features
+from prunedm.stages.export import export
 from prunedm.stages.finetune import finetune
 from prunedm.stages.inputs import images_for
 from prunedm.stages.learn import learn
@@ -31,6 +32,7 @@ __all__ = [
     "check_inputs",
     "compare",
     "evaluate",
+    "export",
     "finetune",
     "learn",
     "loss",

@@ -14,7 +14,8 @@ from prunedm.data import ImageSet
 from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.folder import Model, find, load, save
+from prunedm.folder import Model, load, save
+from prunedm.hub import find
 from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions

@@ -11,7 +11,8 @@ from prunedm.data import ImageSet, load_images
 from prunedm.diffusion import DenoisingProblems, ProblemBatch, time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
-from prunedm.folder import EMBEDDED, Model, load
+from prunedm.folder import Model, load
+from prunedm.hub import EMBEDDED
 from prunedm.options import CalibrationOptions, DataOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import Record, Source

@@ -11,7 +11,9 @@ from PIL import Image
 
 from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
-from prunedm.folder import Model, load
+from prunedm.export.opening import open_model
+from prunedm.export.runtimes import ExportedDenoiser
+from prunedm.folder import Model
 from prunedm.options import SampleOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
@@ -33,9 +35,11 @@ def sample(
 ) -> tuple[Record, bool]:
     """Draw `options.count` images from `source` into folder `out`, with a `grid.png`.
 
-    Several processes share the batches; one batch of images is in memory at a time.
+    Several processes share the batches; one batch of images is in memory at a time. An exported
+    model runs in its own runtime.
     """
-    model = load(source)
+    model = open_model(source)
+    _check_speed(model, options)
     # what is impossible fails before any work
     set_steps(
         make_sampler(model.scheduler, options.sampler, options.spacing), options.sampling_steps
@@ -47,7 +51,9 @@ def sample(
         files = _draw(model, options, folder / RESUME, progress or Silent(), used.append)
         if processes.rank() == 0:
             _assemble(files, folder, options)
-        return {"images": options.count} | _how(used)
+        runs = model.denoiser
+        where = {"runtime": runs.arithmetic} if isinstance(runs, ExportedDenoiser) else {}
+        return {"images": options.count} | where | _how(used)
 
     return run_stage(
         "sample",
@@ -77,6 +83,14 @@ def labels_for(model: Model, count: int, label: int | None = None) -> torch.Tens
             raise UserError(f"label = {label}: the model has no classes; leave --label out")
         return None
     return class_labels(classes, count, label)
+
+
+def _check_speed(model: Model, options: SampleOptions) -> None:
+    if options.speed == "fast" and isinstance(model.denoiser, ExportedDenoiser):
+        raise UserError(
+            "speed = fast compiles PyTorch models; an exported one is as fast as its runtime makes "
+            "it, so leave --speed out"
+        )
 
 
 def _how(used: list[FastDenoiser]) -> dict[str, Any]:

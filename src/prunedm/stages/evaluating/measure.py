@@ -25,7 +25,8 @@ from prunedm.evaluation.size import (
     packed_bytes,
 )
 from prunedm.evaluation.speed import dtype_in_words, one_call
-from prunedm.folder import Model, find, size_on_disk
+from prunedm.folder import Model, size_on_disk
+from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
 from prunedm.progress import Progress
 from prunedm.record import Source, device_name, write_json

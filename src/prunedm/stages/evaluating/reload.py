@@ -6,7 +6,8 @@ import torch
 from diffusers import UNet2DModel
 
 from prunedm.errors import UserError
-from prunedm.folder import DENOISERS, Model, find
+from prunedm.folder import DENOISERS, Model
+from prunedm.hub import find
 from prunedm.randomness import generator_for
 
 DIFFERS = "gives another output"

@@ -1,0 +1,327 @@
+"""How fast a compressed model is where it is deployed, against the dense one in the same runtimes.
+
+    python benchmarks/deployment.py cifar10-small --dense ../shared/models/cifar10-ddpm-small \\
+        --channels runs/channels --hybrid runs/hybrid --dataset ../shared/data/cifar10 \\
+        --features ../shared/models/cifar10_features.pt
+
+Exports each model for ONNX Runtime and OpenVINO (kept under --work, done once), and measures in one
+run: a denoiser call at each batch size in every runtime, all in turns; the loss of what was
+exported; images a second from noise to uint8 of diffusers' DDIMPipeline, of the dense model in its
+fastest runtime and of the compressed ones; their FD. A ratio is the median of the turns' ratios, so
+that a slow moment of the machine falls on both sides. On an NVIDIA GPU, `benchmarks/gpu.py` runs
+besides. At the end: `benchmarks/results/deployment-NAME.json`, and the section of that name in
+`docs/results.md`.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pruning_report import command_line, into_docs
+from sampling import pipeline
+from torch import nn
+
+from prunedm.evaluation.features import extract, image_batches, load_features
+from prunedm.evaluation.fid import bootstrap_error, frechet_distance, statistics as moments
+from prunedm.evaluation.loss import denoising_loss, fixed_batches
+from prunedm.evaluation.size import count_macs, count_parameters
+from prunedm.export.opening import open_model
+from prunedm.folder import Model, load
+from prunedm.options import DataOptions, ExportOptions
+from prunedm.record import environment, read_record, write_json
+from prunedm.sampling import FastDenoiser, make_sampler, sample_batches
+from prunedm.stages import export
+from prunedm.stages.inputs import images_for, problems_on
+
+ROOT = Path(__file__).parent.parent
+SEED = 0
+EAGER, COMPILED = "PyTorch eager, fp32", "PyTorch compiled"
+RUNTIMES = {
+    "ONNX Runtime, fp32": ("onnx", "fp32"),
+    "ONNX Runtime, int8": ("onnx", "int8"),
+    "OpenVINO, fp32": ("openvino", "fp32"),
+    "OpenVINO, bf16": ("openvino", "bf16"),
+    "OpenVINO, int8": ("openvino", "int8"),
+}
+DEFAULT = "OpenVINO, bf16"  # `prunedm export --format openvino`
+LOSS_PROBLEMS = 1000
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A model in a runtime."""
+
+    model: str
+    runtime: str
+    denoiser: nn.Module
+    folder: Path | None = None  # of the export
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} / {self.runtime}"
+
+
+def deployed(models: Mapping[str, Model], arguments: argparse.Namespace) -> list[Deployed]:
+    """Every model in every runtime."""
+    found = []
+    for name, model in models.items():
+        compiled = FastDenoiser(model.denoiser, calls=0, say=print, compiling="on")
+        found += [Deployed(name, EAGER, model.denoiser), Deployed(name, COMPILED, compiled)]
+        for runtime, (format, precision) in RUNTIMES.items():
+            folder = Path(arguments.work) / f"{name}-{format}-{precision}"
+            options = ExportOptions(
+                format=format,
+                precision=precision,
+                dataset=arguments.dataset,
+                seed=SEED,
+                samples=0,
+            )
+            export(model.name, folder, options)
+            found.append(Deployed(name, runtime, open_model(folder).denoiser, folder))
+    return found
+
+
+def call_of(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Call:
+    x_NCHW = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(SEED))
+    t = torch.tensor(500)
+
+    def call() -> object:
+        with torch.inference_mode():
+            return denoiser(x_NCHW, t, None, return_dict=False)
+
+    return call
+
+
+def in_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, round by round."""
+    for call in calls.values():
+        call(), call()  # compiled, and warm
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(base: list[float], own: list[float]) -> float:
+    return statistics.median(b / o for b, o in zip(base, own, strict=True))
+
+
+def latencies(rows: list[Deployed], shape: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a call and the ratio to the dense model in eager float32, by batch size."""
+    table: dict[str, Any] = {row.key: {} for row in rows}
+    for batch in arguments.batches:
+        seconds = in_turns(
+            {row.key: call_of(row.denoiser, shape, batch) for row in rows}, arguments.repeats
+        )
+        base = seconds[f"dense / {EAGER}"]
+        for key, taken in seconds.items():
+            table[key][str(batch)] = {
+                "ms": 1000 * statistics.median(taken),
+                "ratio": ratio(base, taken),
+                "seconds": taken,
+            }
+        print(f"batch {batch} timed", flush=True)
+    return table
+
+
+def images_per_second(
+    models: Mapping[str, Model], rows: list[Deployed], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """From noise to images: diffusers' pipeline against these."""
+    dense, batch, steps = models["dense"], arguments.batches[-1], arguments.steps
+    baseline = pipeline(dense, batch, torch.device("cpu"))
+    draws: dict[str, Call] = {"diffusers DDIMPipeline": lambda: baseline(batch, steps)}
+    for row in rows:
+        draws[row.key] = lambda row=row: drawn(row.denoiser, dense, batch, batch, steps)  # type: ignore[misc]
+    seconds = in_turns(draws, arguments.turns)
+    base = seconds["diffusers DDIMPipeline"]
+    return {
+        key: {
+            "images_s": batch / statistics.median(taken),
+            "ratio": ratio(base, taken),
+            "seconds": taken,
+        }
+        for key, taken in seconds.items()
+    }
+
+
+def drawn(denoiser: nn.Module, model: Model, count: int, batch: int, steps: int) -> torch.Tensor:
+    """uint8 NCHW."""
+    batches = sample_batches(
+        denoiser,
+        make_sampler(model.scheduler, "ddim"),
+        count=count,
+        steps=steps,
+        shape=model.sample_shape,
+        seed=SEED,
+        batch_size=batch,
+    )
+    return torch.cat(list(batches))
+
+
+def qualities(
+    models: Mapping[str, Model], rows: list[Deployed], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Loss of every row that is a file or eager; FD of those in `rows` that deploy."""
+    data = DataOptions(dataset=arguments.dataset, seed=SEED)
+    reference = images_for(models["dense"], data, "test")
+    problems = fixed_batches(problems_on(reference, models["dense"], SEED), LOSS_PROBLEMS)
+    network = load_features(arguments.features)
+    real = moments(extract(network, image_batches(reference)), features=network.name)
+    found: dict[str, Any] = {}
+    for row in rows:
+        if row.runtime == COMPILED:
+            continue
+        loss = denoising_loss(row.denoiser, problems)
+        found[row.key] = {"loss": loss.mean, "loss_se": loss.standard_error}
+        if row.key in (f"dense / {EAGER}", f"channels / {EAGER}") or row.runtime in (
+            DEFAULT,
+            "OpenVINO, int8",
+        ):
+            images = drawn(
+                row.denoiser, models[row.model], arguments.samples, 64, arguments.steps
+            )
+            own_ND = extract(network, image_batches(images))
+            own = moments(own_ND, features=network.name)
+            found[row.key] |= {
+                "fd": frechet_distance(own, real),
+                "fd_se": bootstrap_error(own_ND, real, seed=SEED),
+            }
+        print(row.key, found[row.key], flush=True)
+    return {"features": network.name, "rows": found}
+
+
+def sizes(models: Mapping[str, Model], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Parameters, MACs, and bytes of the packed file beside the dense model in float16."""
+    found = {}
+    dense = 2 * count_parameters(models["dense"].denoiser)
+    for name, model in models.items():
+        folder = Path(arguments.work) / f"{name}-packed"
+        export(model.name, folder, ExportOptions(format="packed", seed=SEED))
+        record = read_record(folder)
+        assert record is not None
+        packed = record.figures["bytes"]
+        found[name] = {
+            "parameters": count_parameters(model.denoiser),
+            "macs": count_macs(model.denoiser, model.sample_shape),
+            "packed_bytes": packed,
+            "packed_share": packed / dense,
+            "pattern": model.masks.pattern_text if model.masks else "",
+        }
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    folders = {
+        "dense": arguments.dense,
+        "channels": arguments.channels,
+        "hybrid": arguments.hybrid,
+    }
+    models = {name: load(folder) for name, folder in folders.items() if folder}
+    rows = deployed(models, arguments)
+    shape = models["dense"].sample_shape
+    latency = latencies(rows, shape, arguments)
+    largest = str(arguments.batches[-1])
+    fastest = min(
+        (row for row in rows if row.model == "dense"),
+        key=lambda row: latency[row.key][largest]["ms"],
+    )
+    compared = [fastest]
+    compared += [r for r in rows if r.model != "dense" and r.runtime in (DEFAULT, "OpenVINO, int8")]
+    sampling = images_per_second(models, compared, arguments)
+    best = sampling[fastest.key]["seconds"]
+    for found in sampling.values():
+        found["ratio_to_dense_best"] = ratio(best, found["seconds"])
+    return {
+        "sizes": sizes(models, arguments),
+        "latency": latency,
+        "dense_best": fastest.key,
+        "sampling": sampling,
+        "quality": qualities(models, rows, arguments),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The section of `docs/results.md`."""
+    batches = list(next(iter(result["latency"].values())))
+    size_rows = "\n".join(
+        f"| {name} | {s['parameters'] / 1e6:.2f}M | {s['macs'] / 1e6:.0f}M | {s['pattern'] or '–'} | "
+        f"{s['packed_bytes'] / 1e6:.2f} MB | {100 * s['packed_share']:.1f} % |"
+        for name, s in result["sizes"].items()
+    )
+    quality = result["quality"]["rows"]
+    rows = []
+    for key, by_batch in result["latency"].items():
+        model, _, runtime = key.partition(" / ")
+        cells = [f"{by_batch[b]['ms']:.1f} ({by_batch[b]['ratio']:.1f}x)" for b in batches]
+        own = quality.get(key, {})
+        loss = f"{own['loss']:.4f}" if "loss" in own else "–"
+        fd = f"{own['fd']:.1f} ± {own['fd_se']:.1f}" if "fd" in own else "–"
+        rows.append(f"| {model} | {runtime} | {' | '.join(cells)} | {loss} | {fd} |")
+    sampled = "\n".join(
+        f"| {key.replace(' / ', ', ')} | {s['images_s']:.2f} | {s['ratio']:.1f}x | "
+        f"{s['ratio_to_dense_best']:.2f}x |"
+        for key, s in result["sampling"].items()
+    )
+    head = " | ".join(f"batch {b}, ms" for b in batches)
+    return "\n\n".join(
+        [
+            f"```\n{result['command']}\n```",
+            f"{result['device']}. Medians of {result['repeats']} calls in turns; in brackets the "
+            "ratio to the dense model in eager float32. Loss on "
+            f"{LOSS_PROBLEMS} held-out problems; {result['quality']['features']} of "
+            f"{result['samples']} DDIM-{result['steps']} images against the held-out ones. "
+            f"Data: `benchmarks/results/{result['name']}.json`.",
+            f"| model | parameters | MACs | masks | packed | of dense float16 |\n"
+            f"|---|---:|---:|---|---:|---:|\n{size_rows}",
+            f"| model | runtime | {head} | loss | FD |\n|---|---|{'---:|' * len(batches)}---:|---:|\n"
+            + "\n".join(rows),
+            f"From noise to images, batch {batches[-1]}, DDIM-{result['steps']}, medians of "
+            f"{result['turns']} turns:",
+            "| | images/s | to diffusers | to the dense model at its best |\n|---|---:|---:|---:|\n"
+            + sampled,
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--dense", default="digits")
+    parser.add_argument("--channels", required=True, help="a channel-pruned, recovered folder")
+    parser.add_argument("--hybrid", default="", help="the same with N:M masks, recovered")
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--features", default="digits-cnn")
+    parser.add_argument("--work", default="runs/deployment", help="folder of the exports")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--repeats", type=int, default=15, help="calls in turns")
+    parser.add_argument("--turns", type=int, default=5, help="of sampling")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=1024, help="behind FD")
+    arguments = parser.parse_args()
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    torch._dynamo.config.recompile_limit = 64  # every model and batch size stays compiled
+    result = {
+        "name": f"deployment-{arguments.name}",
+        "command": command_line(),
+        **environment("cpu"),
+        **{key: vars(arguments)[key] for key in ("repeats", "turns", "steps", "samples")},
+        **measure(arguments),
+    }
+    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
+    into_docs(result["name"], markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""export.json: what an exported folder holds, for whoever runs it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prunedm.errors import UserError
+from prunedm.record import Source, write_json
+
+FILE = "export.json"
+VERSION = 1
+
+
+class Description(BaseModel):
+    """One exported denoiser: `(sample, timestep[, class_labels]) -> output`, all float32 outside.
+
+    `shapes`: of inputs and output by name; "batch" is free. `files` with their hashes: the first is
+    the one to open. `relative_error` and `largest_error` are of the check at export.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = VERSION
+    format: str
+    precision: str
+    files: dict[str, str]
+    shapes: dict[str, list[int | str]]
+    source: Source
+    opset: int | None = None
+    pattern: str = ""  # of the masks that were found again in the file
+    relative_error: float
+    largest_error: float
+    tolerance: float
+
+    @property
+    def file(self) -> str:
+        return next(iter(self.files))
+
+
+def write_description(description: Description, folder: Path) -> None:
+    write_json(description.model_dump(mode="json"), folder / FILE)
+
+
+def read_description(folder: Path) -> Description:
+    """Raises `UserError` where it is damaged, of another version, or its files are not those."""
+    import json
+
+    path = folder / FILE
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        version = content.get("version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}); export the model again"
+        ) from error
+    if version != VERSION:
+        raise UserError(
+            f"{folder} was exported in version {version}, this prunedm reads {VERSION}; "
+            "export the model again"
+        )
+    try:
+        description = Description.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg']}; export the model again") from error
+    for name, due in description.files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{folder} has no {name}; export the model again, or copy all of it")
+        if file_hash(file) != due:
+            raise UserError(f"{file} is damaged or not the file that was exported; export it again")
+    return description
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]

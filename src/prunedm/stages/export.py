@@ -1,0 +1,107 @@
+"""export: one file for another runtime, checked by running it beside the model it was made from."""
+
+from pathlib import Path
+from typing import Any
+
+from prunedm.errors import UserError
+from prunedm.export.description import Description, file_hash, write_description
+from prunedm.export.extras import require
+from prunedm.folder import Model, load, save_config
+from prunedm.masks import Masks
+from prunedm.options import ExportOptions
+from prunedm.progress import Progress, Silent
+from prunedm.record import Record, Source
+from prunedm.stages.exporting.data import Data
+from prunedm.stages.exporting.job import Job
+from prunedm.stages.exporting.quality import before_and_after
+from prunedm.stages.exporting.writers import WRITERS
+from prunedm.stages.frame import run_stage
+from prunedm.stages.inputs import source_of
+
+SPARSE = (2, 4)  # the one pattern that NVIDIA's sparse tensor cores take
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> tuple[Record, bool]:
+    """Write `source` as `options.format` into folder `out`, with export.json beside it.
+
+    The file is opened again and run on fixed noise at timesteps from the first to the last; its
+    zeros are looked up in it. Raises `UserError` where it differs by more than the tolerance, has
+    lost zeros, or where a package is missing (before any work).
+    """
+    options, progress = options.filled(), progress or Silent()
+    require(options.format, precision=str(options.precision))
+    model = load(source)
+    _check_masks(model.masks, options)
+    data = (
+        Data.of(model, options)
+        if options.precision == "int8" and options.format != "packed"
+        else None
+    )
+
+    def make(folder: Path) -> dict[str, Any]:
+        save_config(model, folder)
+        job = Job(model, options, folder, progress, data)
+        written = WRITERS[options.format](job)
+        description = Description(
+            format=options.format,
+            precision=str(options.precision),
+            files={name: file_hash(folder / name) for name in written.files},
+            shapes=written.shapes,
+            source=source_of(model),
+            opset=written.opset,
+            pattern=model.masks.pattern_text if model.masks else "",
+            relative_error=written.relative_error,
+            largest_error=written.largest_error,
+            tolerance=float(options.tolerance or 0),
+        )
+        write_description(description, folder)
+        quality = before_and_after(job, data, written.denoiser) if data and written.denoiser else {}
+        return (
+            _sizes(model, [folder / name for name in written.files]) | written.figures() | quality
+        )
+
+    return run_stage(
+        "export",
+        out,
+        options=options,
+        inputs=_inputs(model, data),
+        parent=model.record,
+        make=make,
+        overwrite=overwrite,
+    )
+
+
+def _inputs(model: Model, data: Data | None) -> dict[str, Source]:
+    return {"model": source_of(model)} | (data.sources if data else {})
+
+
+def _check_masks(masks: Masks | None, options: ExportOptions) -> None:
+    """TensorRT's sparse kernels take 2:4 only; other zeros would be carried along for nothing."""
+    if options.format != "tensorrt" or masks is None:
+        return
+    for layer, _ in masks:
+        pattern = masks.patterns.get(layer)
+        if pattern is None or (pattern.n, pattern.m) != SPARSE:
+            found = "unstructured" if pattern is None else str(pattern)
+            raise UserError(
+                f"tensorrt: the masks of {layer} are {found}, and sparse tensor cores take 2:4 only; "
+                "prune with --pattern 2:4, or export --format onnx"
+            )
+
+
+def _sizes(model: Model, files: list[Path]) -> dict[str, Any]:
+    """Bytes written, and those of the model's parameters in half precision."""
+    parameters = sum(p.numel() for p in model.denoiser.parameters())
+    written = sum(file.stat().st_size for file in files)
+    return {
+        "bytes": written,
+        "bytes_fp16": 2 * parameters,
+        "share_of_fp16": written / (2 * parameters),
+    }

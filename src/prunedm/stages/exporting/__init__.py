@@ -1,0 +1,1 @@
+"""What `export` is made of: the job, one writer a format, and what int8 costs in quality."""

@@ -1,0 +1,107 @@
+"""One export under way: the model, example inputs, and the check of what was written.
+
+Shapes: N images.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.export.inference_graph import InferenceDenoiser
+from prunedm.export.runtimes import ExportedDenoiser
+from prunedm.folder import Model
+from prunedm.options import ExportOptions
+from prunedm.progress import Progress
+from prunedm.randomness import generator_for
+from prunedm.stages.exporting.data import Data
+
+CHECKED = 16  # images of the check
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format's writer made: files, the first to be opened; and how far it is from the model.
+
+    `denoiser`: the file as prunedm runs it, or None where it does not.
+    """
+
+    files: list[str]
+    shapes: dict[str, list[int | str]]
+    relative_error: float
+    largest_error: float
+    opset: int | None = None
+    denoiser: ExportedDenoiser | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        ran = {"runtime": self.denoiser.arithmetic} if self.denoiser else {}
+        errors = {"relative_error": self.relative_error, "largest_error": self.largest_error}
+        return errors | ran | self.notes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the writers share."""
+
+    model: Model
+    options: ExportOptions
+    folder: Path
+    progress: Progress
+    data: Data | None  # for int8
+
+    def graph(self) -> nn.Module:
+        """The denoiser as it is exported."""
+        return InferenceDenoiser(self.model.denoiser)
+
+    def inputs(self, count: int = CHECKED) -> dict[str, torch.Tensor]:
+        """`count` images of seeded noise at timesteps from the first to the last, by input name."""
+        generator = generator_for(self.options.seed, "export", 0)
+        steps = self.model.scheduler.config.num_train_timesteps
+        inputs = {
+            "sample": torch.randn((count, *self.model.sample_shape), generator=generator),
+            "timestep": torch.linspace(0, steps - 1, count),
+        }
+        if self.model.conditional:
+            classes = self.model.denoiser.config.num_class_embeds
+            inputs["class_labels"] = torch.arange(count) % classes
+        return inputs
+
+    def shapes(self) -> dict[str, list[int | str]]:
+        """Of inputs and output, as the graph has them."""
+        config, (_, height, width) = self.model.denoiser.config, self.model.sample_shape
+        free: list[int | str] = ["batch"]
+        shapes = {name: free + list(x.shape[1:]) for name, x in self.inputs(1).items()}
+        return shapes | {"output": [*free, config.out_channels, height, width]}
+
+    def calibration(self) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of real denoising problems by input name."""
+        assert self.data is not None
+        for batch in self.data.calibration:
+            inputs = {
+                "sample": batch.noisy_NCHW.numpy(),
+                "timestep": batch.timesteps_N.float().numpy(),
+            }
+            if batch.labels_N is not None:
+                inputs["class_labels"] = batch.labels_N.numpy()
+            yield inputs
+
+    def check(self, output_NCHW: torch.Tensor, what: str) -> tuple[float, float]:
+        """Relative and largest error of an output for `inputs()`; `UserError` above the tolerance."""
+        with torch.no_grad():
+            due = self.model.denoiser.eval()(*self.inputs().values(), return_dict=False)[0].double()
+        error = output_NCHW.double() - due
+        relative, largest = float(error.norm() / due.norm()), float(error.abs().max())
+        tolerance = float(self.options.tolerance or 0)
+        if not relative <= tolerance:  # also where it is not a number
+            raise UserError(
+                f"{what} differs from the model by a relative error of {relative:.2g}, above the "
+                f"tolerance of {tolerance:g}; take another --precision, or --tolerance {relative:.1g}"
+            )
+        return relative, largest

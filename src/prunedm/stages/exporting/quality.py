@@ -1,0 +1,71 @@
+"""What quantisation costs: losses and distances of the model and of the file, beside each other."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunedm.evaluation.loss import LossEstimate, denoising_loss
+from prunedm.evaluation.paired import psnr
+from prunedm.export.runtimes import ExportedDenoiser
+from prunedm.sampling import make_sampler, sample_batches
+from prunedm.stages.evaluating.quality import distances, features_of
+from prunedm.stages.exporting.data import Data
+from prunedm.stages.exporting.job import Job
+from prunedm.stages.inputs import device_for
+from prunedm.stages.sample import labels_for
+
+
+def before_and_after(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, Any]:
+    """Figures of the record: loss and its change on the same problems; FD and PSNR, same noise."""
+    before, after = (
+        denoising_loss(denoiser, data.held_out, progress=job.progress)
+        for denoiser in (job.model.denoiser, exported)
+    )
+    change = LossEstimate.of(after.per_problem_N - before.per_problem_N)
+    figures: dict[str, Any] = {
+        "loss_before": before.mean,
+        "loss": after.mean,
+        "loss_se": after.standard_error,
+        "loss_change": change.mean,
+        "loss_change_se": change.standard_error,
+    }
+    if data.evaluate.samples:
+        figures |= _distances(job, data, exported)
+    return figures
+
+
+def _distances(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, Any]:
+    images = [_images(job, data, denoiser) for denoiser in (job.model.denoiser, exported)]
+    figures: dict[str, Any] = {
+        "samples": data.evaluate.samples,
+        "psnr": float(np.mean(psnr(images[1], images[0]))),
+    }
+    if data.network is None:
+        return figures
+    device = device_for(job.options.device)
+    for suffix, images_NHWC in zip(("_before", ""), images, strict=True):
+        own_ND, real_ND = features_of(
+            images_NHWC, data.reference, data.network, device, most=data.evaluate.references
+        )
+        found = distances(own_ND, real_ND, data.network.name, seed=job.options.seed)["fd"]()
+        figures |= {f"{name}{suffix}": value for name, value in found.items()}
+    return figures | {"features": data.network.name}
+
+
+def _images(job: Job, data: Data, denoiser: nn.Module) -> np.ndarray:
+    """uint8 NHWC."""
+    count = int(data.evaluate.samples or 0)
+    batches = sample_batches(
+        denoiser,
+        make_sampler(job.model.scheduler, data.evaluate.sampler),
+        count=count,
+        steps=data.evaluate.sampling_steps,
+        shape=job.model.sample_shape,
+        seed=job.options.seed,
+        batch_size=min(64, count),
+        labels=labels_for(job.model, count),
+        progress=job.progress,
+    )
+    return torch.cat(list(batches)).permute(0, 2, 3, 1).numpy()
