@@ -28,7 +28,8 @@ from sampling import pipeline
 from torch import nn
 
 from prunedm.evaluation.features import extract, image_batches, load_features
-from prunedm.evaluation.fid import bootstrap_error, frechet_distance, statistics as moments
+from prunedm.evaluation.fid import bootstrap_error, frechet_distance
+from prunedm.evaluation.fid import statistics as moments
 from prunedm.evaluation.loss import denoising_loss, fixed_batches
 from prunedm.evaluation.size import count_macs, count_parameters
 from prunedm.export.opening import open_model
@@ -189,9 +190,7 @@ def qualities(
             DEFAULT,
             "OpenVINO, int8",
         ):
-            images = drawn(
-                row.denoiser, models[row.model], arguments.samples, 64, arguments.steps
-            )
+            images = drawn(row.denoiser, models[row.model], arguments.samples, 64, arguments.steps)
             own_ND = extract(network, image_batches(images))
             own = moments(own_ND, features=network.name)
             found[row.key] |= {

@@ -42,7 +42,9 @@ def validation_message(error: ValidationError, model: type[BaseModel] | None = N
         return f"unknown option {name!r}{_suggestion(first['loc'], model)}"
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    return f"{name} = {first['input']!r}: {reason}" if name else reason  # no name: of several options
+    return (
+        f"{name} = {first['input']!r}: {reason}" if name else reason
+    )  # no name: of several options
 
 
 def _suggestion(location: tuple[Any, ...], model: type[BaseModel] | None) -> str:

@@ -67,8 +67,9 @@ def load(source: str | Path) -> Model:
     Raises `UserError` where it is no model, of an unsupported class, or its weights are damaged.
     """
     folder = find(source)
-    index = (
-        _read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    index, exported = (
+        _read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("model_index.json", EXPORT_FILE)
     )
     if not index and not (folder / "config.json").exists():
         raise UserError(
@@ -78,7 +79,7 @@ def load(source: str | Path) -> Model:
     _refuse_other_components(index, folder)
     if (folder / PACKED_FILE).exists():
         denoiser, masks, dtype = _load_packed(folder)
-    elif (folder / EXPORT_FILE).exists():
+    elif exported:
         raise UserError(
             f"{source} is an exported file, which only `sample` takes; give the model folder that it "
             "was made from, or a packed export"
@@ -93,7 +94,7 @@ def load(source: str | Path) -> Model:
         record=read_record(folder),
         name=str(source),
         hash=hash_folder(folder),
-        pipeline=index.get("_class_name", "DDPMPipeline"),
+        pipeline=index.get("_class_name") or exported.get("pipeline", "DDPMPipeline"),
         dtype=dtype,
     )
     if masks is not None:
@@ -149,6 +150,8 @@ def _is_part_of_model(path: Path, folder: Path) -> bool:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of the denoiser's weight files."""
+    if (folder / PACKED_FILE).exists():
+        return (folder / PACKED_FILE).stat().st_size
     where = _component(folder, "unet")
     return sum(path.stat().st_size for kind in _WEIGHTS for path in where.glob(kind))
 

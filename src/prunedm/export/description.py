@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunedm.errors import UserError
 from prunedm.record import Source, write_json
@@ -25,9 +25,10 @@ class Description(BaseModel):
     version: int = VERSION
     format: str
     precision: str
-    files: dict[str, str]
+    files: dict[str, str] = Field(min_length=1)
     shapes: dict[str, list[int | str]]
     source: Source
+    pipeline: str = "DDPMPipeline"  # diffusers' class, for a packed model that is saved again
     opset: int | None = None
     pattern: str = ""  # of the masks that were found again in the file
     relative_error: float

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 
 class InferenceDenoiser(nn.Module):
-    """A copy of `denoiser` for export: `(sample NCHW, timestep N[, class_labels N]) -> NCHW`.
+    """`denoiser` for export, its weights shared: `(sample NCHW, timestep N[, class_labels N]) -> NCHW`.
 
     Equal to the denoiser up to rounding. Blocks of a kind that is not known here stay as they are.
     Names of modules are the denoiser's behind `unet.`, so its weights are found by them.
@@ -33,7 +33,11 @@ class InferenceDenoiser(nn.Module):
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        # modules are copied, weights are shared
+        shared = {
+            id(p): nn.Parameter(p.detach(), requires_grad=False) for p in denoiser.parameters()
+        }
+        self.unet = copy.deepcopy(denoiser, shared).eval()
         for name, module in list(self.unet.named_modules()):
             if isinstance(module, nn.GroupNorm):
                 _replace(self.unet, name, GroupAffine(module))
@@ -45,6 +49,7 @@ class InferenceDenoiser(nn.Module):
                 _replace(self.unet, name, _SelfAttention(module))
             elif isinstance(module, Upsample2D) and _is_plain_upsampling(module):
                 _replace(self.unet, name, _Upsample(module))
+        self.eval()  # the new modules too
 
     def forward(
         self,
@@ -103,15 +108,16 @@ class _Resnet(nn.Module):
         super().__init__()
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.resample = block.upsample or block.downsample
+        self.upsample, self.downsample = block.upsample, block.downsample
         self.scale = block.output_scale_factor
 
     def forward(
         self, x_NCHW: torch.Tensor, temb: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         hidden = F.silu(self.norm1(x_NCHW))
-        if self.resample is not None:
-            x_NCHW, hidden = self.resample(x_NCHW), self.resample(hidden)
+        resample = self.upsample or self.downsample
+        if resample is not None:
+            x_NCHW, hidden = resample(x_NCHW), resample(hidden)
         hidden = self.conv1(hidden)
         hidden = self.norm2(hidden, self.time_emb_proj(F.silu(temb)))
         hidden = self.conv2(F.silu(hidden))

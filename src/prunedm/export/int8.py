@@ -69,11 +69,8 @@ def _ends(model: Any) -> list[str]:
 
 def quantize_openvino(model: Any, batches: Iterable[Inputs], count: int) -> Any:
     """A model with int8 convolutions and products; of `count` batches."""
-    import logging
-
     import nncf
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
     ends = [
         op.get_friendly_name()
         for op in model.get_ops()

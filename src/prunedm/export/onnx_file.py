@@ -3,7 +3,6 @@
 N:M zeros run along input channels in Conv and MatMul weights, as TensorRT's sparse tactics want.
 """
 
-import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +41,6 @@ def write_onnx(
     import onnx
 
     batch = torch.export.Dim("batch")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's own libraries
@@ -56,16 +54,16 @@ def write_onnx(
                 opset_version=opset,
                 verbose=False,
             )
+            assert program is not None
+            model = program.model_proto
+            for part in (*model.graph.node, *model.graph.value_info):
+                del part.metadata_props[:]  # stack traces of this machine: a third of the file
+            for value in (*model.graph.input, *model.graph.output):
+                del value.metadata_props[:]
+            onnx.save(model, str(path))
+            onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the exporter wraps what fails in classes of its own
         raise UserError(f"ONNX has no form for this model: {_cause(error)}") from error
-    assert program is not None
-    model = program.model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]  # stack traces of this machine: a third of the file
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        del value.metadata_props[:]
-    onnx.save(model, str(path))
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 def onnx_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:

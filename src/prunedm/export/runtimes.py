@@ -133,7 +133,8 @@ class OpenVinoDenoiser(ExportedDenoiser):
         if count not in self._ready:
             self._ready[count] = self._compile(count)
         size, queue = self._ready[count]
-        output = np.empty_like(inputs["sample"][:, : self.config["out_channels"]])
+        pixels = inputs["sample"].shape[2:]
+        output = np.empty((count, self.config["out_channels"], *pixels), np.float32)
         parts = {}
         for start in range(0, count, size):
             parts[start] = {k: _filled(v[start : start + size], size) for k, v in inputs.items()}

@@ -1,8 +1,10 @@
 """torch.export: the graph as a .pt2 archive, for PyTorch without this package and for C++."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +30,12 @@ def write_program(graph: nn.Module, inputs: dict[str, torch.Tensor], path: Path)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     torch.export.save(program, path)
+
+
+def program_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every weight in a file that was just written here, by name."""
+    for name, tensor in torch.export.load(path).state_dict.items():
+        yield name, tensor.detach().float().numpy()
 
 
 def run_program(path: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from prunedm.record import Record, Source
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.exporting.quality import before_and_after
+from prunedm.stages.exporting.quiet import quiet
 from prunedm.stages.exporting.writers import WRITERS
 from prunedm.stages.frame import run_stage
 from prunedm.stages.inputs import source_of
@@ -46,26 +47,7 @@ def export(
     )
 
     def make(folder: Path) -> dict[str, Any]:
-        save_config(model, folder)
-        job = Job(model, options, folder, progress, data)
-        written = WRITERS[options.format](job)
-        description = Description(
-            format=options.format,
-            precision=str(options.precision),
-            files={name: file_hash(folder / name) for name in written.files},
-            shapes=written.shapes,
-            source=source_of(model),
-            opset=written.opset,
-            pattern=model.masks.pattern_text if model.masks else "",
-            relative_error=written.relative_error,
-            largest_error=written.largest_error,
-            tolerance=float(options.tolerance or 0),
-        )
-        write_description(description, folder)
-        quality = before_and_after(job, data, written.denoiser) if data and written.denoiser else {}
-        return (
-            _sizes(model, [folder / name for name in written.files]) | written.figures() | quality
-        )
+        return _make(Job(model, options, folder, progress, data))
 
     return run_stage(
         "export",
@@ -76,6 +58,32 @@ def export(
         make=make,
         overwrite=overwrite,
     )
+
+
+def _make(job: Job) -> dict[str, Any]:
+    """Write, check and describe; returns the record's figures."""
+    model, options, folder = job.model, job.options, job.folder
+    save_config(model, folder)
+    job.progress.say(f"writing {options.format} in {options.precision}, and running it")
+    with quiet():
+        written = WRITERS[options.format](job)
+    description = Description(
+        format=options.format,
+        precision=str(options.precision),
+        files={name: file_hash(folder / name) for name in written.files},
+        shapes=written.shapes,
+        source=source_of(model),
+        pipeline=model.pipeline,
+        opset=written.opset,
+        pattern=model.masks.pattern_text if model.masks else "",
+        relative_error=written.relative_error,
+        largest_error=written.largest_error,
+        tolerance=float(options.tolerance or 0),
+    )
+    write_description(description, folder)
+    sizes = _sizes(model, [folder / name for name in written.files])
+    quality = before_and_after(job, written.denoiser) if job.data and written.denoiser else {}
+    return sizes | written.figures() | quality
 
 
 def _inputs(model: Model, data: Data | None) -> dict[str, Source]:

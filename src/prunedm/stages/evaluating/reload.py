@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DModel
 
 from prunedm.errors import UserError
-from prunedm.folder import DENOISERS, Model
+from prunedm.folder import DENOISERS, PACKED_FILE, Model, load
 from prunedm.hub import find
 from prunedm.randomness import generator_for
 
@@ -30,6 +30,9 @@ def check_reload(model: Model) -> bool:
 
 
 def _load_again(place: Path, name: str) -> torch.nn.Module:
+    if (place / PACKED_FILE).exists():
+        packed: torch.nn.Module = load(place).denoiser
+        return packed
     cls = UNet2DModel if name == "UNet2DModel" else DENOISERS[name]
     denoiser: torch.nn.Module = cls.from_pretrained(place, local_files_only=True)
     return denoiser.eval()

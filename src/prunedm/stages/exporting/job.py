@@ -70,6 +70,11 @@ class Job:
         }
         if self.model.conditional:
             classes = self.model.denoiser.config.num_class_embeds
+            if classes is None:
+                raise UserError(
+                    "export takes class labels as numbers; this model embeds them otherwise "
+                    f"(class_embed_type {self.model.denoiser.config.class_embed_type!r})"
+                )
             inputs["class_labels"] = torch.arange(count) % classes
         return inputs
 

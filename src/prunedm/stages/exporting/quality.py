@@ -17,8 +17,10 @@ from prunedm.stages.inputs import device_for
 from prunedm.stages.sample import labels_for
 
 
-def before_and_after(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, Any]:
+def before_and_after(job: Job, exported: ExportedDenoiser) -> dict[str, Any]:
     """Figures of the record: loss and its change on the same problems; FD and PSNR, same noise."""
+    data = job.data
+    assert data is not None
     before, after = (
         denoising_loss(denoiser, data.held_out, progress=job.progress)
         for denoiser in (job.model.denoiser, exported)

@@ -70,6 +70,8 @@ def write_torch(job: Job) -> Written:
     if job.options.precision != "fp32":
         graph = onnx_file.HalfInside(graph, TYPES[str(job.options.precision)])
     torch_program.write_program(graph, job.inputs(2), path)
+    if job.model.masks is not None:
+        check_zeros(torch_program.program_arrays(path), job.model.masks, path.name)
     errors = job.check(torch_program.run_program(path, job.inputs()), path.name)
     return Written([path.name], job.shapes(), *errors)
 
@@ -89,7 +91,6 @@ def write_tensorrt(job: Job) -> Written:
     else:
         (job.folder / "build_engine.sh").write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
         notes["engine"] = "none: TensorRT is not installed here"
-        job.progress.say(f"TensorRT is not installed here; where it is, run: {command}")
     errors = whole.relative_error, whole.largest_error
     return Written(files, whole.shapes, *errors, opset=whole.opset, notes=notes)
 

@@ -1,0 +1,603 @@
+"""Every way to run a model on an NVIDIA GPU, timed in turns in one call.
+
+    python benchmarks/gpu.py --layers
+    python benchmarks/gpu.py --model dense/ --model channels/ --model hybrid/ --layers
+
+Ways: eager float32, TF32, float16 eager, channels-last, compiled, max-autotune, semi-structured (see
+`docs/gpu.md`), ONNX Runtime, TensorRT with dense and with sparse weights. Ratios are to eager float32
+of the first model at the same batch, and of turns, so that what else the GPU does falls on all alike.
+A way whose runtime is not installed, or that fails, gets a row that says so and no figure. Where no
+model has 2:4 layers, a copy of the first with magnitude masks is added; its speed is that of any 2:4.
+`--layers`: also single layers of Stable Diffusion's sizes. At the end: tables, and
+`benchmarks/results/gpu-NAME.json`.
+"""
+
+import argparse
+import copy
+import math
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from pruning_report import command_line
+from torch import nn
+
+from prunedm.export.inference_graph import InferenceDenoiser
+from prunedm.export.onnx_file import HalfInside, write_onnx
+from prunedm.export.semi_structured import (
+    Choice,
+    Timer,
+    time_forms,
+    time_graphs,
+    time_in_turns,
+    use_sparse_kernels,
+)
+from prunedm.export.sparse_gemm import find_kernels
+from prunedm.export.sparse_layers import why_not_sparse
+from prunedm.folder import load
+from prunedm.layers import prunable_layers
+from prunedm.masks import Pattern
+from prunedm.randomness import generator_for
+from prunedm.record import environment, write_json
+from prunedm.removal.nm import nm_mask
+
+ROOT = Path(__file__).parent.parent
+WARMUP = 3
+OPSET = 18
+HALF = torch.float16
+BASELINE = "eager float32"
+# channels and side of Stable Diffusion's UNet at 512x512, level by level
+LEVELS = ((320, 64), (640, 32), (1280, 16))
+
+Row = dict[str, Any]
+Call = Callable[[], torch.Tensor]
+
+
+class NoFigure(Exception):
+    """Why a way cannot be measured here: the row's note."""
+
+
+@dataclass
+class Subject:
+    """A model at one batch size, in float32 and NCHW, with the inputs of all its calls."""
+
+    name: str
+    denoiser: nn.Module
+    shape: tuple[int, int, int]
+    batch: int
+    device: torch.device
+    folder: Path  # for files of other runtimes
+
+    @cached_property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        sample = torch.randn((self.batch, *self.shape), generator=generator_for(0, "gpu"))
+        found = {"sample": sample, "timestep": torch.full((self.batch,), 500.0)}
+        if getattr(self.denoiser, "class_embedding", None) is not None:
+            found["class_labels"] = torch.zeros(self.batch, dtype=torch.long)
+        return {name: value.to(self.device) for name, value in found.items()}
+
+    def half(self, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
+        return copy.deepcopy(self.denoiser).to(HALF).to(memory_format=memory_format)
+
+    def call(
+        self, module: Callable[..., Any], memory_format: torch.memory_format | None = None
+    ) -> Call:
+        """A call of a denoiser in its own type; inputs are converted once, before."""
+        dtype = HALF if memory_format else torch.float32
+        sample, *others = self.inputs.values()
+        sample = sample.to(dtype, memory_format=memory_format or torch.contiguous_format)
+        return lambda: module(sample, *others, return_dict=False)[0]
+
+    @cached_property
+    def onnx(self) -> Path:
+        """float16 inside, float32 at both ends, any batch."""
+        path = self.folder / f"{slug(self.name)}.onnx"
+        if not path.exists():
+            graph = HalfInside(InferenceDenoiser(self.denoiser), HALF).to(self.device)
+            inputs = {
+                name: torch.cat([value, value])[:2] for name, value in self.inputs.items()
+            }  # a batch of one would be taken for a constant
+            write_onnx(graph, inputs, path, opset=OPSET)
+        return path
+
+
+@dataclass
+class Made:
+    """A way, ready to be called."""
+
+    call: Call
+    note: str = ""
+    choices: list[Choice] = field(default_factory=list)
+    relative_error: float | None = None
+    keep: tuple[Any, ...] = ()  # what other runtimes hold addresses of
+
+
+# --------------------------------------------------------------------------------- ways
+
+
+def float32(subject: Subject) -> Made:
+    return Made(subject.call(subject.denoiser))
+
+
+def tf32(subject: Subject) -> Made:
+    plain = subject.call(subject.denoiser)
+
+    def call() -> torch.Tensor:
+        set_tf32(True)
+        try:
+            return plain()
+        finally:
+            set_tf32(False)
+
+    return Made(call)
+
+
+def half(subject: Subject) -> Made:
+    return Made(subject.call(subject.half(), torch.contiguous_format))
+
+
+def channels_last(subject: Subject) -> Made:
+    return Made(subject.call(subject.half(torch.channels_last), torch.channels_last))
+
+
+def compiled(subject: Subject) -> Made:
+    return compiling(subject, subject.half(torch.channels_last), "default")
+
+
+def max_autotune(subject: Subject) -> Made:
+    return compiling(subject, subject.half(torch.channels_last), "max-autotune")
+
+
+def sparse(subject: Subject) -> Made:
+    return sparsely(subject, time_in_turns, None)
+
+
+def sparse_compiled(subject: Subject) -> Made:
+    return sparsely(subject, time_graphs, "default")
+
+
+def sparse_max_autotune(subject: Subject) -> Made:
+    return sparsely(subject, time_graphs, "max-autotune")
+
+
+def sparsely(subject: Subject, timer: Timer, mode: str | None) -> Made:
+    """Layers chosen at this batch by `timer`, then compiled or not."""
+    module = subject.half(torch.channels_last)
+    if not any(why_not_sparse(layer, HALF) is None for layer in prunable_layers(module).values()):
+        raise NoFigure("no 2:4 layer that a sparse GEMM takes")
+    why = find_kernels(subject.device, HALF)[1]
+    if why:
+        raise NoFigure(why)
+    selection = use_sparse_kernels(
+        module, subject.shape, batch=subject.batch, dtype=HALF, timer=timer
+    )
+    made = (
+        Made(subject.call(module, torch.channels_last))
+        if mode is None
+        else compiling(subject, module, mode)
+    )
+    timed = [choice for choice in selection.choices if choice.dense_ms is not None]
+    count = f"{len(selection.chosen)} of {len(timed)} 2:4 layers sparse"
+    made.note = "; ".join(filter(None, [count, made.note]))
+    made.choices, made.relative_error = timed, selection.relative_error
+    return made
+
+
+def compiling(subject: Subject, module: nn.Module, mode: str) -> Made:
+    """Compiled at once. `NoFigure` where the compiler gave up and runs the eager model."""
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    fast = torch.compile(module, mode=mode, dynamic=False)
+    plain = subject.call(fast, torch.channels_last)
+
+    def call() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return plain()
+
+    started = time.perf_counter()
+    call()
+    if counters["stats"]["unique_graphs"] == before:
+        raise NoFigure("torch.compile compiled nothing")
+    return Made(call, f"compiled in {time.perf_counter() - started:.0f} s")
+
+
+def onnx_runtime(subject: Subject) -> Made:
+    ort = installed("onnxruntime")
+    wanted = "CUDAExecutionProvider"
+    if wanted not in ort.get_available_providers():
+        raise NoFigure(
+            "not installed: onnxruntime is there, its CUDA build (onnxruntime-gpu) is not"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(subject.onnx), options, providers=[wanted])
+    if session.get_providers()[0] != wanted:
+        raise NoFigure("onnxruntime could not load its CUDA provider")
+    return bound(session, subject, "cuda")
+
+
+def bound(session: Any, subject: Subject, device: str) -> Made:
+    """A session that reads and writes PyTorch's memory."""
+    import numpy as np
+
+    kinds = {torch.float32: np.float32, torch.int64: np.int64}
+    inputs = {name: value.contiguous() for name, value in subject.inputs.items()}
+    output = torch.empty(output_shape(subject), device=subject.device)
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_input(
+            name, device, 0, kinds[value.dtype], tuple(value.shape), value.data_ptr()
+        )
+    binding.bind_output("output", device, 0, np.float32, tuple(output.shape), output.data_ptr())
+
+    def call() -> torch.Tensor:
+        session.run_with_iobinding(binding)
+        return output
+
+    return Made(call, keep=(inputs,))
+
+
+def tensorrt_dense(subject: Subject) -> Made:
+    return tensorrt(subject, with_sparse_weights=False)
+
+
+def tensorrt_sparse(subject: Subject) -> Made:
+    return tensorrt(subject, with_sparse_weights=True)
+
+
+def tensorrt(subject: Subject, *, with_sparse_weights: bool) -> Made:
+    """An engine for this batch; with sparse weights it tries its sparse tactics and times them."""
+    trt = installed("tensorrt")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(subject.onnx.read_bytes()):
+        raise NoFigure(f"TensorRT cannot read the ONNX file: {parser.get_error(0).desc()}")
+    config = builder.create_builder_config()
+    if hasattr(trt.BuilderFlag, "FP16"):  # version 11 takes types from the network
+        config.set_flag(trt.BuilderFlag.FP16)
+    if with_sparse_weights:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    profile = builder.create_optimization_profile()
+    for name, value in subject.inputs.items():
+        profile.set_shape(name, *[tuple(value.shape)] * 3)
+    config.add_optimization_profile(profile)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise NoFigure("TensorRT cannot build the engine")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(built)
+    context = engine.create_execution_context()
+    inputs = {name: value.contiguous() for name, value in subject.inputs.items()}
+    output = torch.empty(output_shape(subject), device=subject.device)
+    for name, value in inputs.items():
+        context.set_input_shape(name, tuple(value.shape))
+        context.set_tensor_address(name, value.data_ptr())
+    context.set_tensor_address("output", output.data_ptr())
+    stream = torch.cuda.Stream()
+
+    def call() -> torch.Tensor:
+        context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+        return output
+
+    return Made(call, keep=(engine, inputs))
+
+
+WAYS: dict[str, Callable[[Subject], Made]] = {
+    BASELINE: float32,
+    "eager float32, TF32": tf32,
+    "float16": half,
+    "float16, channels-last": channels_last,
+    "float16, compiled": compiled,
+    "float16, max-autotune": max_autotune,
+    "semi-structured": sparse,
+    "semi-structured, compiled": sparse_compiled,
+    "semi-structured, max-autotune": sparse_max_autotune,
+    "ONNX Runtime CUDA, float16": onnx_runtime,
+    "TensorRT float16, dense weights": tensorrt_dense,
+    "TensorRT float16, sparse weights": tensorrt_sparse,
+}
+
+
+def installed(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise NoFigure(f"not installed: {name}") from error
+
+
+def output_shape(subject: Subject) -> tuple[int, ...]:
+    channels = subject.denoiser.config.out_channels  # type: ignore[union-attr]
+    return (subject.batch, channels, *subject.shape[1:])
+
+
+def set_tf32(on: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = on
+    torch.backends.cuda.matmul.allow_tf32 = on
+
+
+# --------------------------------------------------------------------------- measurement
+
+
+def measure(subjects: Sequence[Subject], repeats: int, say: Callable[[str], None]) -> list[Row]:
+    """All ways of all models at one batch, in turns."""
+    made: list[Made] = []
+    rows: list[Row] = []
+    unmeasured: list[Row] = []
+    for subject in subjects:
+        reference = subject.call(subject.denoiser)()
+        for way, make in WAYS.items():
+            row: Row = {"model": subject.name, "batch": subject.batch, "way": way}
+            say(f"batch {subject.batch}: {subject.name}, {way}")
+            try:
+                ready = make(subject)
+                output = ready.call().float()
+                error = float((output - reference).norm() / reference.norm())
+                assert math.isfinite(error), "its output is not finite"
+            except NoFigure as reason:
+                unmeasured.append(row | {"note": str(reason)})
+            except Exception as failure:  # of any runtime; others go on
+                unmeasured.append(row | {"note": f"failed: {first_line(failure)}"})
+            else:
+                choices = [asdict(c) | {"speedup": c.speedup} for c in ready.choices]
+                more = {"sparse_kernels_error": ready.relative_error, "choices": choices}
+                rows.append(row | {"note": ready.note, "error": error} | (more if choices else {}))
+                made.append(ready)
+    times = in_turns([ready.call for ready in made], repeats)
+    baseline = next((t for r, t in zip(rows, times, strict=True) if is_baseline(r, subjects)), None)
+    for row, taken in zip(rows, times, strict=True):
+        row["ms"] = statistics.median(taken)
+        low, _, high = statistics.quantiles(taken, n=4)
+        row["spread_ms"] = (high - low) / 2
+        if baseline is not None:
+            row["ratio"] = statistics.median(b / t for b, t in zip(baseline, taken, strict=True))
+    return sorted(rows + unmeasured, key=lambda r: order(r, subjects))
+
+
+def is_baseline(row: Row, subjects: Sequence[Subject]) -> bool:
+    return row["model"] == subjects[0].name and row["way"] == BASELINE
+
+
+def order(row: Row, subjects: Sequence[Subject]) -> tuple[int, int]:
+    names = [subject.name for subject in subjects]
+    return names.index(row["model"]), list(WAYS).index(row["way"])
+
+
+def in_turns(calls: Sequence[Call], repeats: int) -> list[list[float]]:
+    """Milliseconds of each turn of each call."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(WARMUP + repeats):
+        for k, call in enumerate(calls):
+            synchronize()
+            started = time.perf_counter()
+            call()
+            synchronize()
+            if turn >= WARMUP:
+                times[k].append((time.perf_counter() - started) * 1000)
+    return times
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def large_layers(levels: Sequence[tuple[int, int]]) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name, layer and its input's shape for one image: what makes up a large latent UNet."""
+    for width, side in levels:
+        image, tokens = (width, side, side), side * side
+        yield "3x3 convolution", nn.Conv2d(width, width, 3, padding=1), image
+        yield "3x3 convolution, stride 2", nn.Conv2d(width, width, 3, 2, 1), image
+        yield "1x1 convolution", nn.Conv2d(width, width, 1), image
+        yield "attention projection", nn.Linear(width, width), (tokens, width)
+        yield "feed-forward in", nn.Linear(width, 8 * width), (tokens, width)
+        yield "feed-forward out", nn.Linear(4 * width, width), (tokens, 4 * width)
+
+
+def measure_layers(
+    levels: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Dense (channels-last float16) and every sparse form of single layers, eager and as graphs."""
+    kernels, why = find_kernels(device, HALF)
+    if why:
+        say(why)
+        return []
+    rows = []
+    for kind, layer, shape in large_layers(levels):
+        prune(layer)
+        layer.to(device, HALF)
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+        for batch in batches:
+            say(f"batch {batch}: {kind}, {shape}")
+            x = torch.randn((batch, *shape), generator=generator_for(0, "gpu")).to(device, HALF)
+            if x.ndim == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
+            wanted = layer(x)
+            weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+            row: Row = {"layer": kind, "batch": batch, "pixels": wanted.numel() // len(weight)}
+            row |= {"outputs": len(weight), "columns": weight[0].numel()}
+            for name, timer in (("eager", time_in_turns), ("graphs", time_graphs)):
+                dense_ms, forms = time_forms(layer, x, HALF, kernels, timer)
+                row[name] = {"dense_ms": dense_ms} | {f: ms for f, (ms, _) in forms.items()}
+            row["error"] = {
+                form: float((module(x) - wanted).float().norm() / wanted.float().norm())
+                for form, (_, module) in forms.items()
+            }
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def prune(module: nn.Module) -> None:
+    """2:4 by magnitude, wherever it fits."""
+    layers = prunable_layers(module) if not hasattr(module, "weight") else {"": module}
+    for layer in layers.values():
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        if weight.shape[1] % 4 == 0:
+            weight.mul_(nm_mask(weight.abs(), Pattern(2, 4)))
+
+
+def load_all(names: Sequence[str]) -> dict[str, tuple[nn.Module, tuple[int, int, int]]]:
+    """Denoisers and image shapes by name; with a 2:4 copy of the first where none has such layers."""
+    found: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {}
+    for name in names:
+        model = load(name)
+        found[Path(name).name or name] = (model.denoiser.eval(), model.sample_shape)
+    layers = [layer for d, _ in found.values() for layer in prunable_layers(d).values()]
+    if not any(why_not_sparse(layer, HALF) is None for layer in layers):
+        first, (denoiser, shape) = next(iter(found.items()))
+        pruned = copy.deepcopy(denoiser)
+        prune(pruned)
+        found[f"{first} 2:4"] = (pruned, shape)
+    return found
+
+
+# -------------------------------------------------------------------------------- tables
+
+
+def markdown(result: Row) -> str:
+    """Ways by batch, then the layers that were timed."""
+    batches = result["batches"]
+    rows: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in result["rows"]:
+        rows.setdefault((row["model"], row["way"]), {})[row["batch"]] = row
+    parts = [
+        f"```\n{result['command']}\n```",
+        f"{result['device']}, PyTorch {result['versions']['torch']}. Milliseconds of one call, and "
+        f"how many times as fast as {BASELINE} of {result['rows'][0]['model']}; medians of "
+        f"{result['repeats']} turns. Error: of the output against the same model's float32, relative.",
+        table(
+            ["model", "way", *(f"batch {b}" for b in batches), "error", "note"],
+            [
+                [model, way, *(cell(by.get(b)) for b in batches), worst(by), notes(by)]
+                for (model, way), by in rows.items()
+            ],
+        ),
+    ]
+    chosen = [
+        [row["model"], row["way"], str(row["batch"]), c["name"], c["kind"],
+         f"{c['pixels']} x {c['outputs']} x {c['columns']}", f"{c['dense_ms']:.4f}",
+         c["form"] or c["reason"], milliseconds(c["sparse_ms"]), times_as_fast(c["speedup"]),
+         "yes" if c["chosen"] else "no"]
+        for row in result["rows"]
+        for c in row.get("choices", [])
+    ]  # fmt: skip
+    if chosen:
+        head = ["model", "way", "batch", "layer", "kind", "GEMM B x O x K", "dense ms"]
+        parts.append(table([*head, "best sparse form", "ms", "ratio", "chosen"], chosen))
+    if result["layers"]:
+        forms = list(dict.fromkeys(f for row in result["layers"] for f in row["error"]))
+        body = [
+            [row["layer"], str(row["batch"]),
+             f"{row['pixels']} x {row['outputs']} x {row['columns']}", how,
+             f"{row[how]['dense_ms']:.4f}",
+             *(times_as_fast(row[how]["dense_ms"] / row[how][f]) if f in row[how] else "–"
+               for f in forms)]
+            for row in result["layers"]
+            for how in ("eager", "graphs")
+        ]  # fmt: skip
+        head = ["layer", "batch", "GEMM B x O x K", "timed", "dense ms"]
+        parts.append(table([*head, *forms], body))
+    return "\n\n".join(parts)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(row: Row | None) -> str:
+    if row is None or "ms" not in row:
+        return "–"
+    ratio = f", {times_as_fast(row['ratio'])}" if "ratio" in row else ""
+    return f"{row['ms']:.2f} ± {row['spread_ms']:.2f}{ratio}"
+
+
+def worst(by_batch: dict[int, Row]) -> str:
+    errors = [row["error"] for row in by_batch.values() if "error" in row]
+    return f"{max(errors):.1g}" if errors else "–"
+
+
+def notes(by_batch: dict[int, Row]) -> str:
+    return "; ".join(dict.fromkeys(row["note"] for row in by_batch.values() if row["note"]))
+
+
+def milliseconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def times_as_fast(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}x"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", action="append", help="folder or digits; the first is the baseline"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--repeats", type=int, default=30, help="turns")
+    parser.add_argument("--layers", action="store_true", help="also single large layers")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.version.hip:
+        sys.exit("no NVIDIA GPU here: this benchmark measures nothing without one")
+    from torch import _dynamo
+
+    # every model, way and batch compiles the same code anew; past the limit it would run eager
+    limit = "recompile_limit" if hasattr(_dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(_dynamo.config, limit, 256)
+    set_tf32(False)
+    device = torch.device("cuda")
+    models = load_all(arguments.model or ["digits"])
+    result: Row = {
+        "name": f"gpu-{slug(torch.cuda.get_device_name(device))}",
+        "command": command_line(),
+        **environment(),
+        "cuda": torch.version.cuda,
+        "batches": arguments.batch,
+        "repeats": arguments.repeats,
+        "rows": [],
+        "layers": [],
+    }
+    path = ROOT / "benchmarks" / "results" / f"{result['name']}.json"
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for batch in arguments.batch:
+            subjects = [
+                Subject(name, denoiser.to(device), shape, batch, device, Path(folder))
+                for name, (denoiser, shape) in models.items()
+            ]
+            result["rows"] += measure(subjects, arguments.repeats, print)
+            write_json(result, path)  # what there is, should the next batch be too much
+            _dynamo.reset()
+            torch.cuda.empty_cache()
+        if arguments.layers:
+            result["layers"] = measure_layers(LEVELS, arguments.batch, device, print)
+    write_json(result, path)
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""2:4 layers on sparse tensor cores: each layer's dense and sparse forms timed, the fastest kept."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunedm.errors import UserError
+from prunedm.evaluation.speed import one_call
+from prunedm.export.sparse_gemm import HALF, Kernel, find_kernels, in_words
+from prunedm.export.sparse_layers import candidates, to_sparse, why_not_sparse
+from prunedm.layers import prunable_layers
+from prunedm.progress import Progress, Silent
+from prunedm.randomness import seed_for
+
+TOLERANCE = 0.02  # relative error of the denoiser's answer; half precision alone is near 0.001
+_WARMUP, _TURNS, _CALLS = 3, 15, 10
+
+Call = Callable[[], object]
+Timer = Callable[[Sequence[Call]], list[float]]  # milliseconds of one of each
+Met = tuple[torch.Tensor, int]  # a layer's first input on the meta device, and its GEMM's rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What became of a layer. GEMM B x O x K; `pixels` B is None where nothing was run."""
+
+    name: str
+    kind: str
+    outputs: int
+    columns: int
+    pixels: int | None = None
+    dense_ms: float | None = None
+    form: str = ""  # the fastest sparse one
+    sparse_ms: float | None = None
+    chosen: bool = False
+    reason: str = ""  # why it was not timed, or not replaced
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense over sparse time; None where not timed."""
+        return self.dense_ms / self.sparse_ms if self.dense_ms and self.sparse_ms else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """All layers' choices, and how far the denoiser's answer moved (None where nothing changed)."""
+
+    choices: list[Choice]
+    relative_error: float | None = None
+
+    @property
+    def chosen(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.chosen]
+
+
+def time_in_turns(calls: Sequence[Call]) -> list[float]:
+    """As layers run in eager PyTorch: ten calls in a row, in turns, and the median turn.
+
+    Launching is a part of it where it takes longer than the work.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(_WARMUP + _TURNS):
+        for k, call in enumerate(calls):
+            _synchronize()
+            started = time.perf_counter()
+            for _ in range(_CALLS):
+                call()
+            _synchronize()
+            if turn >= _WARMUP:
+                times[k].append((time.perf_counter() - started) * 1000 / _CALLS)
+    return [statistics.median(taken) for taken in times]
+
+
+def time_graphs(calls: Sequence[Call]) -> list[float]:
+    """As `time_in_turns`, of CUDA graphs: the work without launches, for denoisers to be compiled."""
+    return [took / _CALLS for took in time_in_turns([_captured(call) for call in calls])]
+
+
+@torch.no_grad()
+def use_sparse_kernels(
+    denoiser: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float16,
+    kernels: Sequence[Kernel] | None = None,
+    timer: Timer = time_in_turns,
+    tolerance: float = TOLERANCE,
+    progress: Progress | None = None,
+) -> Selection:
+    """Replace, in place, each 2:4 layer whose sparse form is faster, for calls of `batch` images.
+
+    Layers to be replaced have weights of `dtype` on an NVIDIA GPU: cast and move the denoiser before,
+    and compile it after, with `timer=time_graphs`. `shape` is (C, H, W). `kernels`: those of the GPU.
+    Where there is none, nothing is timed or changed, and the choices say which layers would be
+    eligible. Raises `UserError`, with the dense layers back in place, where the denoiser's answer
+    moved by more than `tolerance`.
+    """
+    progress = progress or Silent()
+    layers = prunable_layers(denoiser, protect=())
+    why = ""
+    if kernels is None:
+        kernels, why = find_kernels(next(denoiser.parameters()).device, dtype)
+    if why:
+        progress.say(f"nothing is made sparse: {why}")
+        return Selection([_unmeasured(n, layer, dtype) for n, layer in layers.items()])
+    call = _steady(denoiser, shape, batch, dtype)
+    was_training = denoiser.training
+    denoiser.eval()
+    try:
+        before, met = _observed(call, layers)
+        choices, faster = [], {}
+        with progress.task("timing layers", len(layers)) as bar, _autocast(denoiser, dtype):
+            for name, layer in layers.items():
+                choice, module = _fastest(
+                    name, layer, met.get(name), dtype=dtype, kernels=kernels, timer=timer
+                )
+                choices.append(choice)
+                if module is not None:
+                    faster[name] = module
+                bar.advance(note=name)
+        if not faster:
+            return Selection(choices)
+        error = _replaced(denoiser, layers, faster, call, before, tolerance=tolerance)
+        return Selection(choices, error)
+    finally:
+        denoiser.train(was_training)
+
+
+def time_forms(
+    layer: nn.Module,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    kernels: Sequence[Kernel],
+    timer: Timer,
+) -> tuple[float, dict[str, tuple[float, nn.Module]]]:
+    """Milliseconds of a 2:4 layer as it is, and of each sparse form that runs, by name, on `x`."""
+    modules: dict[str, nn.Module] = {}
+    for kernel, form in candidates(layer, dtype, kernels)[0]:
+        try:
+            module = to_sparse(layer, kernel, form).eval()
+            module(x)
+            modules[f"{form}, {kernel.name}"] = module
+        except RuntimeError:  # out of memory, or a shape that the library refuses
+            continue
+    dense_ms, *sparse_ms = timer([lambda m=m: m(x) for m in (layer, *modules.values())])  # type: ignore[misc]
+    return dense_ms, {
+        name: (took, module)
+        for (name, module), took in zip(modules.items(), sparse_ms, strict=True)
+    }
+
+
+def _fastest(
+    name: str,
+    layer: nn.Module,
+    met: Met | None,
+    *,
+    dtype: torch.dtype,
+    kernels: Sequence[Kernel],
+    timer: Timer,
+) -> tuple[Choice, nn.Module | None]:
+    """The choice for one layer, and the module to put in its place."""
+    choice = _described(name, layer, met and met[1])
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    reason = why_not_sparse(layer, dtype, kernels)
+    if reason is None and weight.dtype != dtype:
+        reason = f"its weights are {in_words(weight.dtype)}, not {in_words(dtype)}"
+    if reason is not None or met is None:
+        return replace(choice, reason=reason or "not called"), None
+    generator = torch.Generator(weight.device).manual_seed(seed_for(0, "sparse kernels"))
+    x = torch.empty_like(met[0], device=weight.device).normal_(generator=generator)
+    dense_ms, sparse = time_forms(layer, x, dtype, kernels, timer)
+    if not sparse:
+        return replace(choice, dense_ms=dense_ms, reason="no sparse form runs"), None
+    form = min(sparse, key=lambda f: sparse[f][0])
+    sparse_ms, module = sparse[form]
+    choice = replace(choice, dense_ms=dense_ms, form=form, sparse_ms=sparse_ms)
+    if sparse_ms >= dense_ms:
+        return replace(choice, reason="dense is faster"), None
+    return replace(choice, chosen=True), module
+
+
+def _replaced(
+    denoiser: nn.Module,
+    layers: Mapping[str, nn.Module],
+    faster: Mapping[str, nn.Module],
+    call: Callable[[], torch.Tensor],
+    before: torch.Tensor,
+    *,
+    tolerance: float,
+) -> float:
+    """Put the faster forms in; how far the answer moved. Undone where too far, or where they fail."""
+    kept = False
+    try:
+        for name, module in faster.items():
+            _put(denoiser, name, module)
+        error = float((call() - before).norm() / before.norm().clamp_min(1e-30))
+        kept = error <= tolerance
+    finally:
+        if not kept:
+            for name in faster:
+                _put(denoiser, name, layers[name])
+    if not kept:
+        raise UserError(
+            f"sparse kernels moved the denoiser's answer by {error:.2g} of its size, more than "
+            f"{tolerance:g}; the dense layers are back: use them, or bfloat16 if float16 overflows"
+        )
+    return error
+
+
+def _observed(
+    call: Callable[[], torch.Tensor], layers: Mapping[str, nn.Module]
+) -> tuple[torch.Tensor, dict[str, Met]]:
+    """The denoiser's answer, and what each layer met on the way."""
+    met: dict[str, Met] = {}
+
+    def watch(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+            pixels = output.numel() // layer.weight.shape[0]
+            met.setdefault(name, (inputs[0].to("meta"), pixels))
+
+        return hook
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        return call(), met
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _steady(
+    denoiser: nn.Module, shape: tuple[int, int, int], batch: int, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    """The denoiser's answer to the same images, as float32, at each call."""
+    run = one_call(denoiser, shape, batch)
+
+    def call() -> torch.Tensor:
+        with _autocast(denoiser, dtype):
+            answer: Any = run()
+        output: torch.Tensor = answer[0].float()
+        return output
+
+    return call
+
+
+def _unmeasured(name: str, layer: nn.Module, dtype: torch.dtype) -> Choice:
+    reason = why_not_sparse(layer, dtype)
+    return replace(_described(name, layer, None), reason=reason or "would be eligible")
+
+
+def _described(name: str, layer: nn.Module, pixels: int | None) -> Choice:
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    kind = "linear"
+    if isinstance(layer, nn.Conv2d):
+        stride = f", stride {layer.stride[0]}" if layer.stride[0] > 1 else ""
+        kind = f"{layer.kernel_size[0]}x{layer.kernel_size[1]} convolution{stride}"
+    return Choice(name, kind, len(weight), weight[0].numel(), pixels)
+
+
+def _put(denoiser: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(denoiser.get_submodule(parent), own, module)
+
+
+def _captured(call: Call) -> Call:
+    """Ten calls as one CUDA graph."""
+    _synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(_WARMUP):
+            call()
+    _synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            call()
+    return graph.replay
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _autocast(denoiser: nn.Module, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """For denoisers of which only the layers are in half precision, as `FastDenoiser`'s."""
+    weight = next(denoiser.parameters())
+    mixed = dtype in HALF and weight.dtype == torch.float32
+    return torch.autocast(weight.device.type, dtype) if mixed else nullcontext()
