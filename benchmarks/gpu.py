@@ -33,7 +33,15 @@ from torch import nn
 
 from prunedm.export.inference_graph import InferenceDenoiser
 from prunedm.export.onnx_file import HalfInside, write_onnx
-from prunedm.export.semi_structured import (
+from prunedm.folder import load
+from prunedm.layers import prunable_layers
+from prunedm.masks import Pattern
+from prunedm.randomness import generator_for
+from prunedm.record import environment, write_json
+from prunedm.removal.nm import nm_mask
+from prunedm.sparse_kernels.gemm import find_kernels
+from prunedm.sparse_kernels.layers import why_not_sparse
+from prunedm.sparse_kernels.selection import (
     Choice,
     Timer,
     time_forms,
@@ -41,14 +49,6 @@ from prunedm.export.semi_structured import (
     time_in_turns,
     use_sparse_kernels,
 )
-from prunedm.export.sparse_gemm import find_kernels
-from prunedm.export.sparse_layers import why_not_sparse
-from prunedm.folder import load
-from prunedm.layers import prunable_layers
-from prunedm.masks import Pattern
-from prunedm.randomness import generator_for
-from prunedm.record import environment, write_json
-from prunedm.removal.nm import nm_mask
 
 ROOT = Path(__file__).parent.parent
 WARMUP = 3

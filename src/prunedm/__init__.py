@@ -26,7 +26,7 @@ _HOME = {
     "Recipe": "prunedm.recipe",
     "UserError": "prunedm.errors",
     "PrunedUNet2DModel": "prunedm.pruned_unet",
-    "use_sparse_kernels": "prunedm.export.semi_structured",
+    "use_sparse_kernels": "prunedm.sparse_kernels.selection",
     "MaskProLayer": "prunedm.learning.layer",
     "wrap_model_with_maskpro": "prunedm.learning.layer",
     "unwrap_model": "prunedm.learning.layer",

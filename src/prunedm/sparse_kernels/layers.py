@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunedm.export.sparse_gemm import CUDA_KERNELS, Gemm, Kernel
 from prunedm.layers import to_groups, why_not_nm
+from prunedm.sparse_kernels.gemm import CUDA_KERNELS, Gemm, Kernel
 
 _PATCH_BYTES = 1 << 28  # of unfolded pixels at a time
 _ROW_MULTIPLE = 8  # of pixels: PyTorch copies what is no multiple of it, at each GEMM

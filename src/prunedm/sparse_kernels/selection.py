@@ -12,11 +12,11 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import one_call
-from prunedm.export.sparse_gemm import HALF, Kernel, find_kernels, in_words
-from prunedm.export.sparse_layers import candidates, to_sparse, why_not_sparse
 from prunedm.layers import prunable_layers
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
+from prunedm.sparse_kernels.gemm import HALF, Kernel, find_kernels, in_words
+from prunedm.sparse_kernels.layers import candidates, to_sparse, why_not_sparse
 
 TOLERANCE = 0.02  # relative error of the denoiser's answer; half precision alone is near 0.001
 _WARMUP, _TURNS, _CALLS = 3, 15, 10

@@ -9,15 +9,15 @@ from helpers import output, tiny_model
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.export import semi_structured, sparse_gemm, sparse_layers
-from prunedm.export.semi_structured import Choice, time_in_turns, use_sparse_kernels
-from prunedm.export.sparse_gemm import CUDA_KERNELS, PACKED, Kernel, PackedGemm, find_kernels, pack
-from prunedm.export.sparse_layers import forms, to_matrix, to_sparse, why_not_sparse
 from prunedm.layers import from_groups, prunable_layers, to_groups
 from prunedm.masks import Pattern
 from prunedm.progress import Silent
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.sampling import FastDenoiser
+from prunedm.sparse_kernels import gemm, layers, selection
+from prunedm.sparse_kernels.gemm import CUDA_KERNELS, PACKED, Kernel, PackedGemm, find_kernels, pack
+from prunedm.sparse_kernels.layers import forms, to_matrix, to_sparse, why_not_sparse
+from prunedm.sparse_kernels.selection import Choice, time_in_turns, use_sparse_kernels
 
 HALF, DOUBLE = torch.float16, torch.float64
 TWO_FOUR = Pattern(2, 4)
@@ -120,7 +120,7 @@ def test_sparse_linear_is_the_linear_layer(shape, bias):
 @pytest.mark.parametrize("kernel", [1, 3, (3, 1)])
 def test_sparse_convolution_is_the_convolution(kernel, stride, padding, bias, form):
     layer = made_2_4(nn.Conv2d(8, 6, kernel, stride, padding, bias=bias))
-    sparse = sparse_layers.SparseConv2d(layer, PACKED, form)
+    sparse = layers.SparseConv2d(layer, PACKED, form)
     for size in ((5, 7), (8, 8)):
         x_NCHW = torch.randn(3, 8, *size, dtype=DOUBLE)
         found, wanted = sparse(x_NCHW), layer(x_NCHW)
@@ -137,7 +137,7 @@ def test_unfolded_pixels_come_in_parts_that_fit(monkeypatch):
     rows = []
     sparse.gemms[0].register_forward_hook(lambda gemm, inputs, y: rows.append(len(y)))
     whole = sparse(x_NCHW)
-    monkeypatch.setattr(sparse_layers, "_PATCH_BYTES", 2 * 36 * 72 * 8 + 1)
+    monkeypatch.setattr(layers, "_PATCH_BYTES", 2 * 36 * 72 * 8 + 1)
     torch.testing.assert_close(sparse(x_NCHW), whole)
     assert rows == [5 * 36, 2 * 36, 2 * 36, 36]
 
@@ -145,8 +145,8 @@ def test_unfolded_pixels_come_in_parts_that_fit(monkeypatch):
 def test_a_tap_at_stride_1_is_a_shift_of_whole_rows():
     sparse = to_sparse(made_2_4(nn.Conv2d(8, 6, 3, padding=1)), PACKED, "shifted")
     met = []
-    for gemm in sparse.gemms:
-        gemm.register_forward_pre_hook(lambda gemm, inputs: met.append(inputs[0]))
+    for one in sparse.gemms:
+        one.register_forward_pre_hook(lambda gemm, inputs: met.append(inputs[0]))
     sparse(torch.randn(3, 8, 5, 5, dtype=DOUBLE))
     assert [x.storage_offset() // 8 for x in met] == [7 * i + j for i in range(3) for j in range(3)]
     assert len({x.untyped_storage().data_ptr() for x in met}) == 1  # nothing is unfolded
@@ -278,7 +278,7 @@ def test_multiples_are_those_of_pytorch(kernel, dtype):
 
 
 def chosen_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
-    kinds = (sparse_layers.SparseLinear, sparse_layers.SparseConv2d)
+    kinds = (layers.SparseLinear, layers.SparseConv2d)
     return {name: m for name, m in denoiser.named_modules() if isinstance(m, kinds)}
 
 
@@ -420,28 +420,28 @@ def test_gpus_without_sparse_gemms_are_told_apart(monkeypatch):
         if kernel.name == "CUTLASS":
             raise RuntimeError("only compute capability 8.x\nand a long story")
 
-    monkeypatch.setattr(sparse_gemm, "_try_kernel", failing)
+    monkeypatch.setattr(gemm, "_try_kernel", failing)
     assert find_kernels(device, HALF) == ([CUDA_KERNELS[0]], "")
-    monkeypatch.setattr(sparse_gemm, "CUDA_KERNELS", CUDA_KERNELS[1:])
+    monkeypatch.setattr(gemm, "CUDA_KERNELS", CUDA_KERNELS[1:])
     why = "no sparse GEMM runs on Tesla T4 (CUTLASS: only compute capability 8.x)"
     assert find_kernels(device, HALF) == ([], why)
 
 
 def test_the_trial_of_a_kernel_looks_at_the_product():
     cpu = torch.device("cpu")
-    sparse_gemm._try_kernel(PACKED, cpu, torch.float32)
+    gemm._try_kernel(PACKED, cpu, torch.float32)
 
     class Wrong(PackedGemm):
         def forward(self, x_BK, bias_O=None):
             return super().forward(x_BK, bias_O) + 1
 
     with pytest.raises(RuntimeError, match="wrong product"):
-        sparse_gemm._try_kernel(Kernel("wrong", Wrong), cpu, torch.float32)
+        gemm._try_kernel(Kernel("wrong", Wrong), cpu, torch.float32)
 
 
 def test_calls_are_timed_in_turns(monkeypatch):
     clock, order = [0.0], []
-    monkeypatch.setattr(semi_structured.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(selection.time, "perf_counter", lambda: clock[0])
 
     def call(name: str, seconds: float) -> Callable[[], None]:
         def work() -> None:
@@ -486,7 +486,7 @@ def test_on_a_gpu_every_form_is_the_layer():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("timing", [time_in_turns, semi_structured.time_graphs])
+@pytest.mark.parametrize("timing", [time_in_turns, selection.time_graphs])
 def test_on_a_gpu_a_denoiser_is_timed_and_its_answer_stays(timing):
     device = torch.device("cuda")
     if find_kernels(device, HALF)[1]:
