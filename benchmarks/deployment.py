@@ -16,6 +16,8 @@ besides. At the end: `benchmarks/results/deployment-NAME.json`, and the section 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -320,6 +322,12 @@ def main() -> None:
     }
     write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
     into_docs(result["name"], markdown(result))
+    if torch.cuda.is_available():
+        models = [arguments.dense, arguments.channels, *filter(None, [arguments.hybrid])]
+        batches = ["--batch", *map(str, arguments.batches)]
+        chosen = [part for model in models for part in ("--model", model)]
+        script = str(ROOT / "benchmarks" / "gpu.py")
+        subprocess.run([sys.executable, script, *batches, *chosen], check=True)
 
 
 if __name__ == "__main__":
