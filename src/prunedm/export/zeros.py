@@ -7,14 +7,15 @@ the weights are looked for among the arrays that the file holds, as it will be r
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 
 from prunedm.errors import UserError
 from prunedm.layers import to_groups
 from prunedm.masks import Masks
 
 
-def check_zeros(arrays: Iterable[tuple[str, np.ndarray]], masks: Masks, where: str) -> float:
-    """The share of N:M groups in the file with at most N non-zeros: 1, or `UserError`.
+def check_zeros(arrays: Iterable[tuple[str, np.ndarray]], masks: Masks, where: str) -> int:
+    """How many layers' zeros were found in the file: all that have masks, else `UserError`.
 
     `arrays`: all that the file holds, by name. A layer's weight is the array that has its name, or
     its shape (transposed for linear layers) and zeros wherever the mask has them. Arrays are used
@@ -33,12 +34,10 @@ def check_zeros(arrays: Iterable[tuple[str, np.ndarray]], masks: Masks, where: s
         del free[number]
         pattern = masks.patterns.get(layer)
         if pattern is not None:
-            import torch
-
             groups_GM = to_groups(torch.from_numpy(np.ascontiguousarray(weight != 0)), pattern.m)
             if int(groups_GM.sum(1).max()) > pattern.n:
                 raise UserError(f"{where}: the weight of {layer} is not {pattern} in the file")
-    return 1.0
+    return len(masks.by_layer)
 
 
 def _weight(
