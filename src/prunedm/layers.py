@@ -71,6 +71,12 @@ def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return groups_GM.reshape(shape)
 
 
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one that is reached by `name`, dotted."""
+    parent, _, own = name.rpartition(".")
+    setattr(root.get_submodule(parent), own, module)
+
+
 def is_under(name: str, parents: Iterable[str]) -> bool:
     """Whether a module is one of these, or inside one of them."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)

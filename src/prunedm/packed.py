@@ -23,7 +23,7 @@ FORMAT, VERSION = "prunedm-packed", "1"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 _VALUES, _BITS, _SCALE = ".values", ".bits", ".scale"
 _PARTS = tuple(f".weight{part}" for part in (_VALUES, _BITS, _SCALE))
-_FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST = 127  # of a symmetric int8; -128 is not used
 _T = TypeVar("_T")
 
@@ -131,7 +131,7 @@ def _cast(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor
     """A contiguous copy, floats in the chosen type; a copy since tied weights may share memory."""
     if not tensor.is_floating_point():
         return tensor.clone(memory_format=torch.contiguous_format)
-    cast = tensor.to(_FLOATS.get(precision, torch.float16), copy=True).contiguous()
+    cast = tensor.to(FLOATS.get(precision, torch.float16), copy=True).contiguous()
     if bool((cast.isinf() & ~tensor.isinf()).any()):
         wider = "bf16 or fp32" if cast.dtype == torch.float16 else "fp32"
         largest = float(tensor[tensor.isfinite()].abs().max())
@@ -185,7 +185,7 @@ def _unpack(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Ma
         if name in tensors:
             raise ValueError(f"{name} is there twice, packed and whole")
         tensors[name], by_layer[name.removesuffix(".weight")] = _whole(tensors, name, shape)
-        if tensors[name].dtype != _FLOATS.get(precision, torch.int8):
+        if tensors[name].dtype != FLOATS.get(precision, torch.int8):
             raise ValueError(f"{name} is stored as {tensors[name].dtype}, not as {precision}")
         if precision == "int8":
             _take(tensors, name + _SCALE)

@@ -1,5 +1,6 @@
 """record.json: what a stage did, with what, on what, and what came out. One in every folder we write."""
 
+import hashlib
 import json
 import math
 import platform
@@ -59,6 +60,15 @@ def read_record(folder: Path) -> Record | None:
         return Record.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def write_record(record: Record, folder: Path) -> None:

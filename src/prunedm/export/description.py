@@ -1,15 +1,15 @@
 """export.json: what an exported folder holds, for whoever runs it."""
 
-import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunedm.errors import UserError
-from prunedm.record import Source, write_json
+from prunedm.folder import EXPORT_FILE as FILE
+from prunedm.record import Source, file_hash, write_json
 
-FILE = "export.json"
 VERSION = 1
 
 
@@ -46,8 +46,6 @@ def write_description(description: Description, folder: Path) -> None:
 
 def read_description(folder: Path) -> Description:
     """Raises `UserError` where it is damaged, of another version, or its files are not those."""
-    import json
-
     path = folder / FILE
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -74,12 +72,3 @@ def read_description(folder: Path) -> Description:
         if file_hash(file) != due:
             raise UserError(f"{file} is damaged or not the file that was exported; export it again")
     return description
-
-
-def file_hash(path: Path) -> str:
-    """The first 16 hex digits of SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]

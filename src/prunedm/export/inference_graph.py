@@ -23,6 +23,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
+from prunedm.layers import replace_module
+
 
 class InferenceDenoiser(nn.Module):
     """`denoiser` for export, its weights shared: `(sample NCHW, timestep N[, class_labels N]) -> NCHW`.
@@ -40,15 +42,15 @@ class InferenceDenoiser(nn.Module):
         self.unet = copy.deepcopy(denoiser, shared).eval()
         for name, module in list(self.unet.named_modules()):
             if isinstance(module, nn.GroupNorm):
-                _replace(self.unet, name, GroupAffine(module))
+                replace_module(self.unet, name, GroupAffine(module))
         # children of replaced blocks are the blocks' own, so inner names stay what they were
         for name, module in list(self.unet.named_modules()):
             if isinstance(module, ResnetBlock2D) and _is_plain_resnet(module):
-                _replace(self.unet, name, _Resnet(module))
+                replace_module(self.unet, name, _Resnet(module))
             elif isinstance(module, Attention) and _is_plain_attention(module):
-                _replace(self.unet, name, _SelfAttention(module))
+                replace_module(self.unet, name, _SelfAttention(module))
             elif isinstance(module, Upsample2D) and _is_plain_upsampling(module):
-                _replace(self.unet, name, _Upsample(module))
+                replace_module(self.unet, name, _Upsample(module))
         self.eval()  # the new modules too
 
     def forward(
@@ -60,6 +62,23 @@ class InferenceDenoiser(nn.Module):
         """The denoiser's output for float timesteps, one an image."""
         output: torch.Tensor = self.unet(sample, timestep, class_labels, return_dict=False)[0]
         return output
+
+
+class HalfInside(nn.Module):
+    """A module that takes and gives float32 and computes in `dtype`."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module.to(dtype), dtype
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        output: torch.Tensor = self.module(sample.to(self.dtype), timestep, class_labels)
+        return output.float()
 
 
 class GroupAffine(nn.Module):
@@ -173,11 +192,6 @@ class _Upsample(nn.Module):
         larger = F.interpolate(x_NCHW, size=output_size, scale_factor=scale, mode="nearest")
         conv = getattr(self, "conv", None)
         return larger if conv is None else conv(larger)
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(root.get_submodule(parent), own, module)
 
 
 def _is_plain_resnet(block: ResnetBlock2D) -> bool:

@@ -14,23 +14,6 @@ from torch import nn
 from prunedm.errors import UserError, first_line
 
 
-class HalfInside(nn.Module):
-    """A module that takes and gives float32 and computes in `dtype`."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module, self.dtype = module.to(dtype), dtype
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        output: torch.Tensor = self.module(sample.to(self.dtype), timestep, class_labels)
-        return output.float()
-
-
 def write_onnx(
     graph: nn.Module, inputs: dict[str, torch.Tensor], path: Path, *, opset: int
 ) -> None:

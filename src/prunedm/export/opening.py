@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from prunedm.export.description import FILE, read_description
+from prunedm.export.description import read_description
 from prunedm.export.runtimes import open_file
-from prunedm.folder import Model, hash_folder, load, load_scheduler, read_config
+from prunedm.folder import EXPORT_FILE, Model, hash_folder, load, load_scheduler, read_config
 from prunedm.record import read_record
 
 
 def open_model(source: str | Path) -> Model:
     """As `folder.load`, and exported folders too. Raises `UserError` for those without a runtime."""
     folder = Path(source).expanduser()
-    if not (folder / FILE).is_file():
+    if not (folder / EXPORT_FILE).is_file():
         return load(source)
     description = read_description(folder)
     if description.format == "packed":

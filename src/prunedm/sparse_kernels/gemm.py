@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prunedm.errors import first_line
 from prunedm.layers import to_groups
 
 HALF = (torch.float16, torch.bfloat16)
@@ -120,7 +121,7 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel]
             works.append(kernel)
         # a build without the library, an architecture it has no code for, a changed interface
         except (RuntimeError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             errors.append(f"{kernel.name}: {reason[:100]}")
     return works, "" if works else f"no sparse GEMM runs on {name} ({'; '.join(errors)})"
 

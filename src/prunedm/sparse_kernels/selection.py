@@ -12,7 +12,7 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import one_call
-from prunedm.layers import prunable_layers
+from prunedm.layers import prunable_layers, replace_module
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
 from prunedm.sparse_kernels.gemm import HALF, Kernel, find_kernels, in_words
@@ -199,13 +199,13 @@ def _replaced(
     kept = False
     try:
         for name, module in faster.items():
-            _put(denoiser, name, module)
+            replace_module(denoiser, name, module)
         error = float((call() - before).norm() / before.norm().clamp_min(1e-30))
         kept = error <= tolerance
     finally:
         if not kept:
             for name in faster:
-                _put(denoiser, name, layers[name])
+                replace_module(denoiser, name, layers[name])
     if not kept:
         raise UserError(
             f"sparse kernels moved the denoiser's answer by {error:.2g} of its size, more than "
@@ -262,11 +262,6 @@ def _described(name: str, layer: nn.Module, pixels: int | None) -> Choice:
         stride = f", stride {layer.stride[0]}" if layer.stride[0] > 1 else ""
         kind = f"{layer.kernel_size[0]}x{layer.kernel_size[1]} convolution{stride}"
     return Choice(name, kind, len(weight), weight[0].numel(), pixels)
-
-
-def _put(denoiser: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(denoiser.get_submodule(parent), own, module)
 
 
 def _captured(call: Call) -> Call:

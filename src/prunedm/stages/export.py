@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.errors import UserError
-from prunedm.export.description import Description, file_hash, write_description
+from prunedm.export.description import Description, write_description
 from prunedm.export.extras import require
 from prunedm.folder import Model, load, save_config
 from prunedm.masks import Masks
 from prunedm.options import ExportOptions
 from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source
+from prunedm.record import Record, Source, file_hash
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.exporting.quality import before_and_after

@@ -1,6 +1,5 @@
 """What stages begin with: the model, its ancestors, the dataset, problems from it, and scores."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from prunedm.folder import Model, load
 from prunedm.hub import EMBEDDED
 from prunedm.options import CalibrationOptions, DataOptions, ScoreOptions
 from prunedm.progress import Progress
-from prunedm.record import Record, Source
+from prunedm.record import Record, Source, file_hash
 from prunedm.scores import Calibration, score_layers
 from prunedm.training import processes
 
@@ -28,7 +27,7 @@ def source_of(model: Model) -> Source:
 
 
 def file_source(path: Path) -> Source:
-    return Source(path=str(path.resolve()), hash=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    return Source(path=str(path.resolve()), hash=file_hash(path))
 
 
 def data_source(images: ImageSet) -> Source:

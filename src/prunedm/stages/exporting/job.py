@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.export.inference_graph import InferenceDenoiser
+from prunedm.export.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.export.runtimes import ExportedDenoiser
 from prunedm.folder import Model
 from prunedm.options import ExportOptions
+from prunedm.packed import FLOATS
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
 from prunedm.stages.exporting.data import Data
 
 CHECKED = 16  # images of the check
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Job:
     def graph(self) -> nn.Module:
         """The denoiser as it is exported."""
         return InferenceDenoiser(self.model.denoiser)
+
+    def typed_graph(self) -> nn.Module:
+        """`graph` that computes in the precision asked for, float32 outside; int8 comes after."""
+        dtype = FLOATS.get(str(self.options.precision), torch.float32)
+        return self.graph() if dtype == torch.float32 else HalfInside(self.graph(), dtype)
 
     def inputs(self, count: int = CHECKED) -> dict[str, torch.Tensor]:
         """`count` images of seeded noise at timesteps from the first to the last, by input name."""

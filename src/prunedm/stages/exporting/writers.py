@@ -10,10 +10,8 @@ from prunedm.export import int8, onnx_file, openvino_file, tensorrt, torch_progr
 from prunedm.export.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
 from prunedm.export.zeros import check_zeros
 from prunedm.folder import PACKED_FILE, load
-from prunedm.packed import save_packed
-from prunedm.stages.exporting.job import TYPES, Job, Written
-
-FLOAT = ("fp32", "fp16", "bf16")
+from prunedm.packed import FLOATS, save_packed
+from prunedm.stages.exporting.job import Job, Written
 
 
 def write_packed(job: Job) -> Written:
@@ -26,8 +24,8 @@ def write_packed(job: Job) -> Written:
     with torch.no_grad():
         output = again.denoiser(*job.inputs().values(), return_dict=False)[0]
     errors = job.check(output, PACKED_FILE)
-    if precision in FLOAT:
-        _check_bits(job, again.denoiser, TYPES[precision])
+    if precision in FLOATS:
+        _check_bits(job, again.denoiser, FLOATS[precision])
     return Written([PACKED_FILE], job.shapes(), *errors)
 
 
@@ -39,9 +37,7 @@ def write_onnx(job: Job) -> Written:
         int8.quantize_onnx(whole, path, job.calibration())
         whole.unlink()
     else:
-        graph = job.graph()
-        half = onnx_file.HalfInside(graph, TYPES[str(written)]) if written == "fp16" else graph
-        onnx_file.write_onnx(half, job.inputs(2), path, opset=job.options.opset)
+        onnx_file.write_onnx(job.typed_graph(), job.inputs(2), path, opset=job.options.opset)
     shapes, opset = onnx_file.onnx_shapes(path)
     if job.model.masks is not None:
         check_zeros(onnx_file.onnx_arrays(path), job.model.masks, path.name)
@@ -66,10 +62,8 @@ def write_openvino(job: Job) -> Written:
 
 
 def write_torch(job: Job) -> Written:
-    path, graph = job.folder / "model.pt2", job.graph()
-    if job.options.precision != "fp32":
-        graph = onnx_file.HalfInside(graph, TYPES[str(job.options.precision)])
-    torch_program.write_program(graph, job.inputs(2), path)
+    path = job.folder / "model.pt2"
+    torch_program.write_program(job.typed_graph(), job.inputs(2), path)
     if job.model.masks is not None:
         check_zeros(torch_program.program_arrays(path), job.model.masks, path.name)
     errors = job.check(torch_program.run_program(path, job.inputs()), path.name)
@@ -79,7 +73,7 @@ def write_torch(job: Job) -> Written:
 def write_tensorrt(job: Job) -> Written:
     """An engine where TensorRT is installed; the ONNX file and the command for it anywhere."""
     options = job.options
-    whole = write_onnx(_with(job, precision="fp32"))
+    whole = write_onnx(replace(job, options=options.model_copy(update={"precision": "fp32"})))
     onnx, engine = job.folder / whole.files[0], job.folder / "model.engine"
     inputs = {name: shape for name, shape in whole.shapes.items() if name != "output"}
     half = options.precision == "fp16"
@@ -107,10 +101,6 @@ WRITERS: dict[str, Callable[[Job], Written]] = {
 def _run(job: Job, denoiser: ExportedDenoiser) -> torch.Tensor:
     inputs = job.inputs()
     return denoiser(inputs["sample"], inputs["timestep"], inputs.get("class_labels"))[0]
-
-
-def _with(job: Job, *, precision: str) -> Job:
-    return replace(job, options=job.options.model_copy(update={"precision": precision}))
 
 
 def _check_bits(job: Job, again: torch.nn.Module, dtype: torch.dtype) -> None:
