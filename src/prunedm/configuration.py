@@ -1,8 +1,10 @@
 """Options from files: defaults < YAML < command line, and errors that suggest the nearest name."""
 
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,15 +15,45 @@ from prunedm.options import Options
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-def merge_file(given: AnyOptions, path: Path | None) -> AnyOptions:
-    """`given` wins over the file wherever it was set; the file wins over the defaults."""
-    if path is None:
+def merge_file(
+    given: AnyOptions, path: Path | None, settings: Mapping[str, Any] | None = None
+) -> AnyOptions:
+    """`given` wins wherever it was set; then `settings` (nested tables), the file, the defaults."""
+    if path is None and not settings:
         return given
-    merged = _merge(_read(path), given.model_dump(exclude_unset=True))
+    merged = combined(read_yaml(path) if path else {}, settings or {})
+    merged = combined(merged, given.model_dump(exclude_unset=True))
     try:
         return type(given).model_validate(merged)
     except ValidationError as error:
-        raise UserError(f"{path}: {validation_message(error, type(given))}") from error
+        where = f"{path}: " if path else ""
+        raise UserError(f"{where}{validation_message(error, type(given))}") from error
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Nested tables of `stage.option=value` texts; values read as in a YAML file.
+
+    Raises `UserError` for a text without a name or a "=".
+    """
+    merged: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name.strip()):
+            raise UserError(f"{text!r} sets nothing; give NAME=VALUE, such as learn.pattern=1:4")
+        merged = combined(merged, nested({name.strip(): _parse(value, text)}))
+    return merged
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"learn.steps": 5} as {"learn": {"steps": 5}}; hyphens in names mean underscores."""
+    merged: dict[str, Any] = {}
+    for name, value in settings.items():
+        *tables, last = str(name).replace("-", "_").split(".")
+        inner: dict[str, Any] = {last: value}
+        for table in reversed(tables):
+            inner = {table: inner}
+        merged = combined(merged, inner)
+    return merged
 
 
 def preset_file(stage: str, name: str) -> Path:
@@ -56,10 +88,35 @@ def _suggestion(location: tuple[Any, ...], model: type[BaseModel] | None) -> str
     return nearest(str(location[-1]), known)
 
 
-def _read(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain values: in YAML 1.1, which PyYAML reads, 1:4 is 64, no is false, 1e-3 a text."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+for _tag, _form, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", _NUMBER + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), _first)
+
+
+def _parse(text: str, where: object) -> Any:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read {where}: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table in a YAML file, hyphens in names as underscores. Raises `UserError` without one."""
+    try:
+        value = _parse(path.read_text(encoding="utf-8"), path) or {}
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no table of options")
@@ -74,9 +131,9 @@ def _underscored(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def combined(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = combined(merged[key], value) if both else value
     return merged

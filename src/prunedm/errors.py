@@ -1,4 +1,4 @@
-"""The one kind of error a user can mend, and how it names the way out."""
+"""Errors that a user can mend, and how they name the way out."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,6 +6,18 @@ from collections.abc import Sequence
 
 class UserError(ValueError):
     """Says in one line what is wrong, which value, and the way out. The CLI exits with code 2."""
+
+
+class Changed(UserError):
+    """The folder holds what the same stage made of other options or inputs."""
+
+    def __init__(self, message: str, difference: str) -> None:
+        super().__init__(message)
+        self.difference = difference
+
+
+class NotDone(Exception):
+    """A stage that was only looked at is not done: why."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -1,11 +1,12 @@
 """A recipe: the stages from a dense model to a compressed one, and the options of each."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from prunedm.errors import UserError
+from prunedm.errors import Changed, NotDone, UserError
 from prunedm.options import (
     DataOptions,
     EvaluateOptions,
@@ -15,8 +16,16 @@ from prunedm.options import (
     PruneOptions,
 )
 from prunedm.progress import Progress, Silent
+from prunedm.record import Record
 
-STAGES = ("prune", "recover", "mask", "learn", "finetune")
+STAGES = {  # in the order they run: the name in a recipe, and the verb
+    "prune": "prune",
+    "recover": "finetune",
+    "mask": "prune",
+    "learn": "learn",
+    "finetune": "finetune",
+}
+REPORT = "report"  # the folder of the final comparison
 _SHARED = ("dataset", "flip", "convert_channels", "seed", "device")
 
 
@@ -55,43 +64,138 @@ class Recipe(DataOptions):
         return default.model_copy(update=shared | given)
 
 
-def run(
-    recipe: Recipe, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False
-) -> Path:
-    """Run every stage that is not done yet; returns the folder of the final comparison."""
-    from prunedm import stages
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe: its name there, the verb it is made by, and its options."""
 
-    progress, out = progress or Silent(), Path(out)
+    name: str
+    verb: str  # of `prunedm.stages`
+    options: Any
+
+    def make(
+        self, source: str | Path, out: Path, *, progress: Progress, overwrite: bool = False
+    ) -> tuple[Record, bool]:
+        """The stage's result in `out`, made again where options or inputs have changed since."""
+        from prunedm import stages
+
+        verb = getattr(stages, self.verb)
+        try:
+            made: tuple[Record, bool] = verb(
+                source, out, self.options, progress=progress, overwrite=overwrite
+            )
+        except Changed as error:
+            progress.say(f"{out.name}: made again, for it held {error.difference}")
+            made = verb(source, out, self.options, progress=progress, overwrite=True)
+        return made
+
+    def look(self, source: str | Path, out: Path) -> str:
+        """Whether `out` is done: "" if it is, else why not, in words."""
+        from prunedm import stages
+
+        try:
+            getattr(stages, self.verb)(source, out, self.options, overwrite="look")
+        except NotDone as error:
+            return str(error)
+        return ""
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """What makes models, in the order of `STAGES`. Raises `UserError` for a name that is none."""
     unknown = set(recipe.stages) - set(STAGES)
     if unknown:
         raise UserError(f"stages: no {sorted(unknown)[0]!r}; there are {', '.join(STAGES)}")
+    return [
+        Step(name, verb, recipe.stage_options(name))
+        for name, verb in STAGES.items()
+        if name in recipe.stages
+    ]
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False
+) -> Path:
+    """Run every stage that is not done yet; returns the folder of the final comparison.
+
+    A stage is done when its folder's record has the same options and the same inputs, by the hashes
+    of what they hold; one that was made otherwise is made again, and so is what follows from it.
+    """
+    from prunedm import stages
+
+    progress, out = progress or Silent(), Path(out)
+    steps = steps_of(recipe)
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
-    verbs = {
-        "prune": stages.prune,
-        "recover": stages.finetune,
-        "mask": stages.prune,
-        "learn": stages.learn,
-        "finetune": stages.finetune,
-    }
     folders: dict[str, str | Path] = {"dense": recipe.model}
     current: str | Path = recipe.model
-    for number, name in enumerate((s for s in STAGES if s in recipe.stages), start=1):
-        folder = out / f"{number}-{name}"
-        options = recipe.stage_options(name)
-        record, made = verbs[name](  # type: ignore[operator]
-            current, folder, options, progress=progress, overwrite=overwrite
-        )
+    for number, step in enumerate(steps, start=1):
+        folder = out / f"{number}-{step.name}"
+        record, made = step.make(current, folder, progress=progress, overwrite=overwrite)
         progress.say(f"{folder.name}: {describe(record.figures, record.wall_time_s, made)}")
         folders[folder.name] = current = folder
-    stages.compare(
-        folders,
-        out / "report",
-        recipe.stage_options("evaluate"),
-        title=f"prunedm run: {Path(recipe.model).name}",
-        progress=progress,
-        overwrite=overwrite,
-    )
-    return out / "report"
+    _compare(recipe, folders, out, progress=progress, overwrite=overwrite)
+    return out / REPORT
+
+
+def _compare(
+    recipe: Recipe,
+    folders: dict[str, str | Path],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool | Literal["look"] = False,
+) -> None:
+    """The report on all stages; like them made again where it is of other models or options."""
+    from prunedm import stages
+
+    def compare(overwrite: bool | Literal["look"]) -> None:
+        stages.compare(
+            folders,
+            out / REPORT,
+            recipe.stage_options("evaluate"),
+            title=f"prunedm run: {Path(recipe.model).name}",
+            progress=progress,
+            overwrite=overwrite,
+        )
+
+    try:
+        compare(overwrite)
+    except Changed:
+        compare(overwrite=True)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage that `run` would come to: its folder, and what it would do there."""
+
+    name: str
+    folder: Path
+    todo: str  # "" where it is done
+
+
+def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
+    """What `run` would do, in order; nothing is made. Raises `UserError` where it would.
+
+    What follows from a stage that is not done cannot be looked at, for its input is not there yet.
+    """
+    from prunedm import stages
+
+    out, steps, planned = Path(out), steps_of(recipe), list[Planned]()
+    stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
+    folders: dict[str, str | Path] = {"dense": recipe.model}
+    current: str | Path = recipe.model
+    behind = ""  # what must be made first
+    for number, step in enumerate(steps, start=1):
+        folder = out / f"{number}-{step.name}"
+        todo = f"after {behind}" if behind else step.look(current, folder)
+        behind = behind or (folder.name if todo else "")
+        planned.append(Planned(step.name, folder, todo))
+        folders[folder.name] = current = folder
+    todo = f"after {behind}" if behind else ""
+    if not behind:
+        try:
+            _compare(recipe, folders, out, overwrite="look")
+        except NotDone as error:
+            todo = str(error)
+    return [*planned, Planned(REPORT, out / REPORT, todo)]
 
 
 def describe(figures: dict[str, Any], seconds: float, made: bool) -> str:

@@ -36,7 +36,7 @@ from prunedm.stages.evaluating.measure import (
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Entry, pair_with_dense, set_beside, time_in_turns
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Overwrite, run_stage
 from prunedm.stages.inputs import data_source, images_for, source_of
 from prunedm.training import processes
 
@@ -60,7 +60,7 @@ def compare(
     *,
     title: str = "",
     progress: Progress | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> tuple[Record, bool]:
     """Evaluate `models` (label -> folder, the first is the dense one) and write the report.
 

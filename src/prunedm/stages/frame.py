@@ -5,9 +5,9 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prunedm.errors import UserError
+from prunedm.errors import Changed, NotDone, UserError
 from prunedm.options import Options
 from prunedm.record import Record, Source, environment, read_record, write_json, write_record
 from prunedm.training import processes
@@ -17,9 +17,13 @@ RESUME = "resume"  # in there: what an interrupted stage goes on from
 _IDENTITY = "identity.json"
 _SPENT = "spent"
 # options that change how a result is made but not what it is
-_NOT_IDENTITY = {"device", "workers", "checkpoint_every", "tracker", "tracker_project"}
+_NOT_IDENTITY = {
+    "device", "workers", "checkpoint_every",
+    "tracker", "tracker_project", "tracker_mode", "track_images",
+}  # fmt: skip
 
 Make = Callable[[Path], dict[str, Any]]  # working folder -> figures
+Overwrite = bool | Literal["look"]  # "look": make nothing, raise NotDone where there is work
 
 
 def _complete(out: Path) -> bool:
@@ -34,30 +38,33 @@ def run_stage(
     inputs: dict[str, Source],
     make: Make,
     parent: Record | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     complete: Callable[[Path], bool] = _complete,
 ) -> tuple[Record, bool]:
     """Make `out` unless it is there already; returns its record and whether anything was made.
 
     `make` writes its result into the working folder, `<out>.partial`, and returns the figures of
     the record. What it leaves in `resume/` survives an interruption, and is gone when the stage is
-    done; without it, a failed stage leaves nothing. Raises `UserError` where `out` holds another
-    result, which `overwrite` replaces, or anything that is not ours, which is never touched. Of a
-    result that is not `complete`, `overwrite` makes the same one again.
+    done; without it, a failed stage leaves nothing. Raises `Changed` where `out` holds another
+    result, which `overwrite` replaces, and `UserError` for anything that is not ours, which is never
+    touched. Of a result that is not `complete`, `overwrite` makes the same one again. An unfinished
+    `<out>.partial` of what is asked for now was allowed to replace `out` when it was begun.
     Of several processes the first writes; the others share its work.
     """
     out = Path(out).absolute()  # "." has no name to put ".partial" behind
     record = Record(
         stage=stage,
-        options=_identifying(options),
+        options=identifying(options),
         inputs=inputs,
         seed=getattr(options, "seed", None),
         history=[r.model_copy(update={"history": []}) for r in parent.lineage()] if parent else [],
     )
-    found = _existing(out, record, overwrite, complete)
+    partial = out.with_name(out.name + PARTIAL)
+    if overwrite == "look":
+        return _look(out, partial, record), False
+    found = _existing(out, partial, record, overwrite, complete)
     if found is not None:
         return found, False
-    partial = out.with_name(out.name + PARTIAL)
     started = time.monotonic()
     processes.wait_for_all()  # all have looked; now the first may change what is there
     if processes.rank() > 0:
@@ -102,37 +109,68 @@ def _help(out: Path, partial: Path, make: Make) -> Record:
     return record
 
 
-def _identifying(options: Options) -> dict[str, Any]:
+def identifying(options: Options) -> dict[str, Any]:
+    """The options that decide what a result is."""
     return options.model_dump(mode="json", exclude=_NOT_IDENTITY)
 
 
 def _existing(
-    out: Path, record: Record, overwrite: bool, complete: Callable[[Path], bool]
+    out: Path, partial: Path, record: Record, overwrite: bool, complete: Callable[[Path], bool]
 ) -> Record | None:
     """The record of a finished `out` that is just what was asked for; None where it can be made."""
+    found = _found(out)
+    if found is None:
+        return None
+    if found.identity == record.identity and not (overwrite and not complete(out)):
+        return found
+    if overwrite or _unfinished(partial) == record.identity:
+        return None
+    what = _difference(found.identity, record.identity)
+    message = f"{out} exists and holds {what}; give another folder, or --overwrite"
+    raise Changed(message, what)
+
+
+def _look(out: Path, partial: Path, record: Record) -> Record:
+    """The record of `out` where it is done. Raises `NotDone` in words for a table of stages."""
+    found = _found(out)
+    if found is not None and found.identity == record.identity:
+        return found
+    if _unfinished(partial) == record.identity:
+        raise NotDone("goes on from its checkpoint")
+    if found is not None:
+        raise NotDone(f"again: it is of {_difference(found.identity, record.identity)}")
+    raise NotDone("to do")
+
+
+def _found(out: Path) -> Record | None:
+    """The record of what `out` holds; None where there is nothing."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     found = read_record(out) if out.is_dir() else None
     if found is None:
         raise UserError(f"{out} exists and holds no result of prunedm; give another folder")
-    if found.identity == record.identity and not (overwrite and not complete(out)):
-        return found
-    if overwrite:
+    return found
+
+
+def _unfinished(partial: Path) -> dict[str, Any] | None:
+    """The identity of what waits in the working folder to be gone on with."""
+    if not _resumable(partial):
         return None
-    what = _difference(found.identity, record.identity)
-    raise UserError(f"{out} exists and holds {what}; give another folder, or --overwrite")
+    identity: dict[str, Any] = json.loads((partial / _IDENTITY).read_text(encoding="utf-8"))
+    return identity
 
 
 def _open(partial: Path, record: Record, overwrite: bool) -> None:
     """The working folder: kept from an interrupted run of the same identity, else new."""
-    if _resumable(partial) and not overwrite:
-        identity = json.loads((partial / _IDENTITY).read_text(encoding="utf-8"))
-        if identity != record.identity:
-            difference = _difference(identity, record.identity)
-            raise UserError(
+    unfinished = _unfinished(partial)
+    if unfinished is not None and not overwrite:
+        if unfinished != record.identity:
+            difference = _difference(unfinished, record.identity)
+            message = (
                 f"{partial} is an unfinished run with {difference}; finish that one, "
                 "give another folder, or --overwrite"
             )
+            raise Changed(message, difference)
         return
     shutil.rmtree(partial, ignore_errors=True)
     (partial / RESUME).mkdir(parents=True)

@@ -17,7 +17,7 @@ from prunedm.options import PruneOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, write_json
 from prunedm.sampling import make_sampler, sample_batches
-from prunedm.stages.frame import run_stage
+from prunedm.stages.frame import Overwrite, run_stage
 from prunedm.stages.inputs import data_source, device_for, held_out_problems, images_for, source_of
 from prunedm.stages.pruning.job import Job, check_options
 from prunedm.stages.pruning.mechanisms import MECHANISMS
@@ -34,7 +34,7 @@ def prune(
     options: PruneOptions = PruneOptions(),
     *,
     progress: Progress | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> tuple[Record, bool]:
     """Prune `source` and write a model folder, `pruning_stats.json` and `vis/`."""
     progress = progress or Silent()

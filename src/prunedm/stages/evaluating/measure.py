@@ -63,7 +63,9 @@ class Yardstick:
         return {"dataset": data_source(self.reference), **self.files}
 
 
-def measure(model: Model, out: Path, label: str, yard: Yardstick) -> None:
+def measure(
+    model: Model, out: Path, label: str, yard: Yardstick, *, overwrite: bool = False
+) -> None:
     """Write `evaluation_results.json`, `steps.json`, `losses.npy`, and samples where there are any.
 
     Without latencies: those are taken in turns. A step that fails is recorded, and the rest goes on.
@@ -83,6 +85,7 @@ def measure(model: Model, out: Path, label: str, yard: Yardstick) -> None:
         inputs={"model": source_of(model), **yard.inputs},
         parent=model.record,
         make=make,
+        overwrite=overwrite,
     )
 
 

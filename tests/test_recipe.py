@@ -1,0 +1,264 @@
+"""Recipes: what is done is skipped, what changed is made again, and a dry run makes nothing."""
+
+from pathlib import Path
+
+import pytest
+from helpers import Killed, tiny_folder
+
+from prunedm import recipe as recipes
+from prunedm.cli import app, main
+from prunedm.configuration import parse_settings, read_yaml
+from prunedm.errors import UserError
+from prunedm.options import EvaluateOptions, FinetuneOptions, PruneOptions
+from prunedm.recipe import Recipe, plan, run
+from prunedm.training import loop
+
+QUICK = EvaluateOptions(depth="quick", problems=8, latency_repeats=1)
+TUNE = {"batch_size": 4, "validation_problems": 8, "validate_every": 0, "checkpoint_every": 2}
+
+
+def tiny_recipe(**more) -> Recipe:
+    mask = PruneOptions(mechanism="nm", score="magnitude", pictures=0, calibration_problems=8)
+    settings = {
+        "model": str(tiny_folder()),
+        "convert_channels": True,
+        "device": "cpu",
+        "stages": ("mask", "finetune"),
+        "mask": mask,
+        "finetune": FinetuneOptions(steps=4, **TUNE),
+        "evaluate": QUICK,
+    }
+    return Recipe(**(settings | more))
+
+
+class Lines:
+    """A progress that keeps what is said."""
+
+    def __init__(self) -> None:
+        from prunedm.progress import Silent
+
+        self.task, self.said = Silent().task, []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def todo(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
+    return [(stage.name, stage.todo) for stage in plan(recipe, out)]
+
+
+def times(out: Path) -> dict[str, int]:
+    return {p.parent.name: p.stat().st_mtime_ns for p in out.glob("*/record.json")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    run(tiny_recipe(), out)
+    return out
+
+
+@pytest.fixture
+def out(made, tmp_path) -> Path:
+    """A copy of a finished run, for a test to change."""
+    import shutil
+
+    return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def test_a_dry_run_of_a_new_recipe_makes_nothing(tmp_path):
+    out = tmp_path / "out"
+    assert todo(tiny_recipe(), out) == [
+        ("mask", "to do"),
+        ("finetune", "after 1-mask"),
+        ("report", "after 1-mask"),
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_recipe_is_done_and_is_not_touched(out):
+    assert todo(tiny_recipe(), out) == [("mask", ""), ("finetune", ""), ("report", "")]
+    before = times(out)
+    lines = Lines()
+    run(tiny_recipe(), out, progress=lines)
+    assert times(out) == before
+    assert [line for line in lines.said if "done already" in line] == lines.said
+
+
+def test_what_changed_and_what_follows_is_made_again(out):
+    changed = tiny_recipe(finetune=FinetuneOptions(steps=3, **TUNE))
+    before = times(out)
+    (_, mask), (_, tune), _ = todo(changed, out)
+    assert mask == ""
+    assert tune == "again: it is of another steps (4, now 3)"
+    lines = Lines()
+    run(changed, out, progress=lines)
+    after = times(out)
+    assert after["1-mask"] == before["1-mask"]
+    assert after["2-finetune"] != before["2-finetune"]
+    assert after["report"] != before["report"]
+    assert "2-finetune: made again, for it held another steps (4, now 3)" in lines.said
+    assert todo(changed, out) == [("mask", ""), ("finetune", ""), ("report", "")]
+
+
+def test_a_changed_input_changes_what_follows(out):
+    """A stage's identity holds its input's content: other masks, and the fine-tuning is another."""
+    changed = tiny_recipe(
+        mask=PruneOptions(mechanism="nm", score="random", pictures=0, calibration_problems=8)
+    )
+    (_, mask), (_, tune), _ = todo(changed, out)
+    assert mask.startswith("again: it is of another score")
+    assert tune == "after 1-mask"
+    before = times(out)
+    run(changed, out)
+    assert all(times(out)[name] != before[name] for name in before)
+
+
+def test_an_interrupted_redo_goes_on(out, monkeypatch):
+    """The redo was allowed to replace the old result; to go on with it needs no new permission."""
+    changed = tiny_recipe(finetune=FinetuneOptions(steps=6, **TUNE))
+    step = loop._step
+
+    def killed(*arguments, **named):
+        if named["step"] == 4:
+            raise Killed
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(loop, "_step", killed)
+    with pytest.raises(Killed):
+        run(changed, out)
+    monkeypatch.setattr(loop, "_step", step)
+    assert todo(changed, out)[1] == ("finetune", "goes on from its checkpoint")
+    steps = []
+    monkeypatch.setattr(
+        loop, "_step", lambda *a, **named: steps.append(named["step"]) or step(*a, **named)
+    )
+    run(changed, out)
+    assert steps == [4, 5]
+
+
+def test_what_is_not_ours_is_never_replaced(out):
+    (out / "2-finetune" / "record.json").unlink()
+    with pytest.raises(UserError, match="holds no result of prunedm"):
+        run(tiny_recipe(), out)
+    with pytest.raises(UserError, match="holds no result of prunedm"):
+        plan(tiny_recipe(), out)
+
+
+def test_stages_have_an_order_and_known_names():
+    steps = recipes.steps_of(tiny_recipe(stages=("finetune", "prune")))
+    assert [(step.name, step.verb) for step in steps] == [
+        ("prune", "prune"),
+        ("finetune", "finetune"),
+    ]
+    with pytest.raises(UserError, match="no 'distil'; there are prune, recover"):
+        recipes.steps_of(tiny_recipe(stages=("distil",)))
+
+
+# --------------------------------------------------------------------------- files and settings
+
+
+def test_yaml_values_are_those_of_yaml_1_2(tmp_path):
+    """PyYAML reads YAML 1.1, in which 1:4 is 64, `no` is false and 1e-3 is a text."""
+    text = "a: 1:4\nb: no\nc: 1e-3\nd: [1, 2.5, true]\ne:\nf: 2026-01-01\ng: -3\nh: off\ni-j: 012\n"
+    (tmp_path / "a.yaml").write_text(text)
+    values = read_yaml(tmp_path / "a.yaml")
+    assert values == {
+        "a": "1:4", "b": "no", "c": 0.001, "d": [1, 2.5, True], "e": None, "f": "2026-01-01",
+        "g": -3, "h": "off", "i_j": 12,
+    }  # fmt: skip
+    assert isinstance(values["c"], float)
+
+
+@pytest.mark.parametrize(
+    "text", ["!!python/object/apply:os.system ['true']", "a: !!python/name:os"]
+)
+def test_yaml_makes_no_objects(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match="cannot read"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_settings_become_tables():
+    texts = ["learn.pattern=1:4", "learn.lr=1e-3", "prune.target=channels=0.3", "stages=[mask]"]
+    assert parse_settings(texts) == {
+        "learn": {"pattern": "1:4", "lr": 0.001},
+        "prune": {"target": "channels=0.3"},
+        "stages": ["mask"],
+    }
+
+
+@pytest.mark.parametrize("text", ["learn.pattern", "=3", "  =3"])
+def test_a_setting_needs_a_name_and_a_value(text):
+    with pytest.raises(UserError, match="sets nothing; give NAME=VALUE"):
+        parse_settings([text])
+
+
+def parsed(monkeypatch, *words: object) -> tuple[Recipe, Path]:
+    seen = []
+    monkeypatch.setattr(
+        "prunedm.cli.making.run_recipe", lambda recipe, out, **_: seen.append((recipe, out))
+    )
+    monkeypatch.setattr("prunedm.cli.making.show_comparison", lambda folder: None)
+    app(["run", *map(str, words)], exit_on_error=False, result_action="return_value")
+    return seen[0]
+
+
+def test_file_then_settings_then_command_line(monkeypatch, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("learn: {pattern: 1:8, steps: 7, lr: 0.5}\nseed: 3\n")
+    settings = ["--set", "learn.pattern=1:4", "--set", "learn.steps=8"]
+    recipe, out = parsed(monkeypatch, file, *settings, "--learn.steps", 9)
+    assert (recipe.learn.pattern, recipe.learn.steps, recipe.learn.lr) == ("1:4", 9, 0.5)
+    assert recipe.seed == 3
+    assert out == Path("runs/mine")
+
+
+def test_the_folder_is_what_is_no_yaml_file(monkeypatch, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 3\n")
+    assert parsed(monkeypatch, file, "there")[1] == Path("there")
+    recipe, out = parsed(monkeypatch, "there")
+    assert (recipe.seed, out) == (0, Path("there"))
+    recipe, out = parsed(monkeypatch, "there", "--config", file)
+    assert (recipe.seed, out) == (3, Path("there"))
+    assert parsed(monkeypatch)[1] == Path("runs/digits")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.yaml", "b.yaml"], "one recipe and one folder"),
+        (["a", "b"], "one recipe and one folder"),
+        (["gone.yaml"], "cannot read gone.yaml"),
+        (["--set", "learn.paternn=1:4"], "did you mean 'pattern'"),
+        (["--set", "learn.pattern=3:2"], "is no N:M"),
+    ],
+)
+def test_wrong_words_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", *words])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_dry_run_shows_stage_folder_and_state(out, capsys, monkeypatch):
+    monkeypatch.setattr("prunedm.console.console.width", 200)
+    monkeypatch.setattr("prunedm.cli.making.merge_file", lambda *_: tiny_recipe())
+    app(["run", str(out), "--dry-run"], exit_on_error=False, result_action="return_value")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mask", str(out / "1-mask"), "done"] in lines
+    assert sum(line[-1:] == ["done"] for line in lines) == 3
+
+
+def test_the_published_schemas_are_those_of_the_code(capsys):
+    import json
+
+    folder = Path(__file__).parent.parent / "docs" / "schemas"
+    for kind in ("recipe", "sweep"):
+        app(["schema", kind], exit_on_error=False, result_action="return_value")
+        made = json.loads(capsys.readouterr().out)
+        assert json.loads((folder / f"{kind}.schema.json").read_text(encoding="utf-8")) == made
+        assert "properties" in made
