@@ -1,0 +1,159 @@
+"""Seconds that a step of `prunedm learn` takes at each preset's batch size, for `prunedm presets`.
+
+    python benchmarks/presets.py digits
+    python benchmarks/presets.py cifar10-small --model ../shared/models/cifar10-ddpm-small \
+        --dataset ../shared/data/cifar10 --flip
+
+A step is what the stage does in one: the problems are drawn, the loss and its gradient found, the
+logits changed. It is timed on problems met for the first time and again on the same ones, whose
+dense outputs are then known; a held-out loss is timed besides. The lowest of the repeats counts:
+what else a machine does only adds. Writes `benchmarks/results/presets.json` and the packaged table.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pruning_report import command_line
+
+from prunedm.evaluation.loss import denoising_loss
+from prunedm.folder import Model, load
+from prunedm.layers import prunable_layers
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.trainer import make_learner, make_optimizer
+from prunedm.masks import Pattern
+from prunedm.options import LearnOptions
+from prunedm.options.presets import PRESETS
+from prunedm.preset_table import SHOWN, StepSeconds, Timing, Timings
+from prunedm.progress import Silent
+from prunedm.record import environment, write_json
+from prunedm.removal.nm import nm_masks
+from prunedm.scores import score_layers
+from prunedm.stages.inputs import (
+    device_for,
+    held_out_problems,
+    images_for,
+    training_problems,
+)
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
+PACKAGED = ROOT / "src" / "prunedm" / "assets" / "presets" / "learn-times.json"
+HELD_OUT = 128  # problems of the loss that is timed
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def steps(model: Model, options: LearnOptions, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat, on new problems and on the same ones again; the first is warm-up."""
+    options, device = options.filled(), device_for(options.device)
+    layers = prunable_layers(model.denoiser)
+    scores = score_layers(model.denoiser, layers, "magnitude", progress=Silent())
+    first = nm_masks(layers, scores, Pattern.parse(options.pattern))
+    logits = MaskLogits(first, scores, lead=options.logits or 0.0)
+    learner = make_learner(model.denoiser, logits, options, teacher=None, device=device)
+    optimizer = make_optimizer(learner, options)
+    problems = training_problems(model, options, images_for(model, options, "train"))
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step(number: int) -> None:
+        size = options.batch_size
+        batch = problems.batch(range(number * size, (number + 1) * size)).to(device)
+        learner(batch, 0.5, generator).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    pairs = [
+        (seconds(lambda k=k: step(k), device), seconds(lambda k=k: step(k), device))
+        for k in range(repeats + 1)
+    ]
+    new, known = zip(*pairs[1:], strict=True)
+    return {"new": list(new), "known": list(known)}
+
+
+def validation(model: Model, options: LearnOptions, repeats: int) -> list[float]:
+    device, batches = device_for(options.device), held_out_problems(model, options, HELD_OUT)
+    model.denoiser.to(device)
+    loss = partial(denoising_loss, model.denoiser, batches, device=device)
+    return [seconds(loss, device) for _ in range(repeats + 1)][1:]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All repeats of every estimator and batch size."""
+    given = {key: vars(arguments)[key] for key in ("dataset", "flip", "device")}
+    model = load(arguments.model)
+    taken: dict[str, Any] = {"steps": {}}
+    for estimator in SHOWN:
+        taken["steps"][estimator] = {
+            size: steps(
+                model,
+                LearnOptions(estimator=estimator, batch_size=size, **given),
+                arguments.repeats,
+            )
+            for size in sorted({preset.batch_size for preset in PRESETS.values()})
+        }
+    taken["validation"] = validation(model, LearnOptions(**given), arguments.repeats)
+    taken["parameters"] = sum(p.numel() for p in model.denoiser.parameters())
+    return taken
+
+
+def timing(arguments: argparse.Namespace, taken: dict[str, Any]) -> Timing:
+    """The lowest of all repeats."""
+    about = environment(arguments.device)
+    return Timing(
+        model=arguments.name,
+        parameters=taken["parameters"],
+        kind="GPU" if device_for(arguments.device).type == "cuda" else "CPU",
+        device=about["device"],
+        created=about["created"],
+        command=command_line(),
+        problems=HELD_OUT,
+        validation_s=min(taken["validation"]),
+        step_s={
+            estimator: {
+                size: StepSeconds(new=min(step["new"]), known=min(step["known"]))
+                for size, step in by_size.items()
+            }
+            for estimator, by_size in taken["steps"].items()
+        },
+    )
+
+
+def keep(found: Timing, taken: dict[str, Any]) -> None:
+    """Put `found` into both files, in place of what they had of the same model and kind."""
+    old = Timings.model_validate_json(PACKAGED.read_text(encoding="utf-8")).measured
+    same = (found.model, found.kind)
+    others = [timing for timing in old if (timing.model, timing.kind) != same]
+    table = Timings(measured=sorted([*others, found], key=lambda t: (t.kind, t.parameters)))
+    write_json(table.model_dump(mode="json"), PACKAGED)
+    raw = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    raw[", ".join(same)] = environment() | found.model_dump(mode="json") | {"seconds": taken}
+    write_json(raw, RESULTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--flip", action="store_true")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--device", choices=["auto", "cpu"], default="cpu")
+    arguments = parser.parse_args()
+    taken = measure(arguments)
+    keep(timing(arguments, taken), taken)
+
+
+if __name__ == "__main__":
+    main()
