@@ -2,5 +2,15 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_running_stages(tmp_path_factory):
+    """No test writes to the home directory; of the session, for fixtures of modules too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNEDM_STATE", str(tmp_path_factory.mktemp("state")))
+        yield

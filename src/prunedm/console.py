@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warni
 from prunedm.export.description import read_description
 from prunedm.masks import Masks
 from prunedm.progress import Task
+from prunedm.recipe import Planned
 from prunedm.record import Record, read_record
 from prunedm.stages.masks import Extraction
 from prunedm.training import processes
 
 console = Console(quiet=processes.rank() > 0)
+SLOWEST = 7 * 86_400.0  # seconds a step may take, for the remaining time to be known
 SHOWN_LAYERS = 12  # of an analysis; all are in its JSON
 _TONES = {"better": "green", "worse": "yellow", "": "dim"}
 
@@ -47,7 +49,8 @@ class Terminal:
             _Left(compact=True, elapsed_when_finished=True),
             TextColumn("[dim]{task.fields[note]}"),
         )
-        with Bars(*columns, console=console) as bars:
+        # a run of a sweep may take hours: the speed is that of the last 1000 steps, however slow
+        with Bars(*columns, console=console, speed_estimate_period=SLOWEST) as bars:
             yield _Bar(bars, label, total, done)
 
     def say(self, text: str) -> None:
@@ -70,12 +73,26 @@ class _Bar:
         fields: dict[str, Any] = {"note": note} if note else {}
         self.bars.update(self.id, advance=units, **fields)
 
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        pass  # the notes say enough
+
 
 def evaluation_table(evaluations: Sequence[Evaluation]) -> None:
     """The comparison as a table, and what in it does not compare."""
     console.print(rich_table(evaluations, width=console.width))
     for warning in warnings(evaluations):
         console.print(warning, style="yellow", markup=False)
+
+
+def plan_table(stages: Sequence[Planned]) -> None:
+    """Every stage of a recipe, its folder, and whether it is done or what is to be done."""
+    table = _empty_table()
+    for heading in ("stage", "folder", "state"):
+        table.add_column(heading, overflow="fold")
+    for stage in stages:
+        state = Text(stage.todo or "done", style="" if stage.todo else "green")
+        table.add_row(Text(stage.name), Text(str(stage.folder)), state)
+    console.print(table)
 
 
 def pruning_table(stats_file: Path) -> None:

@@ -1,6 +1,6 @@
 """How long work tells that it moves, without knowing about terminals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -9,6 +9,9 @@ class Task(Protocol):
     """One bar: `advance` by finished units, with the latest figure beside it."""
 
     def advance(self, units: int = 1, note: str = "") -> None: ...
+
+    def figures(self, values: Mapping[str, float], step: int) -> None:
+        """Figures after `step` steps, by name; an `advance` follows."""
 
 
 class Progress(Protocol):
@@ -21,6 +24,9 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, units: int = 1, note: str = "") -> None:
+        pass
+
+    def figures(self, values: Mapping[str, float], step: int) -> None:
         pass
 
 

@@ -1,6 +1,10 @@
 """What every command has: the app, its common parameters, and how a stage is run and reported."""
 
+import os
+import shlex
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +15,7 @@ from prunedm.recipe import describe
 
 if TYPE_CHECKING:
     from prunedm.record import Record
+    from prunedm.watching import Watched
 
 app = App(
     name="prunedm",
@@ -34,13 +39,37 @@ def report(
     stage: Callable[..., tuple["Record", bool]], *arguments: Any, overwrite: bool
 ) -> "Record":
     """Run a stage with bars, and say in one line what came out."""
-    from prunedm.console import Terminal
-
-    terminal = Terminal()
-    record, made = stage(*arguments, progress=terminal, overwrite=overwrite)
     out = next(a for a in reversed(arguments) if isinstance(a, Path))
-    terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
+    with watched_terminal(out, stage.__name__) as terminal:
+        record, made = stage(*arguments, progress=terminal, overwrite=overwrite)
+        terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
+        terminal.result(record.figures, made=made)
     return record
+
+
+def watched_terminal(out: Path, stage: str = "") -> "Watched":
+    """The terminal as a progress that `prunedm monitor` sees while its context lasts."""
+    from prunedm.console import Terminal
+    from prunedm.training import processes
+    from prunedm.watching import Watched
+
+    return Watched(
+        Terminal(), out, stage=stage, command=_command(), registered=processes.rank() == 0
+    )
+
+
+def _command() -> str:
+    """What starts this again: of several processes, their launcher's words."""
+    import psutil
+
+    from prunedm.training import processes
+
+    if processes.count() > 1:
+        with suppress(psutil.Error):
+            return shlex.join(psutil.Process(os.getppid()).cmdline())
+    script = Path(sys.argv[0]).stem
+    start = ["prunedm"] if script in ("prunedm", "__main__") else ["python", sys.argv[0]]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def show_comparison(folder: Path) -> None:

@@ -1,0 +1,193 @@
+"""Which stages run now: one small file a process, for `prunedm monitor` and whoever started them.
+
+A process keeps its own up to date (watching.py). Writing is best effort: a full disk or a home that
+cannot be written never fails a stage.
+"""
+
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prunedm.errors import UserError
+
+STATE = "PRUNEDM_STATE"
+FINISHED_LINES = 50
+_FORGET = 86_400.0  # seconds without news from another host, which nobody here can ask
+_SAME_START = 2.0  # seconds; the clock that processes are dated by may be set meanwhile
+
+
+class Entry(BaseModel):
+    """One process that runs stages; times are seconds since 1970."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    pid: int
+    process_started: float
+    host: str
+    command: str
+    cwd: str
+    out: Path  # absolute
+    stage: str = ""
+    about: str = ""  # what its name does not say: a run's settings in a sweep
+    log: Path | None = None
+    started: float
+    updated: float
+    label: str = ""  # of the current bar
+    done: int = 0
+    total: int = 0
+    task_started: float = 0.0
+    rate: float | None = None  # units a second, lately
+    note: str = ""
+    figures: dict[str, tuple[int, float]] = Field({}, description="of the task: last step, value")
+    held_out: list[tuple[int, float]] = Field([], description="of the task: step, held-out loss")
+    lines: list[str] = Field([], description="said last")
+
+    @property
+    def name(self) -> str:
+        return self.out.name or str(self.out)
+
+    @property
+    def here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def process(self) -> psutil.Process | None:
+        """The process, where it is on this host and still the same one; a zombie is gone."""
+        if not self.here:
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.process_started) < _SAME_START
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.Error:
+            return None
+
+
+class Finished(BaseModel):
+    """A stage that ended: its loss, or in `error` why it did not get to its end."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    out: Path
+    stage: str
+    when: float
+    seconds: float
+    loss: float | None = None
+    error: str = ""
+
+
+def state_folder() -> Path:
+    """Where the entries are. It need not exist."""
+    if os.environ.get(STATE):
+        return Path(os.environ[STATE])
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "prunedm"
+    return Path(os.devnull) / "prunedm"  # there is no home: nobody will see it
+
+
+def entries() -> list[Entry]:
+    """All that run, oldest first; files of processes of this host that are gone are deleted."""
+    found = []
+    for path in sorted((state_folder() / "running").glob("*.json")):
+        entry = _read(path)
+        if entry is None:
+            continue
+        if entry.here and entry.process() is None:
+            with suppress(OSError):
+                path.unlink()
+        elif entry.here or time.time() - entry.updated < _FORGET:
+            found.append(entry)
+    return sorted(found, key=lambda entry: entry.started)
+
+
+def entry_of(pid: int) -> Entry | None:
+    """What the process of this host runs."""
+    entry = _read(entry_file(socket.gethostname(), pid))
+    return entry if entry is not None and entry.process() is not None else None
+
+
+def stop(entry: Entry) -> None:
+    """Interrupt this process and no other, as Ctrl-C does; its command goes on where it stopped.
+
+    Raises `UserError` where the process is on another host, another user's, or gone.
+    """
+    if not entry.here:
+        raise UserError(f"{entry.name} runs on {entry.host}: run the command there")
+    process = entry.process()
+    if process is None:
+        raise UserError(f"{entry.name} (pid {entry.pid}) has ended already")
+    try:
+        process.send_signal(signal.SIGINT)
+    except psutil.NoSuchProcess:
+        raise UserError(f"{entry.name} (pid {entry.pid}) has ended already") from None
+    except psutil.AccessDenied:
+        raise UserError(
+            f"pid {entry.pid} is of another user, who has to stop {entry.name}"
+        ) from None
+
+
+def finished() -> list[Finished]:
+    """Stages that ended lately, the last one first."""
+    try:
+        lines = _finished_file().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    found = []
+    for line in lines[-FINISHED_LINES:]:
+        with suppress(ValidationError):
+            found.append(Finished.model_validate_json(line))
+    return found[::-1]
+
+
+def entry_file(host: str, pid: int) -> Path:
+    return state_folder() / "running" / f"{host}-{pid}.json"
+
+
+def write_entry(entry: Entry) -> None:
+    """Write the entry, aside first, so that nobody reads half of it."""
+    path = entry_file(entry.host, entry.pid)
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(entry.model_dump_json(), encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def remove_entry(entry: Entry) -> None:
+    path = entry_file(entry.host, entry.pid)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def add_finished(end: Finished) -> None:
+    """Append to the list; it is cut where it has grown to twice what is kept."""
+    path = _finished_file()
+    with suppress(OSError, ValueError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(end.model_dump_json() + "\n")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if len(lines) >= 2 * FINISHED_LINES:
+            aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            aside.write_text("".join(lines[-FINISHED_LINES:]), encoding="utf-8")
+            aside.replace(path)
+
+
+def _finished_file() -> Path:
+    return state_folder() / "finished.jsonl"
+
+
+def _read(path: Path) -> Entry | None:
+    """None where the file is gone meanwhile, or of another version."""
+    try:
+        return Entry.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
