@@ -2,19 +2,18 @@
 
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import Killed, noise_images, problems, tiny_folder, tiny_model
+from helpers import noise_images, problems, tiny_folder, tiny_model
 from torch import nn
 from torch.autograd import gradcheck
 
 from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.folder import load, save
-from prunedm.options import FinetuneOptions, LoopOptions, PruneOptions, TrainOptions
+from prunedm.options import FinetuneOptions, LoopOptions, PruneOptions
 from prunedm.progress import Silent
 from prunedm.randomness import generator_for
 from prunedm.record import read_record
@@ -33,8 +32,8 @@ from prunedm.recovery.sensitivity import (
     sensitivity_losses,
     with_perturbed,
 )
-from prunedm.stages import finetune, prune, train
-from prunedm.training import compiling, loop, tracking
+from prunedm.stages import finetune, prune
+from prunedm.training import compiling
 from prunedm.training.ema import Ema
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu", "warmup": 1}
@@ -556,148 +555,6 @@ def test_a_cycle_of_problems_asks_the_teacher_once(narrow, tmp_path, monkeypatch
     assert one == two
     assert known == [(0, 1, 2, 3), (4, 5, 6, 7)]  # whole steps
     assert always == known * 3
-
-
-# -------------------------------------------------------------------------------- trackers
-
-
-class Fake:
-    """A tracker as accelerate has them."""
-
-    made: ClassVar[list["Fake"]] = []
-    failing: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, project: str, **settings) -> None:
-        self.project, self.settings, self.logs, self.calls = project, settings, [], []
-
-    def _do(self, name: str) -> None:
-        self.calls.append(name)
-        if name in self.failing or (name == "start" and self.settings.get("mode") in self.failing):
-            raise ConnectionError("no route to host\nand more")
-
-    def start(self) -> None:
-        self._do("start")
-        if "online" in self.failing and "mode" not in self.settings:
-            raise ConnectionError("no route to host")
-        Fake.made.append(self)
-
-    def store_init_configuration(self, values: dict) -> None:
-        self.config = values
-        self._do("begin")
-
-    def log(self, values: dict, step: int) -> None:
-        self.logs.append((step, values))
-        self._do("log")
-
-    def finish(self) -> None:
-        self._do("finish")
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    from accelerate import tracking as accelerates
-
-    monkeypatch.setattr(Fake, "made", [])
-    monkeypatch.setattr(Fake, "failing", ())
-    monkeypatch.setattr(tracking, "find_spec", lambda _: True)
-    names = ("wandb", "tensorboard", "trackio", "swanlab")
-    monkeypatch.setattr(accelerates, "LOGGER_TYPE_TO_CLASS", dict.fromkeys(names, Fake))
-    return Fake
-
-
-def test_a_tracker_sees_loss_rate_held_out_loss_and_sparsity(hybrid, fake, tmp_path):
-    options = FinetuneOptions(
-        steps=12, validate_every=6, tracker="wandb", tracker_project="mine", **QUICK
-    )
-    record, _ = finetune(hybrid, tmp_path / "out", options)
-    (run,) = fake.made
-    assert (run.project, run.settings["name"], run.settings["resume"]) == ("mine", "out", "allow")
-    assert run.config["lr"] == options.lr
-    assert [(step, sorted(values)) for step, values in run.logs] == [
-        (6, ["held_out_loss", "sparsity"]),
-        (10, ["loss", "lr"]),
-        (12, ["loss", "lr"]),
-        (12, ["held_out_loss", "sparsity"]),
-    ]
-    curve = record.figures["curve"]
-    assert run.logs[1][1]["loss"] == pytest.approx(sum(curve["losses"][:10]) / 10)
-    assert run.logs[1][1]["lr"] == pytest.approx(options.lr * loop.learning_rate_share(options, 9))
-    assert run.logs[3][1]["held_out_loss"] == curve["held_out"][-1][1]
-    assert run.logs[3][1]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert run.calls[-1] == "finish"
-
-
-def test_train_is_tracked_too(fake, tmp_path):
-    unet = dict(tiny_model().denoiser.config)
-    unet = {k: unet[k] for k in ("sample_size", "in_channels", "out_channels", "norm_num_groups")}
-    narrow = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",)}
-    options = TrainOptions(
-        unet=unet | narrow | {"up_block_types": ("UpBlock2D",), "layers_per_block": 1},
-        steps=2, tracker="tensorboard", **QUICK,
-    )  # fmt: skip
-    train(tmp_path / "out", options)
-    (run,) = fake.made
-    assert run.settings == {"logging_dir": tmp_path / "out.partial" / "tensorboard"}
-    assert [step for step, _ in run.logs] == [2, 2]
-
-
-@pytest.mark.parametrize("name", ["wandb", "swanlab", "trackio"])
-def test_a_resumed_run_goes_on_in_the_trackers_run(name, narrow, fake, tmp_path, monkeypatch):
-    options = FinetuneOptions(steps=4, checkpoint_every=2, tracker=name, **QUICK)
-    step = loop._step
-
-    def killed(*arguments, **named):
-        if named["step"] == 3:
-            raise Killed
-        return step(*arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", killed)
-        with pytest.raises(Killed):
-            finetune(narrow, tmp_path / "out", options)
-    finetune(narrow, tmp_path / "out", options)
-    before, after = fake.made
-    assert before.settings == after.settings
-    assert before.settings["resume"] == "allow"
-    assert "begin" in before.calls
-    assert "begin" not in after.calls
-    assert before.calls[-1] == "finish"
-    other = tmp_path / "other" / "out"
-    finetune(narrow, other, options)
-    assert fake.made[-1].settings != before.settings
-
-
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        (("wandb", "online"), "wandb: offline (no route to host)"),
-        (("swanlab", "start"), "swanlab: no route to host; training goes on untracked"),
-        (("trackio", "start"), "trackio: no route to host; training goes on untracked"),
-        (("wandb", "log"), "Fake failed (no route to host): no longer tracked"),
-        (("wandb", "begin"), "Fake failed (no route to host): no longer tracked"),
-        (("wandb", "finish"), "Fake failed (no route to host): no longer tracked"),
-    ],
-)
-def test_a_tracker_that_fails_is_told_once_and_training_goes_on(case, said, narrow, fake, tmp_path):
-    name, failing = case
-    fake.failing = (failing,)
-    listener = Listener()
-    options = FinetuneOptions(steps=2, tracker=name, **QUICK)
-    finetune(narrow, tmp_path / "out", options, progress=listener)
-    assert listener.said == [said]
-    assert load(tmp_path / "out").record.stage == "finetune"
-    if failing == "online":
-        (run,) = fake.made
-        assert run.settings["mode"] == "offline"
-        assert [step for step, _ in run.logs] == [2, 2]
-
-
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio", "swanlab"])
-def test_a_tracker_that_is_not_installed_is_named(name, narrow, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=f"tracker = '{name}' is not installed: pip install {name}"):
-        finetune(narrow, tmp_path / "out", FinetuneOptions(steps=1, tracker=name, **QUICK))
-    assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------------------- compiling

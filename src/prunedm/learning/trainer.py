@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -20,6 +21,7 @@ from prunedm.progress import Progress
 from prunedm.randomness import seed_for
 from prunedm.training.checkpoint import History, load_parameters
 from prunedm.training.loop import fit
+from prunedm.training.tracking import Shown, distribution
 
 GIB = 1 << 30
 
@@ -45,13 +47,14 @@ def learn_masks(
     resume: Path,
     progress: Progress,
     hard_loss: Callable[[Masks], float],
+    pictures: Callable[[Masks], dict[str, np.ndarray]] = lambda masks: {},
 ) -> Learned:
     """Train `logits` so that `denoiser` under their masks loses little.
 
     teacher: whose output the target is; None is the unmasked denoiser itself, which must then be
     frozen. hard_loss: of the denoiser under these masks; it is what is reported, since the loss of
-    soft masks flatters. A frozen denoiser is left as it was; a trained one keeps its new weights,
-    unmasked.
+    soft masks flatters. pictures: of the denoiser under these masks, for trackers. A frozen denoiser
+    is left as it was; a trained one keeps its new weights, unmasked.
     """
     assert teacher is not None or not options.train_weights
     best = resume / "best.safetensors"
@@ -68,6 +71,7 @@ def learn_masks(
         validate=lambda _: hard_loss(logits.mode()),
         after_step=lambda _: learner.estimator.after_step(logits, learner.weights),
         observe=lambda _: logits.observe(options.distribution),
+        show=lambda _: shown(logits, pictures),
         optimizer=make_optimizer(learner, options),
         best=best,
     )
@@ -80,6 +84,14 @@ def learn_masks(
     masks = logits.mode()
     masks.check_pattern()
     return Learned(masks, last, logits.by_layer([g.detach() for g in logits.groups]), history)
+
+
+def shown(logits: MaskLogits, pictures: Callable[[Masks], dict[str, np.ndarray]]) -> Shown:
+    """What trackers see: the hard masks' sparsity and pictures, and how the logits are distributed."""
+    masks = logits.mode()
+    found = distribution("logits", torch.cat([group.flatten() for group in logits.groups]))
+    sparsity = {"sparsity": 1 - masks.kept / masks.total}
+    return Shown(sparsity | dict(found.figures), found.histograms, pictures(masks))
 
 
 def learning_objective(
@@ -133,7 +145,8 @@ def make_optimizer(learner: Learner, options: LearnOptions) -> torch.optim.Optim
     logits = list(learner.logits.parameters())
     groups = [{"params": logits, "lr": options.lr, "weight_decay": 0.0, "plain": plain}]
     if options.train_weights:
-        groups.append({"params": list(learner.denoiser.parameters()), "lr": options.weight_lr})
+        weights = list(learner.denoiser.parameters())
+        groups.append({"params": weights, "lr": options.weight_lr, "name": "weights"})
     return PlainOrAdamW(groups, weight_decay=options.weight_decay, betas=(0.9, options.beta2))
 
 

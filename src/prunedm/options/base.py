@@ -109,3 +109,9 @@ class LoopOptions(DataOptions):
         "none", description="where live curves go"
     )
     tracker_project: str = Field("prunedm", min_length=1, description="the tracker's project")
+    tracker_mode: Literal["auto", "offline", "local"] = Field(
+        "auto", description="auto: its service, or offline; local: SwanLab's own dashboard"
+    )
+    track_images: int = Field(
+        8, ge=0, description="samples shown at each held-out loss, where there is a tracker"
+    )

@@ -16,13 +16,14 @@ from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.hub import find
+from prunedm.layers import to_groups
 from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, read_record
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Overwrite, run_stage
 from prunedm.stages.inputs import (
     data_source,
     dense_source,
@@ -32,8 +33,10 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
+from prunedm.stages.shown import samples
 from prunedm.training import processes
 from prunedm.training.loop import Objective, fit, make_accelerator
+from prunedm.training.tracking import Shown
 
 GIB = 1 << 30
 
@@ -44,7 +47,7 @@ def finetune(
     options: FinetuneOptions = FinetuneOptions(),
     *,
     progress: Progress | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> tuple[Record, bool]:
     """Train `source`'s weights and write a model folder of the same shape and masks."""
     progress = progress or Silent()
@@ -52,7 +55,10 @@ def finetune(
     _check_dropout(model, options)
     images = images_for(model, options, "train")
     inputs: dict[str, Source] = {"model": source_of(model), "dataset": data_source(images)}
-    teacher, known = None, None if overwrite else _teacher_of_result(Path(out), model, options)
+    teacher, known = (
+        None,
+        None if overwrite is True else _teacher_of_result(Path(out), model, options),
+    )
     if known is None:
         teacher = find_teacher(model, options.teacher, progress)
         known = source_of(teacher) if teacher else None
@@ -62,10 +68,12 @@ def finetune(
         inputs["teacher"] = known
 
     def make(folder: Path) -> dict[str, Any]:
-        assert (teacher is None) == ("teacher" not in inputs)
+        network = teacher
+        if network is None and known is not None:  # of `out`, which an unfinished redo will replace
+            network = reload(known)
         figures = _finetune(
             model,
-            teacher=teacher,
+            teacher=network,
             images=images,
             options=options,
             resume=folder / RESUME,
@@ -197,7 +205,8 @@ def _finetune(
             label="fine-tuning",
             after_step=lambda _: hold(),
             validate=lambda m: denoising_loss(m, held_out, device=device).mean,
-            observe=lambda m: {"sparsity": sparsity(m, model.masks)} if model.masks else {},
+            observe=lambda m: observed(m, model.masks) if model.masks else {},
+            show=lambda _: Shown(images=samples(model, options, device)),
             compiles=options.compile,
         )
     model.round_to_dtype()
@@ -257,7 +266,14 @@ def dropout(denoiser: nn.Module, p: float | None) -> Iterator[None]:
             layer.p = own
 
 
-def sparsity(denoiser: nn.Module, masks: Masks) -> float:
-    """Share of zeros in the masked layers."""
-    zeros = sum(int((denoiser.get_parameter(f"{n}.weight") == 0).sum()) for n, _ in masks)
-    return zeros / masks.total
+def observed(denoiser: nn.Module, masks: Masks) -> dict[str, float]:
+    """The share of zeros in the masked layers, and of N:M groups in which at most N are not zero."""
+    nonzero = {name: denoiser.get_parameter(f"{name}.weight") != 0 for name, _ in masks}
+    figures = {"sparsity": 1 - sum(int(kept.sum()) for kept in nonzero.values()) / masks.total}
+    if masks.patterns:
+        valid = [
+            to_groups(nonzero[name], pattern.m).sum(1) <= pattern.n
+            for name, pattern in masks.patterns.items()
+        ]
+        figures["compliance"] = float(torch.cat(valid).double().mean())
+    return figures

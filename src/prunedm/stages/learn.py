@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prunedm.data import ImageSet
@@ -19,7 +20,7 @@ from prunedm.options import LearnOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
 from prunedm.removal.nm import nm_masks
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Overwrite, run_stage
 from prunedm.stages.inputs import (
     data_source,
     dense_source,
@@ -32,6 +33,7 @@ from prunedm.stages.inputs import (
 )
 from prunedm.stages.learned import write_learned
 from prunedm.stages.masks import masks_from
+from prunedm.stages.shown import samples
 from prunedm.stages.unmasked import before_masks, unmasked
 from prunedm.training.loop import make_accelerator
 
@@ -42,7 +44,7 @@ def learn(
     options: LearnOptions = LearnOptions(),
     *,
     progress: Progress | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
 ) -> tuple[Record, bool]:
     """Learn N:M masks for `source` and write it with them.
 
@@ -165,6 +167,10 @@ def _learn(
         with masks.applied(model.denoiser):
             return denoising_loss(model.denoiser, held_out, device=device).mean
 
+    def pictures(masks: Masks) -> dict[str, np.ndarray]:
+        with masks.applied(model.denoiser):
+            return samples(model, options, device)
+
     scores = {name: model.denoiser.get_parameter(f"{name}.weight").detach() for name, _ in first}
     cycle = -(-options.dataset_size // _stride(options, accelerator.num_processes))
     learned = learn_masks(
@@ -179,6 +185,7 @@ def _learn(
         resume=folder / RESUME,
         progress=progress,
         hard_loss=hard_loss,
+        pictures=pictures,
     )
     model.masks = learned.masks
     model.masks.apply_(model.denoiser)

@@ -18,8 +18,10 @@ from prunedm.record import Record
 from prunedm.recovery.objective import data_objective
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
+from prunedm.stages.shown import samples
 from prunedm.training import processes
 from prunedm.training.loop import fit, make_accelerator
+from prunedm.training.tracking import Shown
 
 
 def train(
@@ -93,6 +95,7 @@ def _train(
         progress=progress,
         label="training",
         validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
+        show=lambda _: Shown(images=samples(model, options, accelerator.device)),
         compiles=options.compile,
     )
     model.round_to_dtype()

@@ -19,7 +19,7 @@ from torch import nn
 from prunedm.diffusion import DenoisingProblems, ProblemBatch
 from prunedm.errors import UserError
 from prunedm.options import LoopOptions
-from prunedm.progress import Progress
+from prunedm.progress import Progress, Task
 from prunedm.randomness import seed_for
 from prunedm.training import processes
 from prunedm.training.checkpoint import (
@@ -32,10 +32,11 @@ from prunedm.training.checkpoint import (
 from prunedm.training.compiling import compiled
 from prunedm.training.ema import Ema
 from prunedm.training.optimizer import adamw, learning_rate_share
-from prunedm.training.tracking import Tracking, new_run, tracked
+from prunedm.training.tracking import Shown, Tracking, new_run, tracked
 
 Objective = Callable[[nn.Module, ProblemBatch, int], torch.Tensor]  # (module, batch, step) -> loss
 Observe = Callable[[nn.Module], dict[str, float]]  # figures to keep beside the held-out loss
+Show = Callable[[nn.Module], Shown]  # what only a tracker sees beside them
 FLUSH_EVERY = 10  # steps between looks at the losses: a look waits for the device
 
 
@@ -52,6 +53,7 @@ def fit(
     after_step: Callable[[int], None] = lambda step: None,
     validate: Callable[[nn.Module], float] | None = None,
     observe: Observe = lambda module: {},
+    show: Show = lambda module: Shown(),
     optimizer: torch.optim.Optimizer | None = None,
     best: Path | None = None,
     compiles: bool = False,
@@ -60,12 +62,12 @@ def fit(
 
     Continues from `checkpoint` if that file exists, to the same bits as an unbroken run.
     `after_step(step)` may change the module (masks). `optimizer`, AdamW where none is given, follows
-    the schedule from the learning rates it has. `best` is a file for the parameters of the lowest
-    held-out loss, the start's included. With `compiles` the steps run compiled where that is
-    possible, `validate` and `observe` do not. Raises `UserError` on a loss that is not finite; the
-    last good state stays in the checkpoint.
+    the schedule from the learning rates it has; those after the first are tracked by `name`. `best` is a
+    file for the parameters of the lowest held-out loss, the start's included. With `compiles` the
+    steps run compiled where that is possible, `validate`, `observe` and `show` do not. Raises
+    `UserError` on a loss that is not finite; the last good state stays in the checkpoint.
     """
-    optimizer = optimizer or adamw(module, options)
+    optimizer, folder = optimizer or adamw(module, options), checkpoint.parent.parent
     peaks = [group["lr"] for group in optimizer.param_groups]
     prepared, optimizer = accelerator.prepare(module, optimizer)
     ema = Ema(module, options.ema_decay) if options.ema_decay else None
@@ -92,10 +94,12 @@ def fit(
         clip=options.clip,
     )
     with (
-        _tracked(options, accelerator, checkpoint.parent.parent, state, progress) as tracking,
+        tracked(
+            options, folder, state.run, state.done, progress, here=accelerator.is_main_process
+        ) as tracking,
         progress.task(label, options.steps, state.done) as bar,
     ):
-        run = _Run(state, accelerator, checkpoint, validate, observe, best, tracking)
+        run = _Run(state, accelerator, checkpoint, validate, observe, show, best, tracking, bar)
         if best and state.done == 0:
             run.look()
         prepared.train()
@@ -148,8 +152,10 @@ class _Run:
     checkpoint: Path
     validate: Callable[[nn.Module], float] | None
     observe: Observe
+    show: Show
     best: Path | None
     tracking: Tracking
+    bar: Task
     pending: list[torch.Tensor] = field(default_factory=list)  # losses still on the device
 
     def after_step(self, options: LoopOptions) -> None:
@@ -175,8 +181,10 @@ class _Run:
         for step, loss in enumerate(losses, start=state.done - len(losses)):
             _check_finite(loss, "loss", step, self.checkpoint)
         state.history.losses.extend(losses)
-        rate = state.optimizer.param_groups[0]["lr"]
-        self.tracking.log({"loss": sum(losses) / len(losses), "lr": rate}, state.done)
+        first, *more = state.optimizer.param_groups
+        rates = {f"lr_{group.get('name', k)}": group["lr"] for k, group in enumerate(more, 1)}
+        rates["lr"] = first["lr"]
+        self._tell({"loss": sum(losses) / len(losses)} | rates)
 
     def look(self) -> None:
         """Held-out loss and whatever else is observed, of the averaged parameters."""
@@ -192,32 +200,19 @@ class _Run:
                 state.history.observed.setdefault(name, []).append((state.done, value))
             if self.best and self.accelerator.is_main_process and state.history.at_best:
                 save_parameters(self.best, state.module)
+            self.tracking.show(lambda: self.show(state.module), state.done)
         state.module.train(mode)
-        self.tracking.log({"held_out_loss": held_out} | figures, state.done)
+        self._tell({"held_out_loss": held_out} | figures)
+
+    def _tell(self, figures: dict[str, float]) -> None:
+        self.tracking.log(figures, self.state.done)
+        self.bar.figures(figures, self.state.done)
 
 
 def _draw(step: int, accelerator: Accelerator) -> int:
     """A number for this step in this process, that no other step and process has."""
     rank, world = accelerator.process_index, accelerator.num_processes
     return int(step * world + rank)
-
-
-@contextmanager
-def _tracked(
-    options: LoopOptions,
-    accelerator: Accelerator,
-    folder: Path,
-    state: TrainingState,
-    progress: Progress,
-) -> Iterator[Tracking]:
-    """The tracker, in the first process."""
-    if not accelerator.is_main_process:
-        yield Tracking(None, progress)
-        return
-    with tracked(options, folder=folder, run=state.run, progress=progress) as tracking:
-        if state.done == 0:
-            tracking.begin(options.model_dump())
-        yield tracking
 
 
 def _step(

@@ -1,0 +1,46 @@
+"""What trackers are shown of a model in training: a few of its samples in one picture."""
+
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+
+from prunedm.folder import Model
+from prunedm.options import LoopOptions
+from prunedm.sampling import make_sampler, sample_batches
+from prunedm.stages.sample import labels_for
+
+STEPS = 20  # of DDIM
+SIDE = 64  # pixels that an image has at least in the picture
+COLUMNS = 8
+
+
+def samples(model: Model, options: LoopOptions, device: torch.device) -> dict[str, np.ndarray]:
+    """{"samples": picture} of `options.track_images` images of the denoiser as it is now.
+
+    The picture is uint8 HWC, RGB. Noise follows from the seed: it shows the same images again and
+    again, as they change. {} where no images are wanted, or channels are no colours.
+    """
+    channels, count = model.sample_shape[0], options.track_images
+    if not count or channels not in (1, 3):
+        return {}
+    (images_NCHW,) = sample_batches(
+        model.denoiser,
+        make_sampler(model.scheduler, "ddim"),
+        count=count,
+        steps=min(STEPS, model.scheduler.config.num_train_timesteps),
+        shape=model.sample_shape,
+        seed=options.seed,
+        batch_size=count,
+        labels=labels_for(model, count),
+        device=device,
+    )
+    return {"samples": picture(images_NCHW)}
+
+
+def picture(images_NCHW: torch.Tensor) -> np.ndarray:
+    """uint8 images in rows on white, uint8 HWC, RGB; small ones are enlarged by whole factors."""
+    factor = max(1, SIDE // images_NCHW.shape[2])
+    large_NCHW = images_NCHW.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    sheet_CHW = make_grid(large_NCHW, nrow=COLUMNS, padding=2, pad_value=255)
+    sheet_HWC: np.ndarray = sheet_CHW.permute(1, 2, 0).numpy()
+    return sheet_HWC
