@@ -12,7 +12,8 @@ SOURCE = Path(prunedm.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"recipe", "console", "messages", "maskpro"},
+    {"experiments"},
+    {"recipe", "console", "messages", "maskpro", "preset_table", "monitor"},
     {"stages", "configuration"},
     {
         "folder",
@@ -27,10 +28,10 @@ LEVELS = [
     },
     {"training"},
     {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"},
-    {"options", "progress", "randomness", "errors", "hub"},
+    {"options", "progress", "running", "watching", "signals", "randomness", "errors", "hub"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
-BELOW_STAGES = {name for names in LEVELS[4:] for name in names}
+BELOW_STAGES = {name for names in LEVELS[5:] for name in names}
 
 
 def modules() -> dict[str, ast.Module]:

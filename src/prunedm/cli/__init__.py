@@ -2,22 +2,35 @@
 
 import sys
 
-from prunedm.cli import distances, making, masks, measuring
+from prunedm.cli import distances, experiments, making, masks, measuring, monitoring, presets
 from prunedm.cli.frame import app
 from prunedm.messages import one_line
+from prunedm.signals import Terminated, interruptible
 
-__all__ = ["app", "distances", "main", "making", "masks", "measuring"]
+__all__ = [
+    "app",
+    "distances",
+    "experiments",
+    "main",
+    "making",
+    "masks",
+    "measuring",
+    "monitoring",
+    "presets",
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit code 2 for what the user can mend, 130 when interrupted."""
+    """Entry point. Exit code 2 for what the user can mend, 130 and 143 when interrupted."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     try:
-        app(tokens, exit_on_error=False, print_error=False)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it can", 130)
+        with interruptible():
+            app(tokens, exit_on_error=False, print_error=False)
+    except KeyboardInterrupt as stop:
+        code = 143 if isinstance(stop, Terminated) else 130
+        _fail("interrupted; the same command goes on where it can", code)
     except Exception as error:
         message = one_line(error)
         if debug:

@@ -1,33 +1,82 @@
 """Commands that make models: run, train, prune, learn, finetune, export."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from prunedm.cli.frame import Config, Flat, Model, Out, Overwrite, app, report, show_comparison
-from prunedm.configuration import merge_file, preset_file
+from prunedm.cli.frame import (
+    Config,
+    Flat,
+    Model,
+    Out,
+    Overwrite,
+    app,
+    report,
+    show_comparison,
+    watched_terminal,
+)
+from prunedm.configuration import merge_file, parse_settings, preset_file
+from prunedm.errors import UserError
 from prunedm.options import ExportOptions, FinetuneOptions, LearnOptions, PruneOptions, TrainOptions
+from prunedm.options.presets import with_preset
 from prunedm.recipe import Recipe
+from prunedm.recipe import plan as plan_recipe
 from prunedm.recipe import run as run_recipe
 
 
 @app.command
 def run(
-    out: Annotated[
-        Path | None, Parameter(help="folder of all stages [default: runs/MODEL]")
-    ] = None,
+    places: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            help="[RECIPE.yaml] [OUT]: the recipe, and the folder of all stages", negative=()
+        ),
+    ] = (),
+    /,
     *,
     recipe: Annotated[Recipe, Flat] = Recipe(),
     config: Config = None,
+    set_: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--set", help="NAME=VALUE over the recipe file: learn.pattern=1:4", negative=()
+        ),
+    ] = (),
+    dry_run: Annotated[
+        bool,
+        Parameter(help="only show every stage, its folder, and whether it is done", negative=()),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compress a model from end to end and report: prune, recover, mask, learn, finetune, compare."""
-    from prunedm.console import Terminal
+    """Compress a model from end to end and report: prune, recover, mask, learn, finetune, compare.
 
-    recipe = merge_file(recipe, config)
-    out = out or Path("runs") / Path(recipe.model).name
-    show_comparison(run_recipe(recipe, out, progress=Terminal(), overwrite=overwrite))
+    A stage is skipped where its options and inputs are the same, and made again where they changed.
+    OUT is runs/ and the recipe's name, or the model's.
+    """
+    file, out = _places(places, config)
+    recipe = merge_file(recipe, file, parse_settings(set_))
+    out = out or Path("runs") / (file.stem if file else Path(recipe.model).name)
+    if dry_run:
+        from prunedm.console import plan_table
+
+        plan_table(plan_recipe(recipe, out))
+        return
+    with watched_terminal(out, "run") as terminal:
+        report_folder = run_recipe(recipe, out, progress=terminal, overwrite=overwrite)
+    show_comparison(report_folder)
+
+
+def _places(places: Sequence[Path], config: Path | None) -> tuple[Path | None, Path | None]:
+    """The recipe's file, by its name, and the folder, each where there is one."""
+    files = [place for place in places if place.suffix in (".yaml", ".yml")]
+    folders = [place for place in places if place not in files]
+    if len(files) > 1 or len(folders) > 1 or (files and config):
+        raise UserError(
+            f"run takes one recipe and one folder, not {' '.join(map(str, [*places, config or '']))}"
+        )
+    return (files[0] if files else config), (folders[0] if folders else None)
 
 
 @app.command
@@ -71,13 +120,20 @@ def learn(
     out: Out,
     *,
     options: Annotated[LearnOptions, Flat] = LearnOptions(),
+    preset: Annotated[
+        str | None,
+        Parameter(help="quick, standard, best, efficient or fine: see `prunedm presets`"),
+    ] = None,
     config: Config = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Learn which N of every M weights to keep; the weights stay as they are."""
     from prunedm.stages import learn as stage
 
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    options = merge_file(options, config)
+    if preset is not None:
+        options = with_preset(options, preset)
+    report(stage, model, out, options, overwrite=overwrite)
 
 
 @app.command

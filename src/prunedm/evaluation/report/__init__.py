@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from prunedm.errors import UserError
@@ -44,8 +44,16 @@ def write_report(
     """
     if not evaluations:
         raise UserError("a report needs at least one evaluated model")
+    template = report_environment().get_template("page.html.j2")
+    page_text = template.render(page(evaluations, samples, title=title))
+    path.write_text(page_text, encoding="utf-8")
+    return path
+
+
+def report_environment(*more: BaseLoader) -> Environment:
+    """What the page's templates are rendered by; `more` are looked in first."""
     environment = Environment(
-        loader=PackageLoader("prunedm.evaluation.report"),
+        loader=ChoiceLoader([*more, PackageLoader("prunedm.evaluation.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -53,11 +61,7 @@ def write_report(
     )
     environment.globals |= {"text": text, "attribute": attribute, "own": _own(environment)}
     environment.globals["shown"] = shown
-    page_text = environment.get_template("page.html.j2").render(
-        page(evaluations, samples, title=title)
-    )
-    path.write_text(page_text, encoding="utf-8")
-    return path
+    return environment
 
 
 def page(

@@ -1,0 +1,84 @@
+"""Commands above the recipe: sweeps, and the schemas of their files."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from prunedm.cli.frame import app, watched_terminal
+
+if TYPE_CHECKING:
+    from prunedm.experiments.plan import Sweep
+    from prunedm.experiments.results import Row
+
+sweep = App(
+    name="sweep",
+    help="Run a recipe with many settings, in a grid or searched by Optuna: prunedm sweep FILE OUT",
+)
+app.command(sweep)
+
+
+@sweep.default
+def make(
+    file: Annotated[Path, Parameter(help="the sweep's YAML file")],
+    out: Annotated[Path, Parameter(help="folder of all runs")],
+    /,
+    *,
+    workers: Annotated[
+        int, Parameter(help="runs at a time; 0: one a GPU, or one on a machine without")
+    ] = 0,
+    threads: Annotated[
+        int, Parameter(help="processor threads of each; 0: the cores, shared out evenly")
+    ] = 0,
+    retry: Annotated[bool, Parameter(help="start failed runs again", negative=())] = False,
+    dry_run: Annotated[
+        bool, Parameter(help="only list the runs and how they stand", negative=())
+    ] = False,
+) -> None:
+    """Run what is not done yet, and write OUT/sweep.html.
+
+    The same command goes on after an interruption, kill -9 included; started on several machines with
+    a shared OUT, they share the runs. A stage that several runs begin with is made once.
+    """
+    from prunedm.experiments.plan import read_sweep
+    from prunedm.experiments.sweep import planned
+    from prunedm.experiments.sweep import sweep as run_sweep
+
+    plan = read_sweep(file)
+    if dry_run:
+        _show(planned(plan, out), plan, out, write=False)
+        return
+    with watched_terminal(out, "sweep") as terminal:
+        rows = run_sweep(
+            plan, out, workers=workers, threads=threads, retry=retry, progress=terminal
+        )
+    _show(rows, plan, out)
+
+
+@sweep.command
+def show(out: Annotated[Path, Parameter(help="folder of a sweep, finished or not")], /) -> None:
+    """The table of runs and the Pareto front as they stand, and OUT/sweep.html anew."""
+    from prunedm.experiments.sweep import read_kept, rows_of
+
+    _show(rows_of(out), read_kept(out).sweep, out)
+
+
+@app.command
+def schema(of: Literal["recipe", "sweep"] = "recipe", /) -> None:
+    """Print the JSON schema of a file, by which editors complete and check it."""
+    from prunedm.experiments.plan import Sweep
+    from prunedm.recipe import Recipe
+
+    table = (Sweep if of == "sweep" else Recipe).model_json_schema()
+    print(json.dumps(table, indent=1, ensure_ascii=False))
+
+
+def _show(rows: "list[Row]", plan: "Sweep", out: Path, *, write: bool = True) -> None:
+    from prunedm.console import Terminal, console
+    from prunedm.experiments.page import write_page
+    from prunedm.experiments.table import sweep_table
+
+    sweep_table(rows, plan, console)
+    if write:
+        Terminal().say(f"page: {write_page(rows, plan, out).resolve()}")

@@ -1,0 +1,154 @@
+"""One run of a sweep, in a process of its own: every stage that is not there yet, then the figures.
+
+python -m prunedm.experiments.chain OUT RUN
+"""
+
+import shlex
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+from filelock import Timeout
+
+from prunedm.errors import Changed, first_line
+from prunedm.experiments.store import Run, Status, Store, recipe_of
+from prunedm.experiments.workers import BUSY
+from prunedm.folder import load
+from prunedm.messages import one_line
+from prunedm.options import EvaluateOptions
+from prunedm.progress import Progress
+from prunedm.recipe import describe, steps_of
+from prunedm.stages.compare import yardstick
+from prunedm.stages.evaluating.measure import measure
+from prunedm.watching import Watched
+
+FAILED, INTERRUPTED = 2, 130
+_LOOK_EVERY = 0.5  # seconds
+
+
+def run_chain(store: Store, run: Run, progress: Progress) -> None:
+    """Make what is missing of a run. A stage that another run is making is waited for."""
+    recipe, source = recipe_of(run), Path(recipe_of(run).model)
+    evaluate: EvaluateOptions = recipe.stage_options("evaluate")
+    status = Status(state="running", host=socket.gethostname(), pid=psutil.Process().pid)
+    status.started = time.time()
+
+    def stage(name: str, folder: str, make: Callable[[Path], None]) -> None:
+        status.stage = name
+        store.set_status(run.id, status)
+        _alone(store, folder, progress, lambda: make(store.stage(folder)))
+
+    dense: str | Path = recipe.model
+    stage("dense", run.dense, lambda out: figures(dense, out, evaluate, "dense", progress))
+    current: str | Path = recipe.model
+    for step, place in zip(steps_of(recipe), run.stages, strict=True):
+
+        def make(out: Path, step=step, current=current) -> None:  # type: ignore[no-untyped-def]
+            record, made = step.make(current, out, progress=progress)
+            progress.say(f"{step.name}: {describe(record.figures, record.wall_time_s, made)}")
+
+        stage(step.name, place.folder, make)
+        current = store.stage(place.folder)
+    source = Path(current)
+    stage(
+        "evaluate", run.evaluation, lambda out: figures(source, out, evaluate, run.label, progress)
+    )
+    status.state, status.seconds = "done", time.time() - status.started
+    store.set_status(run.id, status)
+
+
+def figures(
+    source: str | Path, out: Path, options: EvaluateOptions, label: str, progress: Progress
+) -> None:
+    """Quality, size and sparsity of one model; no latencies, which runs side by side would spoil."""
+    model = load(source)
+    yard = yardstick(model, options, progress)
+    try:
+        measure(model, out, label, yard)
+    except Changed:
+        measure(model, out, label, yard, overwrite=True)
+
+
+def _alone(store: Store, folder: str, progress: Progress, make: Callable[[], None]) -> None:
+    """Call `make` when no other run is at the same stage."""
+    waits = False
+    while True:
+        try:
+            with store.stage_lock(folder):
+                make()
+                return
+        except Timeout:
+            if not waits:
+                progress.say(f"waiting for {folder}, which another run is making")
+            waits = True
+            time.sleep(_LOOK_EVERY)
+
+
+def main(out: str, run_id: str) -> int:
+    """Exit code; what went wrong is in the run's status, and above it in the log."""
+    from prunedm.console import Terminal
+    from prunedm.signals import interruptible
+
+    store = Store(Path(out))
+    _end_with_parent()
+    try:
+        with store.lock(run_id), interruptible():
+            run = store.read(run_id)
+            folder = store.folder(run_id)
+            try:
+                with Watched(
+                    Terminal(), folder, command=_command(out), stage="sweep", about=run.label
+                ) as progress:
+                    run_chain(store, run, progress)
+            except KeyboardInterrupt:
+                return _end(store, run_id, "stopped", "", INTERRUPTED)
+            except Exception as error:
+                message = one_line(error)
+                if message is None:
+                    traceback.print_exc()
+                else:
+                    print(message, file=sys.stderr)
+                reason = message or f"{type(error).__name__}: {first_line(error)}"
+                return _end(store, run_id, "failed", reason, FAILED)
+    except Timeout:
+        return BUSY
+    return 0
+
+
+def _end(store: Store, run: str, state: str, error: str, code: int) -> int:
+    status = store.status(run)
+    seconds = time.time() - status.started if status.started else 0.0
+    store.set_status(
+        run, status.model_copy(update={"state": state, "error": error, "seconds": seconds})
+    )
+    return code
+
+
+def _command(out: str) -> str:
+    """What goes on with the sweep: the words that the scheduler was started by."""
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent is not None else []
+    if "sweep" not in words:
+        return f"prunedm sweep FILE.yaml {out}"
+    return shlex.join(["prunedm", *words[words.index("sweep") :]])
+
+
+def _end_with_parent() -> None:
+    """Interrupt this process when the one that started it is gone, kill -9 included."""
+    parent = psutil.Process().parent()
+
+    def watch() -> None:
+        while parent is not None and parent.is_running():
+            time.sleep(1.0)
+        psutil.Process().send_signal(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,0 +1,174 @@
+"""sweep.html: all runs on one page that needs no network: table, Pareto front, samples, failures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import PackageLoader
+
+from prunedm.evaluation.columns import COLUMNS
+from prunedm.evaluation.report import page as figures_page
+from prunedm.evaluation.report import report_environment
+from prunedm.evaluation.report.front import panels
+from prunedm.evaluation.results import Evaluation
+from prunedm.experiments.plan import Sweep
+from prunedm.experiments.results import Row, dense_of
+from prunedm.experiments.store import Store
+from prunedm.experiments.words import word
+from prunedm.experiments.workers import log_tail
+from prunedm.record import read_record
+from prunedm.stages.evaluating.measure import SAMPLES, read_images
+
+FILE = "sweep.html"
+SHOWN = 12  # runs whose samples are shown: of the front first
+_HEADERS = {column.key: column.header for column in COLUMNS}
+_PARTS = (
+    "panels",
+    "quality",
+    "sheets",
+    "gap",
+    "rows",
+    "columns",
+    "labels",
+    "warnings",
+    "conditions",
+)
+
+
+def write_page(rows: Sequence[Row], plan: Sweep, out: Path) -> Path:
+    """Write OUT/sweep.html, and replace the one that is there."""
+    environment = report_environment(PackageLoader("prunedm.experiments"))
+    environment.globals["word"] = word
+    text = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
+    aside = out / f"{FILE}.writing"
+    aside.write_text(text, encoding="utf-8")
+    return aside.replace(out / FILE)
+
+
+def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
+    """Everything the template shows."""
+    store = Store(out)
+    figures = _figures(rows, store, f"prunedm sweep: {out.resolve().name}")
+    fields = ", ".join(plan.fields())
+    return figures | {
+        "lead": word("lead", model=_model(plan), count=len(rows), fields=fields),
+        "tiles": _tiles(rows, plan, store),
+        "directions": ", ".join(f"{name}: {way}" for name, way in plan.objectives.items()),
+        "objectives": [
+            {"header": _HEADERS.get(name, name), "arrow": {"minimize": " ↓"}.get(way, " ↑")}
+            for name, way in plan.objectives.items()
+        ],
+        "table": [_line(number, row, plan) for number, row in enumerate(rows, start=1)],
+        "broken": [
+            {"label": r.label, "error": r.status.error, "tail": log_tail(store.log(r.run.id))}
+            for r in rows
+            if r.status.state == "failed" and r.run
+        ],
+    }
+
+
+def _figures(rows: Sequence[Row], store: Store, title: str) -> dict[str, Any]:
+    """The parts of a report that models have in common; empty where none is measured yet."""
+    measured = [row for row in rows if row.evaluation is not None]
+    dense = next((d for row in measured if row.run and (d := dense_of(store, row.run))), None)
+    empty: dict[str, Any] = {key: [] for key in _PARTS}
+    if dense is None:
+        from prunedm import __version__
+
+        return empty | {"title": title, "version": __version__}
+    evaluations: list[Evaluation] = [dense, *(row.evaluation for row in measured if row.evaluation)]
+    shown = sorted(measured, key=lambda row: not row.best)[:SHOWN]
+    folders = {row.label: row.run.evaluation for row in shown if row.run}
+    folders["dense"] = next(row.run.dense for row in measured if row.run)
+    samples = {label: read_images(store.stage(f) / SAMPLES) for label, f in folders.items()}
+    whole = figures_page(
+        evaluations, {k: v for k, v in samples.items() if v is not None}, title=title
+    )
+    numbered = [
+        row.evaluation.model_copy(update={"label": str(number)})
+        for number, row in enumerate(rows, start=1)
+        if row.evaluation
+    ]
+    drawn = {"panels": panels([dense, *numbered], whole["quality"])}
+    return empty | {key: whole[key] for key in (*_PARTS, "title", "version")} | drawn
+
+
+def _model(plan: Sweep) -> str:
+    assert isinstance(plan.recipe, dict)
+    return Path(str(plan.recipe.get("model", "digits"))).name
+
+
+def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any]]:
+    states = [row.status.state for row in rows]
+    others = ", ".join(
+        f"{states.count(s)} {s}"
+        for s in ("failed", "pruned", "stopped", "running", "waiting")
+        if s in states
+    )
+    tiles = [
+        {
+            "name": word("tile.done"),
+            "big": states.count("done"),
+            "story": word("tile.done.story", count=len(rows), others=others or word("tile.none")),
+        }
+    ]
+    for name, way in list(plan.objectives.items())[:2]:
+        known = [row for row in rows if row.values[name] is not None]
+        if known:
+            pick = min if way == "minimize" else max
+            best = pick(known, key=lambda row: row.values[name] or 0.0)
+            tiles.append(
+                {
+                    "name": word("tile.best", name=_HEADERS.get(name, name)),
+                    "big": shown(name, best.values[name]),
+                    "story": best.label,
+                }
+            )
+    spent, alone = _seconds(rows, store)
+    if spent:
+        story = word("tile.time.story", alone=in_words(alone)) if alone > 1.05 * spent else ""
+        tiles.append({"name": word("tile.time"), "big": in_words(spent), "story": story})
+    return tiles
+
+
+def _seconds(rows: Sequence[Row], store: Store) -> tuple[float, float]:
+    """Of the stages that were made, once each; and as often as they are in a run."""
+    once: dict[str, float] = {}
+    alone = 0.0
+    for row in rows:
+        for stage in row.run.stages if row.run else []:
+            record = read_record(store.stage(stage.folder))
+            if record is not None:
+                once[stage.folder] = record.wall_time_s
+                alone += record.wall_time_s
+    return sum(once.values()), alone
+
+
+def _line(number: int, row: Row, plan: Sweep) -> dict[str, Any]:
+    return {
+        "number": number,
+        "label": row.label,
+        "best": row.best,
+        "cells": [shown(name, row.values[name]) for name in plan.objectives],
+        "state": word(f"state.{row.status.state}", stage=row.status.stage),
+        "time": in_words(row.status.seconds) if row.status.seconds else "–",
+        "folder": f"stages/{row.run.stages[-1].folder}" if row.run and row.run.stages else "–",
+    }
+
+
+def shown(name: str, value: float | None) -> str:
+    """An objective's value as the other tables write it."""
+    if value is None:
+        return "–"
+    if name.startswith("bytes"):
+        return f"{value / 1e6:.3g} MB"
+    if name in ("params", "nonzero", "macs"):
+        return f"{value / 1e6:.3g}M"
+    return in_words(value) if name == "seconds" else f"{value:.4g}"
+
+
+def in_words(seconds: float) -> str:
+    """ "34 s", "12 min", "3.4 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,169 @@
+"""A sweep's file: one recipe, and the settings that are varied in a grid or searched by Optuna."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+
+from prunedm.configuration import combined, nested, read_yaml, validation_message
+from prunedm.errors import UserError
+from prunedm.options import Options
+from prunedm.recipe import Recipe
+
+Settings = dict[str, Any]  # "prune.score" -> "taylor"
+Direction = Literal["minimize", "maximize"]
+Points = list[Any] | dict[str, Settings]  # values of one field, or named settings of several
+
+
+class Range(Options):
+    """Numbers that a search draws from; whole ones where both ends (and the step) are whole."""
+
+    low: int | float
+    high: int | float
+    step: int | float | None = Field(None, gt=0, description="between numbers; none: any")
+    log: bool = Field(False, description="draw the logarithm evenly")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Range":
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low > 0 and no step")
+        return self
+
+
+def _kind(space: Any) -> str:
+    return "values" if isinstance(space, list) else "range"
+
+
+Space = Annotated[
+    Annotated[list[Any], Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+]
+
+
+class Search(Options):
+    """Optuna's part: it proposes settings, and learns from the figures of earlier trials."""
+
+    trials: int = Field(20, ge=1, description="runs in all, of all machines together")
+    space: dict[str, Space] = Field(
+        ..., min_length=1, description="field -> values, or {low, high, step, log}"
+    )
+    sampler: Literal["tpe", "random", "nsga2", "gp"] = Field("tpe", description="who proposes")
+    pruner: Literal["none", "median", "halving"] = Field(
+        "none", description="ends trials whose held-out loss lags behind; for one objective"
+    )
+    pruner_patience: int = Field(
+        4, ge=1, description="whole trials before the first one is ended (median)"
+    )
+    seed: int = Field(0, ge=0, description="of the proposals")
+    storage: str = Field(
+        "", description="a database URL that several machines share; none: study.db in OUT"
+    )
+    study: str = Field("", description="the study's name in the storage; none: OUT's name")
+
+
+class Sweep(Options):
+    """`prunedm sweep`: a recipe, and either a grid or a search."""
+
+    recipe: dict[str, Any] | str = Field(
+        default_factory=dict, description="a recipe's options, or a recipe file beside this one"
+    )
+    grid: dict[str, Points] = Field(
+        default_factory=dict,
+        description="field -> values; or name -> {label: {field: value, ...}, ...}; all combinations",
+    )
+    search: Search | None = Field(None, description="instead of a grid")
+    objectives: dict[str, Direction] = Field(
+        {"loss": "minimize", "bytes_packed": "minimize"},
+        min_length=1,
+        description="figures of the evaluation, STAGE.figure of a record, or seconds",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Sweep":
+        if bool(self.grid) == (self.search is not None):
+            raise ValueError("a sweep has either a grid or a search; give one of them")
+        if any(not points for points in self.grid.values()):
+            raise ValueError("a grid needs at least one value for each field")
+        if "model" in self.fields():
+            raise ValueError("a sweep has one dense model; make one sweep for each")
+        if self.search and self.search.pruner != "none" and len(self.objectives) > 1:
+            raise ValueError("a pruner needs one objective; give one, or pruner: none")
+        return self
+
+    def fields(self) -> list[str]:
+        """Every option that is varied, in the file's order."""
+        names = list(self.search.space) if self.search else []
+        for name, points in self.grid.items():
+            inner = points.values() if isinstance(points, dict) else [{name: None}]
+            names += [field for settings in inner for field in settings]
+        return list(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination: what is varied in it, how it is called, and the whole recipe."""
+
+    settings: Settings
+    label: str
+    recipe: Recipe
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Raises `UserError` for a file that is none, naming the first thing that is wrong."""
+    table = read_yaml(path)
+    if isinstance(table.get("recipe"), str):
+        table["recipe"] = read_yaml(path.parent / table["recipe"])
+    try:
+        return Sweep.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{path}: {validation_message(error, Sweep)}") from error
+
+
+def case_of(sweep: Sweep, settings: Settings, label: str = "") -> Case:
+    """Raises `UserError` where the recipe does not take a setting."""
+    assert isinstance(sweep.recipe, dict)
+    try:
+        recipe = Recipe.model_validate(combined(sweep.recipe, nested(settings)))
+    except ValidationError as error:
+        message = validation_message(error, Recipe)
+        raise UserError(f"{label or label_of(settings)}: {message}") from error
+    return Case(settings, label or label_of(settings), recipe)
+
+
+def grid_cases(sweep: Sweep) -> list[Case]:
+    """Every combination of the grid, the last field changing fastest."""
+    axes = [_axis(name, points) for name, points in sweep.grid.items()]
+    cases = []
+    for point in itertools.product(*axes):
+        settings = {field: value for _, values in point for field, value in values.items()}
+        cases.append(case_of(sweep, settings, " ".join(words for words, _ in point)))
+    return cases
+
+
+def _axis(name: str, points: Points) -> list[tuple[str, Settings]]:
+    """(words, settings) of each point of one dimension."""
+    if isinstance(points, Mapping):
+        return [(str(label), dict(settings)) for label, settings in points.items()]
+    return [(label_of({name: value}), {name: value}) for value in points]
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    """ "score=taylor finetune.lr=0.001": the last part of a name where that is unique."""
+    lasts = Counter(name.rpartition(".")[2] for name in settings)
+    return " ".join(
+        f"{last if lasts[last := name.rpartition('.')[2]] == 1 else name}={_words(value)}"
+        for name, value in settings.items()
+    )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "+".join(map(str, value))
+    return str(value)

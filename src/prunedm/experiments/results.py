@@ -1,0 +1,85 @@
+"""What a sweep's runs came to: objectives, the Pareto front, and whole evaluations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prunedm.evaluation.results import Evaluation
+from prunedm.experiments.plan import Direction, Settings
+from prunedm.experiments.store import Run, Status, Store
+from prunedm.record import read_record
+from prunedm.stages.evaluating.measure import RESULTS, read_evaluation
+
+
+@dataclass
+class Row:
+    """A run as the table shows it. values: of the objectives, None where there is none."""
+
+    label: str
+    settings: Settings
+    status: Status
+    values: dict[str, float | None]
+    run: Run | None = None  # None where another machine has its folder
+    evaluation: Evaluation | None = None
+    best: bool = False  # on the Pareto front
+    numbers: list[int] = field(default_factory=list)  # of the trials that came to this run
+
+
+def row_of(store: Store, run: Run, objectives: Sequence[str]) -> Row:
+    status = store.status(run.id)
+    if status.state == "running" and not store.is_alive(run.id):
+        status = status.model_copy(update={"state": "stopped"})  # killed: goes on next time
+    values = {name: value_of(store, run, name) for name in objectives}
+    return Row(run.label, run.settings, status, values, run, evaluation_of(store, run))
+
+
+def evaluation_of(store: Store, run: Run) -> Evaluation | None:
+    """The run's figures under its own label; None where it has not come so far."""
+    return _evaluation(store, run.evaluation, run.label)
+
+
+def dense_of(store: Store, run: Run) -> Evaluation | None:
+    return _evaluation(store, run.dense, "dense")
+
+
+def value_of(store: Store, run: Run, name: str) -> float | None:
+    """A figure by name: of the evaluation, STAGE.figure of a record, or the stages' seconds."""
+    records = {s.name: read_record(store.stage(s.folder)) for s in run.stages}
+    if name == "seconds":
+        spent = [record.wall_time_s for record in records.values() if record]
+        return sum(spent) if len(spent) == len(records) else None
+    stage, dot, figure = name.partition(".")
+    if dot:
+        record = records.get(stage)
+        return _number(record.figures.get(figure)) if record else None
+    evaluation = evaluation_of(store, run)
+    return _number(getattr(evaluation.figures, name, None)) if evaluation else None
+
+
+def mark_best(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> None:
+    """Set `best` of every row that no other beats: as good in all objectives, better in one."""
+    signs = {name: 1.0 if way == "minimize" else -1.0 for name, way in objectives.items()}
+    points = {
+        k: tuple(
+            sign * value for name, sign in signs.items() if (value := row.values[name]) is not None
+        )
+        for k, row in enumerate(rows)
+    }
+    whole = {k: point for k, point in points.items() if len(point) == len(signs)}
+    for k, point in whole.items():
+        rows[k].best = not any(_beats(other, point) for other in whole.values())
+
+
+def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def _evaluation(store: Store, folder: str, label: str) -> Evaluation | None:
+    path = store.stage(folder)
+    if not (path / RESULTS).exists():
+        return None
+    return read_evaluation(path).model_copy(update={"label": label})
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,69 @@
+"""Where a sweep's next run comes from: a grid, or (search.py) Optuna."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from prunedm.experiments.store import Run, Status, Store
+from prunedm.running import Entry
+
+OVER = ("done", "pruned")  # runs that are never started again
+
+
+class Source(Protocol):
+    """What the scheduler asks; several schedulers on one folder may share one sweep."""
+
+    total: int
+
+    def next(self, busy: Sequence[Run]) -> Run | None:
+        """A run to start now, claimed, while `busy` ones run here; None where there is none yet."""
+
+    def watch(self, run: Run, entry: Entry) -> bool:
+        """Whether a run that has come this far should be ended."""
+
+    def finished(self, run: Run, status: Status) -> None:
+        """A run that was started here has ended."""
+
+    def over(self) -> bool:
+        """Whether nothing is left to start, and no other process is at a run of ours."""
+
+    def count_over(self) -> int:
+        """How many of `total` are over."""
+
+
+class Grid:
+    """All combinations, those first that wait for no stage which another run is making."""
+
+    def __init__(self, runs: Sequence[Run], store: Store, *, retry: bool = False) -> None:
+        self._runs, self._store, self._retry = runs, store, retry
+        self._ended: set[str] = set()  # in this session: not started twice
+        self.total = len(runs)
+
+    def next(self, busy: Sequence[Run]) -> Run | None:
+        taken = {run.id for run in busy}
+        open_runs = [run for run in self._runs if run.id not in taken and self._is_open(run)]
+        making = {self._first_missing(run) for run in busy}
+        making |= {stage.folder for run in busy for stage in run.stages}
+        free = [run for run in open_runs if self._first_missing(run) not in making]
+        return next((run for run in [*free, *open_runs] if self._store.claim(run.id)), None)
+
+    def watch(self, run: Run, entry: Entry) -> bool:
+        return False
+
+    def finished(self, run: Run, status: Status) -> None:
+        self._ended.add(run.id)
+
+    def over(self) -> bool:
+        return not any(self._is_open(run) for run in self._runs)
+
+    def count_over(self) -> int:
+        return sum(not self._is_open(run) for run in self._runs)
+
+    def _is_open(self, run: Run) -> bool:
+        state = self._store.status(run.id).state
+        if run.id in self._ended or state in OVER:
+            return False
+        return state != "failed" or self._retry
+
+    def _first_missing(self, run: Run) -> str:
+        folders = [stage.folder for stage in run.stages] + [run.evaluation]
+        return next((f for f in folders if not self._store.stage(f).exists()), "")

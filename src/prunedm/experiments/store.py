@@ -1,0 +1,186 @@
+"""Where a sweep's folders are, by what they hold, and how each run stands.
+
+    OUT/stages/prune-3f2a9c01d4e8/     a stage, shared by all runs that begin with it
+    OUT/runs/7b01c2de99a4/run.json     a run: its settings, recipe and stages
+                          status.json  how it stands; log.txt: what it printed
+
+A folder's name is the hash of what decides its content: the model it starts from, and the options
+of every stage up to it. So nothing is computed twice, and a changed sweep file keeps what is done.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from prunedm.experiments.plan import Case, Settings
+from prunedm.options import EvaluateOptions, Options
+from prunedm.recipe import Recipe, steps_of
+from prunedm.record import write_json
+from prunedm.stages.frame import identifying
+
+STAGES, RUNS = "stages", "runs"
+State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
+
+
+class Stage(BaseModel):
+    """One stage of a run: its name in the recipe, and its folder's name below `stages`."""
+
+    name: str
+    folder: str
+
+
+class Run(BaseModel):
+    """What a run is made of; the last of `stages` is evaluated, and beside it the dense model."""
+
+    id: str
+    label: str
+    settings: Settings
+    recipe: dict[str, Any]
+    stages: list[Stage]
+    evaluation: str
+    dense: str  # the folder of the dense model's evaluation
+
+
+class Status(BaseModel):
+    """How a run stands; times are seconds since 1970."""
+
+    state: State = "waiting"
+    stage: str = ""  # the one it is at, or was at last
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0
+    seconds: float = 0.0
+    error: str = ""
+
+
+class Store:
+    """The folders of one sweep."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._claims: dict[str, FileLock] = {}
+
+    def stage(self, name: str) -> Path:
+        return self.out / STAGES / name
+
+    def folder(self, run: str) -> Path:
+        return self.out / RUNS / run
+
+    def log(self, run: str) -> Path:
+        return self.folder(run) / "log.txt"
+
+    def write(self, run: Run) -> None:
+        self.folder(run.id).mkdir(parents=True, exist_ok=True)
+        replace_json(self.folder(run.id) / "run.json", run.model_dump(mode="json"))
+
+    def read(self, run: str) -> Run:
+        text = (self.folder(run) / "run.json").read_text(encoding="utf-8")
+        return Run.model_validate_json(text)
+
+    def set_status(self, run: str, status: Status) -> None:
+        replace_json(self.folder(run) / "status.json", status.model_dump(mode="json"))
+
+    def status(self, run: str) -> Status:
+        """As it was written; who says "running" may be dead, which `is_alive` knows."""
+        try:
+            text = (self.folder(run) / "status.json").read_text(encoding="utf-8")
+            return Status.model_validate_json(text)
+        except (OSError, ValidationError):
+            return Status()
+
+    def claim(self, run: str) -> bool:
+        """Take a run for this process's scheduler; False where another one has it, or it is alive.
+
+        A claim holds from before the run's own process has begun until `release`, or our end.
+        """
+        if run in self._claims:
+            return False
+        self.folder(run).mkdir(parents=True, exist_ok=True)
+        claim = FileLock(self.folder(run) / "claim", timeout=0)
+        try:
+            claim.acquire()
+        except Timeout:
+            return False
+        if not self._is_free(run, "lock"):  # of a scheduler that was killed, not yet ended
+            claim.release()
+            return False
+        self._claims[run] = claim
+        return True
+
+    def release(self, run: str) -> None:
+        self._claims.pop(run).release()
+
+    def is_alive(self, run: str) -> bool:
+        """Whether a process is at it now, here or on another machine that sees the folder."""
+        if run in self._claims:
+            return True
+        return not (self._is_free(run, "claim") and self._is_free(run, "lock"))
+
+    def _is_free(self, run: str, name: str) -> bool:
+        path = self.folder(run) / name
+        if not path.exists():
+            return True
+        try:
+            with FileLock(path, timeout=0):
+                return True
+        except Timeout:
+            return False
+
+    @contextmanager
+    def lock(self, run: str) -> Iterator[None]:
+        """What a run's process holds; the system lets go of it however the process ends.
+
+        Raises `Timeout` where another process has it.
+        """
+        self.folder(run).mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder(run) / "lock", timeout=0):
+            yield
+
+    @contextmanager
+    def stage_lock(self, name: str) -> Iterator[None]:
+        """Only one run at a time makes a stage; `Timeout` where another one is at it."""
+        (self.out / STAGES).mkdir(parents=True, exist_ok=True)
+        with FileLock(self.out / STAGES / f"{name}.lock", timeout=0):
+            yield
+
+
+def run_of(case: Case, model: str) -> Run:
+    """The folders of a case. model: the hash of the dense model's content."""
+    stages, address = list[Stage](), model
+    for step in steps_of(case.recipe):
+        address = _address(step.verb, step.options, address)
+        stages.append(Stage(name=step.name, folder=f"{step.name}-{address}"))
+    evaluate: EvaluateOptions = case.recipe.stage_options("evaluate")
+    whole = _address("evaluate", evaluate, address)
+    return Run(
+        id=whole,
+        label=case.label,
+        settings=case.settings,
+        recipe=case.recipe.model_dump(mode="json", exclude_unset=True),
+        stages=stages,
+        evaluation=f"evaluate-{whole}",
+        dense=f"evaluate-{_address('evaluate', evaluate, model)}",
+    )
+
+
+def recipe_of(run: Run) -> Recipe:
+    return Recipe.model_validate(run.recipe)
+
+
+def _address(verb: str, options: Options, parent: str) -> str:
+    content = [verb, identifying(options), parent]
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write aside and rename: whoever reads sees the old one or the new one."""
+    aside = path.with_suffix(".writing")
+    write_json(value, aside)
+    aside.replace(path)

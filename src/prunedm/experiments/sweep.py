@@ -1,0 +1,216 @@
+"""sweep: run every case of a grid or a search, several at once, and gather what came out."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from prunedm.errors import UserError, nearest
+from prunedm.experiments.plan import Sweep, case_of, grid_cases
+from prunedm.experiments.results import Row, mark_best, row_of, value_of
+from prunedm.experiments.search import RUN, SETTINGS, Searching, open_study
+from prunedm.experiments.sources import Grid, Source
+from prunedm.experiments.store import Run, Status, Store, replace_json, run_of
+from prunedm.experiments.workers import (
+    BUSY,
+    Job,
+    Slot,
+    end_all,
+    outcome,
+    slots,
+    start,
+    visible_gpus,
+)
+from prunedm.folder import hash_folder
+from prunedm.hub import find
+from prunedm.progress import Progress, Silent
+from prunedm.recipe import steps_of
+from prunedm.stages import check_inputs
+
+FILE = "sweep.json"  # in OUT: the sweep, and the dense model's hash
+# what `measure` finds of one model by itself, and what a run took
+MEASURED = (
+    "loss", "fd", "kid", "precision", "recall", "params", "nonzero", "macs", "bytes_disk",
+    "bytes_packed", "sparsity", "nm_valid", "peak_memory_mb", "seconds",
+)  # fmt: skip
+_IN_TURNS = ("latency_ms", "psnr_db", "ssim", "loss_change", "compression")
+_LOOK_EVERY = 0.5  # seconds
+
+
+class Kept(BaseModel):
+    """What OUT remembers of the sweep that it was made by."""
+
+    sweep: Sweep
+    model: str  # the hash of what the dense model holds
+    place: str  # a name of this folder that no other has
+
+
+def sweep(
+    plan: Sweep,
+    out: Path,
+    *,
+    workers: int = 0,
+    threads: int = 0,
+    retry: bool = False,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Run what is not done yet; see `Sweep`. Several of these may work on one `out` at once.
+
+    A run that fails is kept with its log, and the others go on; `retry` starts failed ones again.
+    Interrupted, it ends its runs; called again, it goes on where they were.
+    """
+    progress = progress or Silent()
+    kept, store = _checked(plan, out), Store(out)
+    places = slots(workers, threads, visible_gpus())
+    out.mkdir(parents=True, exist_ok=True)
+    replace_json(out / FILE, kept.model_dump(mode="json"))
+    source: Source
+    if plan.search is None:
+        source = Grid(_runs(plan, kept.model, progress), store, retry=retry)
+    else:
+        source = Searching(plan, store, kept.model, kept.place)
+    _work(source, store, places, progress)
+    return rows_of(out)
+
+
+def planned(plan: Sweep, out: Path) -> list[Row]:
+    """What `sweep` would come to, as it stands; of a search, the runs there are. Nothing is made."""
+    kept = _checked(plan, out)
+    if plan.search is not None and not (out / FILE).exists():
+        return []
+    return _rows(kept, Store(out))
+
+
+def rows_of(out: Path) -> list[Row]:
+    """All runs of the sweep in `out` as they stand, in order. Raises `UserError` where none is."""
+    return _rows(read_kept(out), Store(out))
+
+
+def _checked(plan: Sweep, out: Path) -> Kept:
+    """The plan and its model. Raises `UserError` for what would fail only after hours."""
+    first = case_of(plan, {})
+    check_inputs(first.recipe.model, first.recipe.stage_options("evaluate"))
+    _check_objectives(plan, [step.name for step in steps_of(first.recipe)])
+    place = read_kept(out).place if (out / FILE).exists() else uuid.uuid4().hex
+    return Kept(sweep=plan, model=hash_folder(find(first.recipe.model)), place=place)
+
+
+def _rows(kept: Kept, store: Store) -> list[Row]:
+    objectives = kept.sweep.objectives
+    if kept.sweep.search is None:
+        runs = _runs(kept.sweep, kept.model, Silent())
+        rows = [row_of(store, run, list(objectives)) for run in runs]
+    else:
+        rows = _trial_rows(kept, store)
+    mark_best(rows, objectives)
+    return rows
+
+
+def read_kept(out: Path) -> Kept:
+    try:
+        return Kept.model_validate_json((out / FILE).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{out} holds no sweep; make one: prunedm sweep FILE.yaml {out}") from None
+    except ValidationError as error:
+        raise UserError(f"{out / FILE} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _check_objectives(plan: Sweep, stages: Sequence[str]) -> None:
+    """Raise `UserError` for a name under which no run will have a figure."""
+    for name in plan.objectives:
+        stage, dot, _ = name.partition(".")
+        if dot and stage not in stages:
+            raise UserError(f"objective {name!r}: the recipe's stages are {', '.join(stages)}")
+        if not dot and name in _IN_TURNS:
+            raise UserError(
+                f"objective {name!r} is not measured in a sweep, where models stand alone and runs side "
+                "by side disturb timings; take loss or macs, and `prunedm compare` the best ones"
+            )
+        if not dot and name not in MEASURED:
+            raise UserError(f"objective {name!r}: no such figure{nearest(name, MEASURED)}")
+
+
+def _runs(plan: Sweep, model: str, progress: Progress) -> list[Run]:
+    """Of cases that come to the same, as with a setting of a stage that is not run, the first."""
+    runs: dict[str, Run] = {}
+    for case in grid_cases(plan):
+        run = run_of(case, model)
+        if run.id in runs:
+            progress.say(f"{case.label}: the same as {runs[run.id].label}")
+        runs.setdefault(run.id, run)
+    return list(runs.values())
+
+
+def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progress) -> None:
+    """Keep every place busy until the source has nothing left."""
+    jobs: list[Job] = []
+    done = source.count_over()
+    with progress.task("runs", source.total, done) as bar:
+        try:
+            while jobs or not source.over():
+                free = [s for s in places if s not in [job.slot for job in jobs]]
+                run = source.next([job.run for job in jobs]) if free else None
+                if run is not None:
+                    jobs.append(start(store, run, free[0]))
+                    progress.say(f"started {run.label}  (log: {store.log(run.id)})")
+                    continue
+                time.sleep(_LOOK_EVERY)
+                jobs = [job for job in jobs if not _over(job, source, store, progress)]
+                now = source.count_over()
+                bar.advance(now - done, _note(jobs))
+                done = now
+        finally:
+            end_all(jobs)
+
+
+def _over(job: Job, source: Source, store: Store, progress: Progress) -> bool:
+    """Whether the job has ended; then the source and the user are told."""
+    if job.process.poll() is None:
+        entry = job.entry
+        if entry is not None and not job.ended_early and source.watch(job.run, entry):
+            job.ended_early = True
+            job.interrupt()
+        return False
+    if job.process.returncode == BUSY:
+        store.release(job.run.id)
+        return True
+    status = outcome(store, job)
+    source.finished(job.run, status)
+    store.release(job.run.id)
+    progress.say(f"{status.state} {job.run.label}: {_story(store, job.run, status)}")
+    return True
+
+
+def _story(store: Store, run: Run, status: Status) -> str:
+    if status.state == "failed":
+        return f"{status.error}; log: {store.log(run.id)}"
+    loss = value_of(store, run, "loss")
+    shown = "" if loss is None else f"loss {loss:.4f}, "
+    return f"{shown}{status.seconds:.0f} s"
+
+
+def _note(jobs: Sequence[Job]) -> str:
+    """Where the running ones are."""
+    entries = [job.entry for job in jobs]
+    return ", ".join(f"{e.label} {e.done}/{e.total}" for e in entries if e and e.label)
+
+
+def _trial_rows(kept: Kept, store: Store) -> list[Row]:
+    """One row a run, in the order of the first trial that came to it."""
+    names = list(kept.sweep.objectives)
+    rows: dict[str, Row] = {}
+    for trial in open_study(kept.sweep, store.out).get_trials(deepcopy=False):
+        if RUN not in trial.user_attrs:
+            continue
+        run = run_of(case_of(kept.sweep, json.loads(trial.user_attrs[SETTINGS])), kept.model)
+        if run.id not in rows:
+            row = row_of(store, run, names)
+            if trial.values:  # what another machine found is in the storage alone
+                row.values = dict(zip(names, trial.values, strict=True))
+                row.status = row.status.model_copy(update={"state": "done"})
+            rows[run.id] = row
+        rows[run.id].numbers.append(trial.number)
+    return list(rows.values())

@@ -1,0 +1,136 @@
+"""Runs as child processes, each with its own GPU or its share of the processor."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunedm.errors import UserError
+from prunedm.experiments.store import Run, Status, Store
+from prunedm.running import Entry, entry_of
+from prunedm.watching import LOG
+
+BUSY = 75  # exit code of a child whose run another process has
+PATIENCE = 60.0  # seconds until a child that was asked to end is ended
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one run at a time is: a GPU, or a number of threads."""
+
+    number: int
+    gpu: str = ""  # of CUDA_VISIBLE_DEVICES; "" is none of its own
+    threads: int = 1
+
+    @property
+    def environment(self) -> dict[str, str]:
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {}
+        return {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"} | gpu
+
+
+def slots(workers: int, threads: int, gpus: Sequence[str]) -> list[Slot]:
+    """`workers` of them; 0 is one a GPU, or one on a machine without.
+
+    threads: of each; 0 shares the processor's cores out evenly. Raises `UserError` for more workers
+    than there are GPUs, where there are any, or than cores.
+    """
+    cores = os.cpu_count() or 1
+    count = workers or max(1, len(gpus))
+    if gpus and count > len(gpus):
+        raise UserError(f"workers = {count}: there are {len(gpus)} GPUs; give at most that many")
+    if count * max(1, threads) > cores and (threads or not gpus):
+        raise UserError(
+            f"{count} workers with {max(1, threads)} threads: there are {cores} cores; give fewer"
+        )
+    share = threads or max(1, cores // count)
+    return [Slot(k, gpus[k] if gpus else "", share) for k in range(count)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    known = [name.strip() for name in named.split(",")] if named else list(map(str, range(count)))
+    return known[:count]
+
+
+@dataclass
+class Job:
+    """A run that is being made by a child process of this one."""
+
+    run: Run
+    slot: Slot
+    process: "subprocess.Popen[bytes]"
+    ended_early: bool = False  # by a pruner
+
+    @property
+    def entry(self) -> Entry | None:
+        """What it says about itself."""
+        return entry_of(self.process.pid)
+
+    def interrupt(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+
+
+def start(store: Store, run: Run, slot: Slot) -> Job:
+    """A child process that makes `run`; what it prints is added to the run's log."""
+    store.write(run)
+    log = store.log(run.id)
+    command = [sys.executable, "-m", "prunedm.experiments.chain", str(store.out), run.id]
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | slot.environment | {LOG: str(log)},
+            start_new_session=True,  # Ctrl-C reaches it through us, once
+        )
+    return Job(run, slot, process)
+
+
+def outcome(store: Store, job: Job) -> Status:
+    """How a job that has ended stands: what it said itself, or how it was ended."""
+    status, code = store.status(job.run.id), job.process.returncode
+    if job.ended_early and status.state != "done":
+        status = status.model_copy(update={"state": "pruned", "error": ""})
+    elif status.state in ("running", "waiting") or (code and status.state == "done"):
+        status = status.model_copy(update={"state": "failed", "error": _how_it_ended(code)})
+    store.set_status(job.run.id, status)
+    return status
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def end_all(jobs: Sequence[Job]) -> None:
+    """Interrupt them, and wait; what they have is kept, and gone on with."""
+    for job in jobs:
+        job.interrupt()
+    deadline = time.monotonic() + PATIENCE
+    for job in jobs:
+        try:
+            job.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            job.process.kill()
+            job.process.wait()
+
+
+def log_tail(path: Path, lines: int = 12) -> str:
+    """The last lines of a log; "" where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
