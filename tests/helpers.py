@@ -1,6 +1,9 @@
 """Small models, problems and images that several tests share."""
 
 import atexit
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -71,3 +74,18 @@ def tiny_folder(**unet: Any) -> Path:
     folder = Path(place) / "tiny"
     save(tiny_model(**unet), folder)
     return folder
+
+
+def torchrun(*words: str | Path, home: Path | None = None, world: int = 2) -> str:
+    """What `world` processes on this machine print: `words` are a test file, or `-m` and a module.
+
+    `accelerate launch` does the same for GPUs, and on CPUs starts several processes by MPI only.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    command = [sys.executable, *launch, *map(str, words)]
+    own = {"PYTHONPATH": str(Path(__file__).parent)} | ({"HF_HOME": str(home)} if home else {})
+    done = subprocess.run(
+        command, env=os.environ | own, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,16 +1,14 @@
 """Fine-tuning in two processes, against one with the same global batch.
 
-`accelerate launch` starts several processes by torchrun, but on CPUs only through MPI; so torchrun.
+Run as a script, this file is what each process does.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Killed, tiny_model
+from helpers import Killed, tiny_model, torchrun
 
 from prunedm.folder import load, save
 from prunedm.options import FinetuneOptions, PruneOptions
@@ -69,13 +67,7 @@ def launched(tmp_path_factory) -> Path:
     prune(place / "dense", place / "narrow", PruneOptions(score="magnitude", pictures=0))
     options = PruneOptions(mechanism="nm", score="magnitude", pictures=0)
     prune(place / "narrow", place / "hybrid", options)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    command = [sys.executable, *launch, __file__, str(place)]
-    home = {"PYTHONPATH": str(Path(__file__).parent), "HF_HOME": str(place)}
-    done = subprocess.run(
-        command, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(__file__, place, home=place, world=WORLD)
     return place
 
 

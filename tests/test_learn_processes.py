@@ -1,7 +1,5 @@
 """Mask learning in two processes, against both shares worked out in one.
 
-`accelerate launch` starts several processes by torchrun, but on CPUs only through MPI; so torchrun.
-
 Run as a script, this file is what each process does.
 """
 
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import noise_images, problems, tiny_folder, tiny_model
+from helpers import noise_images, problems, tiny_folder, tiny_model, torchrun
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -110,13 +108,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("processes")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
-    command = [sys.executable, *launch, __file__, str(place)]
-    home = {"PYTHONPATH": str(Path(__file__).parent), "HF_HOME": str(place)}
-    done = subprocess.run(
-        command, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(__file__, place, home=place, world=WORLD)
     return place
 
 
@@ -163,17 +155,14 @@ def test_a_step_is_the_mean_of_both_processes_gradients(name, launched):
 
 @pytest.mark.slow
 def test_a_stage_of_two_processes_writes_one_folder_and_speaks_once(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
     words = ["-m", "prunedm", "learn", str(tiny_folder()), str(tmp_path / "out"), "--device", "cpu"]
     few = ["--steps", "3", "--batch-size", "4", "--validation-problems", "8", "--keep", "last"]
-    command = [sys.executable, *launch, *words, *few]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = torchrun(*words, *few, world=WORLD)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     model = load(tmp_path / "out")
     model.masks.check_pattern()
     assert len(model.record.figures["curve"]["losses"]) == 3
-    assert done.stdout.count("=>") == 1
+    assert said.count("=>") == 1
     single = [sys.executable, *words, *few]
     again = subprocess.run(single, capture_output=True, text=True, timeout=300, check=False)
     assert "done already" in again.stdout

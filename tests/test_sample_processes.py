@@ -4,13 +4,12 @@ Run as a script, this file is what each of two processes does: draw one batch, a
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Killed, tiny_folder, tiny_model
+from helpers import Killed, tiny_folder, tiny_model, torchrun
 
 from prunedm.options import SampleOptions
 from prunedm.progress import Silent
@@ -18,7 +17,6 @@ from prunedm.stages import sample
 from prunedm.training import processes
 
 OPTIONS = SampleOptions(count=10, batch_size=2, sampling_steps=2, device="cpu", format="npz")
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 NAMES = [f"batch-{k:06d}.npz" for k in range(5)]
 
 
@@ -78,25 +76,17 @@ def test_two_processes_write_one_folder_of_the_same_bits(tmp_path, whole):
     out = tmp_path / "out"
     words = ["-m", "prunedm", "sample", str(tiny_folder()), str(out), "--device", "cpu"]
     few = ["--count", "10", "--batch-size", "2", "--sampling-steps", "2", "--format", "npz"]
-    done = subprocess.run(
-        [*LAUNCH, *words, *few], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = torchrun(*words, *few)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {path.name for path in out.iterdir()} == {"grid.png", "record.json", "samples.npz"}
     assert np.array_equal(images(out), whole)
-    assert done.stdout.count("took") == 1
+    assert said.count("took") == 1
 
 
 @pytest.mark.slow
 def test_what_two_processes_began_one_ends(tmp_path, whole, monkeypatch):
     out = tmp_path / "out"
-    home = {"PYTHONPATH": str(Path(__file__).parent), "HF_HOME": str(tmp_path)}
-    command = [*LAUNCH, __file__, str(out), str(tiny_folder())]
-    done = subprocess.run(
-        command, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(__file__, out, tiny_folder(), home=tmp_path)
     resume = tmp_path / "out.partial" / "resume"
     assert {path.name for path in resume.iterdir()} == set(NAMES[:2])
     from prunedm.sampling import draw
