@@ -8,6 +8,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+# the old scripts' three suites: `pytest -m foundation`
+GROUPS = {
+    "foundation": ("masks", "maskpro_layer", "distribution", "estimators", "swaps", "permutation"),
+    "integration": ("folder", "masks_stage", "loss_stage", "mechanisms", "stages", "evaluator"),
+    "training": ("maskpro_trainer", "learning", "loop", "recovery", "tracking", "train_processes"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for group, files in GROUPS.items():
+            if item.path.stem.removeprefix("test_") in files:
+                item.add_marker(group)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _state_of_running_stages(tmp_path_factory):
     """No test writes to the home directory; of the session, for fixtures of modules too."""

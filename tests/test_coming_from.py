@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import GROUPS
 
 from prunedm.cli import app
 from prunedm.options.presets import PRESETS
@@ -93,8 +94,9 @@ def test_both_pages_have_the_same_rows():
     assert english == chinese
 
 
-def test_the_tests_that_are_named_are_there():
-    named = set(re.findall(r"tests/\w+\.py", PAGES["coming-from.md"]))
-    assert named
-    assert named == set(re.findall(r"tests/\w+\.py", PAGES["coming-from.zh.md"]))
-    assert all((DOCS.parent / path).exists() for path in named)
+def test_the_suites_that_are_named_are_there():
+    for page in PAGES.values():
+        named = set(re.findall(r"`pytest -m (\w+)`", page))
+        assert named == GROUPS.keys() == {"foundation", "integration", "training"}
+    tests = Path(__file__).parent
+    assert all((tests / f"test_{name}.py").exists() for names in GROUPS.values() for name in names)

@@ -323,3 +323,17 @@ def test_a_record_with_an_endless_option_is_still_itself(tmp_path):
 )
 def test_a_loss_that_was_no_number_is_described(figures, line):
     assert describe(figures, 0, False) == line
+
+
+def test_the_time_is_that_of_all_sessions(tmp_path, monkeypatch):
+    """An interrupted session lasted until it last wrote what is gone on with."""
+    out, stage = tmp_path / "out", Stage(KeyboardInterrupt(), resumable=True)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(out)
+    clock = tmp_path / "out.partial" / "clock.json"
+    began = json.loads(clock.read_text())["began"]
+    os.utime(tmp_path / "out.partial" / "resume" / "step-1", (began + 100, began + 100))
+    stage.failure = None
+    record, _ = stage.run(out)
+    assert 100 <= record.wall_time_s < 160
+    assert not (out / "clock.json").exists()

@@ -13,9 +13,11 @@ from helpers import Killed, tiny_folder
 from prunedm.errors import UserError
 from prunedm.evaluation.results import Conditions, Evaluation, Figures
 from prunedm.experiments import sweep as sweeps
+from prunedm.experiments.inputs import hashes_of
 from prunedm.experiments.plan import Sweep
-from prunedm.experiments.search import SETTINGS, Searching, open_study
+from prunedm.experiments.search import SETTINGS, Searching
 from prunedm.experiments.store import Run, Status, Store
+from prunedm.experiments.study import open_study
 from prunedm.experiments.sweep import rows_of, sweep
 from prunedm.experiments.workers import Job
 from prunedm.record import write_json
@@ -51,13 +53,18 @@ def loss_of(settings: dict) -> float:
 
 
 class Ended:
-    pid, returncode = 0, 0
+    """A child process that has ended."""
+
+    pid = 0
+
+    def __init__(self, returncode: int = 0) -> None:
+        self.returncode = returncode
 
     def poll(self) -> int:
-        return 0
+        return self.returncode
 
     def wait(self, *_) -> int:
-        return 0
+        return self.returncode
 
 
 def finish(store: Store, run: Run) -> None:
@@ -105,7 +112,7 @@ def fake_runs(monkeypatch) -> Started:
 
 
 def trials(plan_: Sweep, out: Path) -> list:
-    return open_study(plan_, out).get_trials()
+    return open_study(plan_, out, hashes_of(plan_)).get_trials()
 
 
 def test_proposals_are_of_the_space_and_results_are_told(runs, tmp_path):
@@ -133,17 +140,18 @@ def test_nothing_is_proposed_twice_over(runs, tmp_path):
     assert None not in values
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "gp"])
 def test_an_interrupted_search_proposes_what_an_unbroken_one_does(sampler, runs, tmp_path):
     study = plan(trials=14, sampler=sampler, study="same")
     sweep(study, tmp_path / "whole")
     whole = list(runs)
     runs.clear()
-    runs.die_at = 13  # after TPE's random start
+    cut = runs.die_at = len(whole) - 1  # after the random start; nsga2 comes to some runs twice
+    assert cut > 5
     with pytest.raises(Killed):
         sweep(study, tmp_path / "cut")
     rows = sweep(study, tmp_path / "cut")
-    assert runs == [*whole[:13], *whole[12:]]  # the one that was cut off, once more
+    assert runs == [*whole[:cut], *whole[cut - 1 :]]  # the one that was cut off, once more
     assert [row.settings for row in rows] == whole
     assert [t.state.name for t in trials(study, tmp_path / "cut")] == ["COMPLETE"] * 14
 
@@ -162,7 +170,7 @@ def test_a_search_learns(runs, tmp_path):
 def test_several_objectives_have_optunas_front(runs, tmp_path):
     both = plan({"loss": "minimize", "bytes_packed": "minimize"}, trials=10, sampler="nsga2")
     rows = sweep(both, tmp_path / "out")
-    expected = {t.number for t in open_study(both, tmp_path / "out").best_trials}
+    expected = {t.number for t in open_study(both, tmp_path / "out", hashes_of(both)).best_trials}
     assert {n for row in rows if row.best for n in row.numbers} == expected
     assert 0 < len(expected) < 10
 
@@ -178,7 +186,7 @@ def test_a_trial_that_lags_behind_is_given_up(tmp_path):
     """Of the median pruner: its best so far is worse than the median of whole trials at that step."""
     pruned = plan(pruner="median", pruner_patience=3, trials=5)
     store = Store(tmp_path)
-    source = Searching(pruned, store, "abc", "here")
+    source = Searching(pruned, store, hashes_of(pruned), "here")
     for loss in (0.1, 0.2, 0.3):
         run = source.next([])
         store.write(run)
@@ -193,6 +201,11 @@ def test_a_trial_that_lags_behind_is_given_up(tmp_path):
     assert source.watch(run, entry([(50, 0.25)]))
     assert source.watch(run, entry([(50, 0.25), (100, 0.26)]))
     source.finished(run, Status(state="pruned"))
+    store.set_status(run.id, Status(state="pruned"))
+    kept = sweeps.Kept(sweep=pruned, hashes=hashes_of(pruned), place="here")
+    (tmp_path / sweeps.FILE).write_text(kept.model_dump_json())
+    row = rows_of(tmp_path)[-1]
+    assert (row.status.state, row.values, row.best) == ("pruned", {"loss": None}, False)
     *_, last = trials(pruned, tmp_path)
     assert last.state.name == "PRUNED"
     assert list(last.intermediate_values.values()) == [0.25, 0.26]
@@ -200,9 +213,39 @@ def test_a_trial_that_lags_behind_is_given_up(tmp_path):
     assert source.next([]) is not None
 
 
+def test_losses_of_the_stage_before_are_not_this_ones(tmp_path):
+    """A stage loads for seconds before its first step, with the old losses still to be read."""
+    store = Store(tmp_path)
+    study = plan(pruner="median")
+    study = study.model_copy(update={"recipe": study.recipe | {"stages": ["learn", "finetune"]}})
+    source = Searching(study, store, hashes_of(study), "here")
+    run = source.next([])
+    store.write(run)
+    old = entry([(50, 0.15)]).model_copy(update={"task_started": 5.0})
+    store.set_status(run.id, Status(state="running", stage="learn", stage_started=4.0))
+    source.watch(run, old)
+    store.set_status(run.id, Status(state="running", stage="finetune", stage_started=6.0))
+    source.watch(run, old)
+    source.watch(run, old.model_copy(update={"task_started": 7.0}))
+    (trial,) = trials(study, tmp_path)
+    assert trial.intermediate_values == {50: 0.15, 450: 0.15}  # after learn's 400 steps
+
+
+def test_settings_that_the_recipe_refuses_are_one_failed_trial(runs, tmp_path):
+    space = {"finetune.match_features": [0.0, 1.0]}  # which needs a teacher
+    study = plan(trials=6, space=space, sampler="random")
+    study = study.model_copy(update={"recipe": study.recipe | {"finetune": {"teacher": "none"}}})
+    rows = sweep(study, tmp_path / "out")
+    failed = [row for row in rows if row.status.state == "failed"]
+    assert runs == [{"finetune.match_features": 0.0}]
+    assert failed
+    assert all("give --teacher" in row.status.error for row in failed)
+    assert sum(len(row.numbers) for row in rows) == 6
+
+
 def test_held_out_losses_count_only_in_stages_of_the_recipe(tmp_path):
     store = Store(tmp_path)
-    source = Searching(plan(pruner="median"), store, "abc", "here")
+    source = Searching(plan(pruner="median"), store, hashes_of(plan()), "here")
     run = source.next([])
     store.write(run)
     store.set_status(run.id, Status(state="running", stage="dense"))
@@ -215,7 +258,7 @@ def test_a_failed_run_is_told_and_counts(monkeypatch, runs, tmp_path):
     def start(store, run, slot):
         store.write(run)
         store.set_status(run.id, Status(state="failed", error="broken"))
-        return Job(run, slot, Ended())
+        return Job(run, slot, Ended(2))
 
     monkeypatch.setattr(sweeps, "start", start)
     rows = sweep(plan(trials=3), tmp_path / "out")
@@ -227,9 +270,9 @@ def test_a_failed_run_is_told_and_counts(monkeypatch, runs, tmp_path):
 def test_a_trial_of_another_machine_is_taken_over_when_it_is_silent(tmp_path, monkeypatch):
     """Its lock cannot be seen from here; its sign of life in the storage can."""
     study = plan(trials=1, storage=f"sqlite:///{tmp_path}/both.db", study="both")
-    other = Searching(study, Store(tmp_path / "other"), "abc", "there")
+    other = Searching(study, Store(tmp_path / "other"), hashes_of(study), "there")
     run = other.next([])
-    here = Searching(study, Store(tmp_path / "here"), "abc", "here")
+    here = Searching(study, Store(tmp_path / "here"), hashes_of(study), "here")
     assert here.next([]) is None
     assert not here.over()
     monkeypatch.setattr("prunedm.experiments.search._SILENT", -1.0)
@@ -249,8 +292,18 @@ def test_another_space_or_objective_needs_another_study(runs, tmp_path):
     other = plan(trials=4, space=SPACE | {"mask.pattern": ["2:4", "4:8"]})
     with pytest.raises(UserError, match=r"name another search\.study"):
         sweep(other, tmp_path / "out")
-    with pytest.raises(UserError, match=r"objectives \['minimize'\], the file \['maximize'\]"):
-        sweep(plan({"precision": "maximize"}), tmp_path / "out")
+    with pytest.raises(UserError, match=r"is of objectives {'loss': 'minimize'}, the file {'macs'"):
+        sweep(plan({"macs": "minimize"}), tmp_path / "out")
+    longer = plan(trials=4)
+    longer = longer.model_copy(update={"recipe": longer.recipe | {"finetune": {"steps": 7}}})
+    with pytest.raises(UserError, match="is of another recipe, model or data; name another"):
+        sweep(longer, tmp_path / "out")
+
+
+def test_only_and_retry_are_for_grids(tmp_path):
+    for words in ({"only": ["x"]}, {"retry": True}):
+        with pytest.raises(UserError, match="for the runs of a grid"):
+            sweep(plan(), tmp_path / "out", **words)
 
 
 def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path):

@@ -5,21 +5,24 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import tiny_folder
+from helpers import Killed, tiny_folder
 
 from prunedm import stages
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.experiments import chain, workers
 from prunedm.experiments import sweep as sweeps
+from prunedm.experiments.inputs import hashes_of
 from prunedm.experiments.page import in_words, shown, write_page
 from prunedm.experiments.plan import Sweep, case_of, grid_cases, label_of, read_sweep
 from prunedm.experiments.results import Row, mark_best, value_of
@@ -52,6 +55,9 @@ def plan(grid=None, **more) -> Sweep:
     return Sweep(**({"recipe": recipe, "grid": grid} | more))
 
 
+HASHES = defaultdict(lambda: "abc")  # of whatever a run reads
+
+
 class Ended:
     """A child process that has ended."""
 
@@ -79,7 +85,7 @@ def in_process(monkeypatch, capsys):
         store.log(run.id).write_text("".join(capsys.readouterr()), encoding="utf-8")
         return Job(run, slot, Ended(code))
 
-    monkeypatch.setattr(chain, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(chain, "_end_with_scheduler", lambda: None)
     monkeypatch.setattr(sweeps, "start", start)
     monkeypatch.setattr(sweeps, "_LOOK_EVERY", 0.0)
     return started
@@ -158,6 +164,7 @@ def test_a_setting_that_the_recipe_does_not_take_names_its_case():
         ("losss", "did you mean 'loss'"),
         ("latency_ms", "not measured in a sweep"),
         ("prune.loss", "the recipe's stages are mask, finetune"),
+        ("fd", "needs samples and features"),
     ],
 )
 def test_objectives_without_a_figure_are_refused_before_any_work(name, message, tmp_path):
@@ -173,7 +180,7 @@ def folders(settings, **recipe) -> list[str]:
     whole = plan({"seed": [0]})
     assert isinstance(whole.recipe, dict)
     changed = whole.model_copy(update={"recipe": whole.recipe | recipe})
-    run = run_of(case_of(changed, settings), "abc")
+    run = run_of(case_of(changed, settings), HASHES)
     return [*(stage.folder for stage in run.stages), run.evaluation]
 
 
@@ -196,10 +203,38 @@ def test_how_a_result_is_made_decides_no_folder():
     assert same == folders({})
 
 
+def test_what_is_read_decides_the_folders_too(tmp_path):
+    """The same names with another content: images were added, a teacher was trained on."""
+    case = case_of(plan(), {"finetune.teacher": "there"})
+    hashes = {"model": "a", "dataset digits": "b", "teacher there": "c"}
+    one = run_of(case, hashes)
+    for name in hashes:
+        other = run_of(case, hashes | {name: "changed"})
+        assert not {s.folder for s in other.stages} & {s.folder for s in one.stages}
+        assert (other.id, other.dense) != (one.id, one.dense)
+    assert run_of(case, hashes | {"teacher elsewhere": "changed"}) == one
+
+
+def test_every_file_that_a_case_reads_is_hashed(tmp_path):
+    teacher = Path(shutil.copytree(tiny_folder(), tmp_path / "teacher"))
+    (tmp_path / "masks.safetensors").write_bytes(b"x")
+    grid = {
+        "finetune.teacher": ["auto", "none", str(teacher)],
+        "method": {"own": {"learn.masks": str(tmp_path / "masks.safetensors")}},
+    }
+    found = hashes_of(plan(grid))
+    assert found.keys() == {
+        "model", "dataset digits", f"teacher {teacher}", f"masks {tmp_path / 'masks.safetensors'}"
+    }  # fmt: skip
+    assert found["model"] == found[f"teacher {teacher}"] == hash_folder(tiny_folder())
+    with pytest.raises(UserError, match="no model at"):
+        hashes_of(plan({"finetune.teacher": [str(tmp_path / "gone")]}))
+
+
 def test_cases_that_come_to_the_same_are_one_run():
     said = []
     progress = SimpleNamespace(say=said.append)
-    runs = sweeps._runs(plan({"seed": [0], "learn.lr": [0.1, 0.2]}), "abc", progress)
+    runs = sweeps._runs(plan({"seed": [0], "learn.lr": [0.1, 0.2]}), HASHES, progress)
     assert [run.label for run in runs] == ["seed=0 lr=0.1"]
     assert said == ["seed=0 lr=0.2: the same as seed=0 lr=0.1"]
 
@@ -265,8 +300,50 @@ def test_a_failed_run_is_kept_and_stops_no_other(in_process, tmp_path, capsys):
     assert "nothing" in page
 
 
+def test_a_failed_evaluation_fails_the_run_and_is_taken_again(in_process, tmp_path, monkeypatch):
+    """Counts of a step that failed read 0, which would be the best of all."""
+    from prunedm.stages.evaluating import measure as measuring
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    one, out = plan({"seed": [0]}, objectives={"macs": "minimize"}), tmp_path / "out"
+    count = measuring.count_macs
+    monkeypatch.setattr(measuring, "count_macs", broken)
+    (row,) = sweep(one, out)
+    assert (row.status.state, row.values["macs"], row.best) == ("failed", None, False)
+    assert "macs: RuntimeError: out of memory" in row.status.error
+    monkeypatch.setattr(measuring, "count_macs", count)
+    (row,) = sweep(one, out, retry=True)
+    assert row.status.state == "done"
+    assert row.values["macs"] > 0
+
+
+def test_only_some_runs(in_process, tmp_path):
+    rows = sweep(plan(), tmp_path / "out", only=["pattern=1:4", "lr=0.001"])
+    assert in_process == ["pattern=1:4 lr=0.001"]
+    assert [row.status.state for row in rows] == ["waiting", "waiting", "done", "waiting"]
+    with pytest.raises(UserError, match=r"only = lr=7: no run has that; there are lr=0\.0001, lr="):
+        sweep(plan(), tmp_path / "out", only=["lr=7"])
+
+
+def test_the_exit_code_tells_of_failed_runs(monkeypatch, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("grid: {seed: [0]}\n")
+    for state, code in (("done", 0), ("failed", 1)):
+        found = Row("x", {}, Status(state=state, error="e"), {"loss": None, "bytes_packed": None})
+        monkeypatch.setattr(sweeps, "sweep", lambda *_, found=found, **__: [found])
+        (tmp_path / "out").mkdir(exist_ok=True)
+        try:
+            main(["sweep", str(file), str(tmp_path / "out")])
+            ended = 0
+        except SystemExit as stop:
+            ended = stop.code
+        assert (ended or 0) == code
+
+
 def test_a_run_that_others_have_is_not_started(tmp_path, in_process):
-    store, runs = Store(tmp_path), sweeps._runs(plan(), "abc", Silent())
+    store, runs = Store(tmp_path), sweeps._runs(plan(), HASHES, Silent())
     grid = sweeps.Grid(runs, store)
     assert not grid.over()
     with store.lock(runs[0].id):
@@ -283,7 +360,7 @@ def test_a_run_that_others_have_is_not_started(tmp_path, in_process):
 
 def test_runs_that_share_a_missing_stage_are_not_started_together(tmp_path):
     """The second run takes the other masks, so that it need not wait for the first one's."""
-    runs = sweeps._runs(plan(), "abc", Silent())
+    runs = sweeps._runs(plan(), HASHES, Silent())
     grid = sweeps.Grid(runs, Store(tmp_path))
     first = grid.next([])
     second = grid.next([first])
@@ -344,10 +421,11 @@ def test_slots_share_the_cores_or_take_a_gpu_each(monkeypatch):
         ("running", -11, "failed", "killed by SIGSEGV"),
         ("waiting", 1, "failed", "ended with exit code 1"),
         ("stopped", 130, "stopped", ""),
+        ("stopped", -9, "failed", "killed by SIGKILL (out of memory?)"),
     ],
 )
 def test_how_a_job_ended(said, code, state, error, tmp_path):
-    store, (run, *_) = Store(tmp_path), sweeps._runs(plan(), "abc", Silent())
+    store, (run, *_) = Store(tmp_path), sweeps._runs(plan(), HASHES, Silent())
     store.write(run)
     own = "own words" if said == "failed" else ""
     store.set_status(run.id, Status(state=said, error=own))
@@ -358,7 +436,7 @@ def test_how_a_job_ended(said, code, state, error, tmp_path):
 
 @pytest.mark.parametrize(("said", "state"), [("stopped", "pruned"), ("done", "done")])
 def test_a_job_that_was_given_up_is_pruned_unless_it_was_faster(said, state, tmp_path):
-    store, (run, *_) = Store(tmp_path), sweeps._runs(plan(), "abc", Silent())
+    store, (run, *_) = Store(tmp_path), sweeps._runs(plan(), HASHES, Silent())
     store.write(run)
     store.set_status(run.id, Status(state=said))
     assert outcome(store, Job(run, Slot(0), Ended(130), ended_early=True)).state == state
@@ -409,7 +487,7 @@ def test_objectives_come_from_the_evaluation_the_records_and_the_clock(in_proces
 
 
 def test_the_page_before_anything_is_measured(tmp_path):
-    kept = sweeps.Kept(sweep=plan(), model="abc", place="here")
+    kept = sweeps.Kept(sweep=plan(), hashes=hashes_of(plan()), place="here")
     (tmp_path / sweeps.FILE).write_text(kept.model_dump_json())
     rows = rows_of(tmp_path)
     assert [r.status.state for r in rows] == ["waiting"] * 4
@@ -426,6 +504,18 @@ def test_the_page_escapes_what_data_says(in_process, tmp_path):
     assert label not in text
     assert "&lt;script&gt;alert(1)" in text
     assert "data:image/png;base64," in text  # the samples
+
+
+def test_an_interrupted_sweep_lets_go_of_its_runs(in_process, tmp_path, monkeypatch):
+    def killed(store, run, slot):
+        raise Killed
+
+    monkeypatch.setattr(sweeps, "start", killed)
+    with pytest.raises(Killed) as interruption:  # which holds on to the frames, as a notebook does
+        sweep(plan(), tmp_path / "out")
+    assert interruption.value
+    (run, *_) = rows_of(tmp_path / "out")
+    assert Store(tmp_path / "out").claim(run.run.id)
 
 
 @pytest.mark.parametrize(

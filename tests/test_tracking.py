@@ -317,7 +317,7 @@ def test_images_that_cannot_be_drawn_end_pictures_but_not_curves(dense, fake, tm
 
 def test_options_of_trackers_do_not_change_what_a_result_is():
     one = FinetuneOptions(tracker="wandb", tracker_mode="offline", track_images=3)
-    assert frame._identifying(one) == frame._identifying(FinetuneOptions())
+    assert frame.identifying(one) == frame.identifying(FinetuneOptions())
 
 
 @pytest.mark.parametrize("count", [1, 19, 1000])

@@ -31,6 +31,10 @@ def make(
     threads: Annotated[
         int, Parameter(help="processor threads of each; 0: the cores, shared out evenly")
     ] = 0,
+    only: Annotated[
+        tuple[str, ...],
+        Parameter(help="only runs with this word in their label, such as pattern=2:4; repeat it"),
+    ] = (),
     retry: Annotated[bool, Parameter(help="start failed runs again", negative=())] = False,
     dry_run: Annotated[
         bool, Parameter(help="only list the runs and how they stand", negative=())
@@ -39,7 +43,8 @@ def make(
     """Run what is not done yet, and write OUT/sweep.html.
 
     The same command goes on after an interruption, kill -9 included; started on several machines with
-    a shared OUT, they share the runs. A stage that several runs begin with is made once.
+    a shared OUT, they share the runs. A stage that several runs begin with is made once. Exit code 1
+    says that a run of the grid has failed.
     """
     from prunedm.experiments.plan import read_sweep
     from prunedm.experiments.sweep import planned
@@ -51,9 +56,17 @@ def make(
         return
     with watched_terminal(out, "sweep") as terminal:
         rows = run_sweep(
-            plan, out, workers=workers, threads=threads, retry=retry, progress=terminal
+            plan,
+            out,
+            workers=workers,
+            threads=threads,
+            only=only,
+            retry=retry,
+            progress=terminal,
         )
     _show(rows, plan, out)
+    if plan.search is None and any(row.status.state == "failed" for row in rows):
+        raise SystemExit(1)
 
 
 @sweep.command

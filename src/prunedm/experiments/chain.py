@@ -3,28 +3,31 @@
 python -m prunedm.experiments.chain OUT RUN
 """
 
+import os
 import shlex
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 from filelock import Timeout
 
-from prunedm.errors import Changed, first_line
+from prunedm.errors import Changed, UserError, first_line
 from prunedm.experiments.store import Run, Status, Store, recipe_of
-from prunedm.experiments.workers import BUSY
+from prunedm.experiments.workers import BUSY, PATIENCE, SCHEDULER
 from prunedm.folder import load
 from prunedm.messages import one_line
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress
 from prunedm.recipe import describe, steps_of
 from prunedm.stages.compare import yardstick
-from prunedm.stages.evaluating.measure import measure
+from prunedm.stages.evaluating.measure import RESULTS, measure, read_evaluation
 from prunedm.watching import Watched
 
 FAILED, INTERRUPTED = 2, 130
@@ -39,7 +42,7 @@ def run_chain(store: Store, run: Run, progress: Progress) -> None:
     status.started = time.time()
 
     def stage(name: str, folder: str, make: Callable[[Path], None]) -> None:
-        status.stage = name
+        status.stage, status.stage_started = name, time.time()
         store.set_status(run.id, status)
         _alone(store, folder, progress, lambda: make(store.stage(folder)))
 
@@ -65,13 +68,19 @@ def run_chain(store: Store, run: Run, progress: Progress) -> None:
 def figures(
     source: str | Path, out: Path, options: EvaluateOptions, label: str, progress: Progress
 ) -> None:
-    """Quality, size and sparsity of one model; no latencies, which runs side by side would spoil."""
+    """Quality, size and sparsity of one model; no latencies, which runs side by side would spoil.
+
+    Raises `UserError` where a step has failed; it is measured again the next time.
+    """
     model = load(source)
     yard = yardstick(model, options, progress)
+    again = (out / RESULTS).exists() and bool(read_evaluation(out).failed)
     try:
-        measure(model, out, label, yard)
+        measure(model, out, label, yard, overwrite=again)
     except Changed:
         measure(model, out, label, yard, overwrite=True)
+    for step, error in read_evaluation(out).failed.items():
+        raise UserError(f"evaluation of {label}: {step}: {error}")
 
 
 def _alone(store: Store, folder: str, progress: Progress, make: Callable[[], None]) -> None:
@@ -95,7 +104,7 @@ def main(out: str, run_id: str) -> int:
     from prunedm.signals import interruptible
 
     store = Store(Path(out))
-    _end_with_parent()
+    _end_with_scheduler()
     try:
         with store.lock(run_id), interruptible():
             run = store.read(run_id)
@@ -131,21 +140,23 @@ def _end(store: Store, run: str, state: str, error: str, code: int) -> int:
 
 def _command(out: str) -> str:
     """What goes on with the sweep: the words that the scheduler was started by."""
-    parent = psutil.Process().parent()
-    words = parent.cmdline() if parent is not None else []
-    if "sweep" not in words:
-        return f"prunedm sweep FILE.yaml {out}"
-    return shlex.join(["prunedm", *words[words.index("sweep") :]])
+    with suppress(psutil.Error):
+        words = psutil.Process(os.getppid()).cmdline()
+        if "sweep" in words:
+            return shlex.join(["prunedm", *words[words.index("sweep") :]])
+    return f"prunedm sweep FILE.yaml {out}"
 
 
-def _end_with_parent() -> None:
+def _end_with_scheduler() -> None:
     """Interrupt this process when the one that started it is gone, kill -9 included."""
-    parent = psutil.Process().parent()
+    scheduler = int(os.environ.get(SCHEDULER, os.getppid()))
 
     def watch() -> None:
-        while parent is not None and parent.is_running():
-            time.sleep(1.0)
-        psutil.Process().send_signal(2)
+        while os.getppid() == scheduler:
+            time.sleep(_LOOK_EVERY)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
+        os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
 

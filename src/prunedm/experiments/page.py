@@ -13,7 +13,7 @@ from prunedm.evaluation.report.front import panels
 from prunedm.evaluation.results import Evaluation
 from prunedm.experiments.plan import Sweep
 from prunedm.experiments.results import Row, dense_of
-from prunedm.experiments.store import Store
+from prunedm.experiments.store import Store, own_name
 from prunedm.experiments.words import word
 from prunedm.experiments.workers import log_tail
 from prunedm.record import read_record
@@ -40,7 +40,7 @@ def write_page(rows: Sequence[Row], plan: Sweep, out: Path) -> Path:
     environment = report_environment(PackageLoader("prunedm.experiments"))
     environment.globals["word"] = word
     text = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
-    aside = out / f"{FILE}.writing"
+    aside = own_name(out / FILE)
     aside.write_text(text, encoding="utf-8")
     return aside.replace(out / FILE)
 

@@ -53,7 +53,9 @@ def value_of(store: Store, run: Run, name: str) -> float | None:
         record = records.get(stage)
         return _number(record.figures.get(figure)) if record else None
     evaluation = evaluation_of(store, run)
-    return _number(getattr(evaluation.figures, name, None)) if evaluation else None
+    if evaluation is None or evaluation.failed:  # counts of a step that failed read 0
+        return None
+    return _number(getattr(evaluation.figures, name, None))
 
 
 def mark_best(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> None:

@@ -7,24 +7,21 @@ what an uninterrupted one does, as long as one worker asks.
 
 import json
 import time
-from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunedm.errors import UserError, first_line
-from prunedm.experiments.plan import Range, Search, Settings, Sweep, case_of
+from prunedm.experiments.plan import Settings, Sweep, case_of
 from prunedm.experiments.results import value_of
-from prunedm.experiments.sources import OVER
-from prunedm.experiments.store import Run, Status, Store, run_of
-from prunedm.randomness import seed_for
+from prunedm.experiments.store import Run, Status, Store, recipe_of, run_of
+from prunedm.experiments.study import open_study, sampler_for, suggest
+from prunedm.options import LearnOptions, LoopOptions
+from prunedm.recipe import steps_of
 from prunedm.running import Entry
 
 # a trial's attributes: what it runs, the folder that holds it, and when that was last heard of
-RUN, SETTINGS, PLACE, ALIVE = "run", "settings", "place", "alive"
-_STAGE_STEPS = 1_000_000  # a stage's steps come after those of the stage before
-_ASKING = 60.0  # seconds that a proposal may take before its trial counts as cut off
-_ATTEMPTS = 4  # to open the database
+RUN, SETTINGS, PLACE, ALIVE, ERROR = "run", "settings", "place", "alive", "error"
+_ASKING = 120.0  # seconds that a proposal may take before its trial counts as cut off
 _BEAT = 60.0  # seconds between signs of life
 _SILENT = 600.0  # seconds after which a run in another machine's folder counts as cut off
 
@@ -32,63 +29,93 @@ _SILENT = 600.0  # seconds after which a run in another machine's folder counts 
 class Searching:
     """The source of a search's runs."""
 
-    def __init__(self, sweep: Sweep, store: Store, model: str, place: str) -> None:
-        """model: the hash of the dense model's content. place: a name of the store's folder."""
+    def __init__(self, sweep: Sweep, store: Store, hashes: Mapping[str, str], place: str) -> None:
+        """hashes: of what the runs read, see `run_of`. place: a name of the store's folder."""
         assert sweep.search is not None
-        self._place, self._beaten = place, dict[str, float]()
-        self._sweep, self._store, self._model, self._search = sweep, store, model, sweep.search
-        self._study = open_study(sweep, store.out)
-        self._trials: dict[str, Any] = {}  # run -> the trial it was started for
+        self._place, self._hashes = place, hashes
+        self._sweep, self._store, self._search = sweep, store, sweep.search
+        self._study = open_study(sweep, store.out, hashes)
+        self._trials: dict[str, list[Any]] = {}  # run -> the trials that wait for it here
         self._reported: dict[str, int] = {}  # run -> the last step reported
+        self._beaten: dict[int, float] = {}  # trial -> when it last gave a sign of life
+        self._seen: dict[int, float] = {}  # trial without a run -> when it was first seen
         self._ended: set[str] = set()
         self.total = self._search.trials
 
     def next(self, busy: Sequence[Run]) -> Run | None:
-        taken = {run.id for run in busy} | self._ended
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            return self._cut_off({run.id for run in busy}) or self._new()
+        except UpdateFinishedTrialError:  # another machine took the trial for cut off
+            self._store.release_all(but={run.id for run in busy})
+            return None
+
+    def _cut_off(self, busy: set[str]) -> Run | None:
+        """The run of a trial that nobody is at any more."""
+        by_run: dict[str, list[Any]] = {}
         for trial in self._running():
             run = trial.user_attrs.get(RUN)
             if run is None:
                 self._forget_if_cut_off(trial)
-            elif run not in taken and self._is_cut_off(trial) and self._store.claim(run):
-                return self._again(trial)
-        while (trial := self._ask()) is not None:
-            run = self._propose(trial)
-            status = self._store.status(run.id)
-            if status.state in (*OVER, "failed"):  # another trial has come to the same
-                trial.set_user_attr(RUN, run.id)
-                self.finished(run, status)
-            elif run.id not in self._ended and self._store.claim(run.id):
-                self._take(trial, run)
-                return run
-            else:  # it is told with the one that is at it
-                trial.set_user_attr(RUN, run.id)
+            else:
+                by_run.setdefault(run, []).append(trial)
+        for run, trials in by_run.items():
+            if run in busy | self._ended or any(map(self._is_alive, trials)):
+                continue
+            if self._store.claim(run):
+                still = [t for t in self._running() if t.user_attrs.get(RUN) == run]
+                if still:
+                    return self._again(still)
+                self._store.release(run)  # another scheduler has just finished it
         return None
 
-    def watch(self, run: Run, entry: Entry) -> bool:
+    def _new(self) -> Run | None:
+        """The run of a new trial; of one that comes to a run there is already, the next one's."""
+        while (trial := self._ask()) is not None:
+            run = self._propose(trial)
+            if run is None:
+                continue
+            status = self._store.status(run.id)
+            told = any(
+                t.user_attrs.get(RUN) == run.id for t in self._all() if t.state.is_finished()
+            )
+            mine = run.id not in self._ended and self._store.claim(run.id)
+            self._take(trial, run.id)
+            if status.state == "done" or (told and status.state in ("failed", "pruned")):
+                if mine:
+                    self._store.release(run.id)
+                self.finished(run, status)
+            elif mine:
+                return run
+        return None
+
+    def watch(self, run: Run, entry: Entry | None) -> bool:
         """Whether the pruner gives the trial up; and a sign of life for the other machines."""
-        trial = self._trials.get(run.id)
-        if trial is None:
-            return False
         from optuna.exceptions import UpdateFinishedTrialError
 
         try:
-            self._beat(run.id, trial)
-            return self._search.pruner != "none" and self._lags(trial, run, entry)
+            for trial in self._trials.get(run.id, []):
+                self._beat(trial)
+            if self._search.pruner == "none" or entry is None or run.id not in self._trials:
+                return False
+            return self._lags(self._trials[run.id][0], run, entry)
         except UpdateFinishedTrialError:  # another machine took it over, and was faster
             return False
 
     def _lags(self, trial: Any, run: Run, entry: Entry) -> bool:
         """Report the held-out losses that are new; whether the pruner gives the trial up."""
+        status = self._store.status(run.id)
         names = [stage.name for stage in run.stages]
-        at = self._store.status(run.id).stage
-        if at not in names or not entry.held_out:
+        fresh = entry.task_started >= status.stage_started  # else they are the stage's before
+        if status.stage not in names or not entry.held_out or not fresh:
             return False
+        before = _steps_before(run, names.index(status.stage))
         (direction,) = self._sweep.objectives.values()
         for step, loss in entry.held_out:
-            place = names.index(at) * _STAGE_STEPS + step
-            if place > self._reported.get(run.id, -1):
-                trial.report(loss if direction == "minimize" else -loss, place)
-                self._reported[run.id] = place
+            if before + step > self._reported.get(run.id, -1):
+                trial.report(loss if direction == "minimize" else -loss, before + step)
+                self._reported[run.id] = before + step
         return bool(trial.should_prune())
 
     def finished(self, run: Run, status: Status) -> None:
@@ -115,7 +142,7 @@ class Searching:
         return not waiting and self._asked() >= self.total
 
     def count_over(self) -> int:
-        return sum(t.state.is_finished() and RUN in t.user_attrs for t in self._all())
+        return sum(t.state.is_finished() and SETTINGS in t.user_attrs for t in self._all())
 
     def _all(self) -> list[Any]:
         trials: list[Any] = self._study.get_trials(deepcopy=False)
@@ -125,153 +152,89 @@ class Searching:
         return [trial for trial in self._all() if not trial.state.is_finished()]
 
     def _asked(self) -> int:
-        """Trials that count: those with a run, and those that are being proposed."""
-        return sum(RUN in t.user_attrs or not t.state.is_finished() for t in self._all())
+        """Trials that count: those with settings, and those that are being proposed."""
+        return sum(map(_counts, self._all()))
 
     def _ask(self) -> Any:
         """A new trial; None where all have been asked for, here or elsewhere."""
-        from optuna.trial import TrialState
+        from optuna.samplers import RandomSampler
+        from optuna.trial import Trial, TrialState
 
         if self._asked() >= self.total:
             return None
+        self._study.sampler = RandomSampler()  # draws nothing: the number decides the sampler
         trial = self._study.ask()
-        before = [t for t in self._all() if t.number < trial.number]
-        if sum(RUN in t.user_attrs or not t.state.is_finished() for t in before) >= self.total:
+        if sum(_counts(t) for t in self._all() if t.number < trial.number) >= self.total:
             self._study.tell(trial, state=TrialState.FAIL)  # another machine was faster
             return None
-        return trial
+        self._study.sampler = sampler_for(self._search, trial.number)
+        return Trial(self._study, trial._trial_id)
 
-    def _propose(self, trial: Any) -> Run:
-        self._study.sampler = _sampler(self._search, trial.number)
+    def _propose(self, trial: Any) -> Run | None:
+        """The run of a trial's settings; None where the recipe does not take them."""
+        from optuna.trial import TrialState
+
         try:
-            settings = {name: _suggest(trial, name, s) for name, s in self._search.space.items()}
-            run = run_of(case_of(self._sweep, settings), self._model)
+            settings = {name: suggest(trial, name, s) for name, s in self._search.space.items()}
         except ValueError as error:
-            from optuna.trial import TrialState
-
             self._study.tell(trial, state=TrialState.FAIL)
             raise UserError(
-                f"{first_line(error)} (where the space has changed, name another search.study)"
+                f"{first_line(error)} (the space has changed: name another search.study)"
             ) from error
         trial.set_user_attr(SETTINGS, json.dumps(settings))
-        return run
+        try:
+            return run_of(case_of(self._sweep, settings), self._hashes)
+        except UserError as error:  # options that do not go together: one failed trial
+            trial.set_user_attr(ERROR, str(error))
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
 
-    def _again(self, frozen: Any) -> Run:
-        """The run of a trial that was cut off."""
-        import optuna
-
-        settings: Settings = json.loads(frozen.user_attrs[SETTINGS])
-        run = run_of(case_of(self._sweep, settings), self._model)
-        if run.id != frozen.user_attrs[RUN]:  # the recipe has changed meanwhile
-            raise UserError(
-                f"trial {frozen.number} of study {self._study.study_name!r} is of another recipe; "
-                "name another search.study, or give another folder"
-            )
-        self._take(optuna.trial.Trial(self._study, frozen._trial_id), run)
-        if frozen.intermediate_values:
-            self._reported[run.id] = max(frozen.intermediate_values)
-        return run
-
-    def _take(self, trial: Any, run: Run) -> None:
-        """The trial is run here from now on."""
-        self._beat(run.id, trial)
+    def _take(self, trial: Any, run: str) -> None:
+        """The trial waits for a run here from now on."""
+        self._beat(trial)
         trial.set_user_attr(PLACE, self._place)
-        trial.set_user_attr(RUN, run.id)
-        self._trials[run.id] = trial
+        trial.set_user_attr(RUN, run)
+        self._trials.setdefault(run, []).append(trial)
 
-    def _beat(self, run: str, trial: Any) -> None:
-        if time.monotonic() - self._beaten.get(run, -_BEAT) >= _BEAT:
-            self._beaten[run] = time.monotonic()
+    def _again(self, cut_off: Sequence[Any]) -> Run:
+        from optuna.trial import Trial
+
+        settings: Settings = json.loads(cut_off[0].user_attrs[SETTINGS])
+        run = run_of(case_of(self._sweep, settings), self._hashes)
+        assert run.id == cut_off[0].user_attrs[RUN], "the study's basis is the sweep's"
+        for frozen in cut_off:
+            self._take(Trial(self._study, frozen._trial_id), run.id)
+        steps = [step for frozen in cut_off for step in frozen.intermediate_values]
+        self._reported[run.id] = max(steps, default=-1)
+        return run
+
+    def _beat(self, trial: Any) -> None:
+        now = time.monotonic()
+        if now - self._beaten.get(trial.number, -_BEAT) >= _BEAT:
+            self._beaten[trial.number] = now
             trial.set_user_attr(ALIVE, time.time())
 
-    def _is_cut_off(self, trial: Any) -> bool:
-        """Whether nobody is at it: in our folder the run's lock tells, elsewhere its silence."""
+    def _is_alive(self, trial: Any) -> bool:
+        """Whether somebody is at it: in our folder the run's lock tells, elsewhere its signs of life."""
         if trial.user_attrs.get(PLACE) == self._place:
-            return not self._store.is_alive(trial.user_attrs[RUN])
-        return bool(time.time() - trial.user_attrs.get(ALIVE, 0.0) > _SILENT)
+            return self._store.is_alive(trial.user_attrs[RUN])
+        return bool(time.time() - trial.user_attrs.get(ALIVE, 0.0) <= _SILENT)
 
     def _forget_if_cut_off(self, trial: Any) -> None:
         """A trial whose process died while it was proposed has no run to go on with."""
         from optuna.trial import TrialState
 
-        begun: datetime | None = trial.datetime_start
-        if begun is not None and time.time() - begun.timestamp() > _ASKING:
+        seen = self._seen.setdefault(trial.number, time.monotonic())
+        if time.monotonic() - seen > _ASKING:
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def open_study(sweep: Sweep, out: Path) -> Any:
-    """The Optuna study, new or gone on with. Raises `UserError` where that is impossible."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError(
-            "search needs Optuna, which is not installed: pip install 'prunedm[sweep]'"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    assert sweep.search is not None
-    search, directions = sweep.search, list(sweep.objectives.values())
-    url = search.storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    out.mkdir(parents=True, exist_ok=True)
-    # several processes write to one SQLite file in turns
-    waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    for attempt in range(_ATTEMPTS):
-        try:
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
-            study = optuna.create_study(
-                storage=storage,
-                study_name=search.study or out.resolve().name,
-                directions=directions,
-                pruner=_pruner(search),
-                load_if_exists=True,
-            )
-            break
-        except Exception as error:  # a URL, a driver, a server, rights: whatever the database says
-            if attempt + 1 == _ATTEMPTS:
-                raise UserError(f"cannot open storage {url}: {first_line(error)}") from error
-            time.sleep(
-                0.2 * (attempt + 1)
-            )  # two that make the tables at once are in each other's way
-    found = [d.name.lower() for d in study.directions]
-    if found != directions:
-        raise UserError(
-            f"study {study.study_name!r} has objectives {found}, the file {directions}; name "
-            "another search.study, or give another folder"
-        )
-    return study
+def _counts(trial: Any) -> bool:
+    return SETTINGS in trial.user_attrs or not trial.state.is_finished()
 
 
-def _suggest(trial: Any, name: str, space: list[Any] | Range) -> Any:
-    if isinstance(space, Range):
-        ends = [space.low, space.high] + ([] if space.step is None else [space.step])
-        if all(isinstance(end, int) for end in ends):
-            return trial.suggest_int(
-                name, space.low, space.high, step=space.step or 1, log=space.log
-            )
-        return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
-    if all(value is None or isinstance(value, bool | int | float | str) for value in space):
-        return trial.suggest_categorical(name, space)
-    # lists and tables: Optuna stores plain values only
-    return json.loads(trial.suggest_categorical(name, [json.dumps(value) for value in space]))
-
-
-def _sampler(search: Search, number: int) -> Any:
-    from optuna import samplers
-
-    seed = seed_for(search.seed, "search", number) % (1 << 32)
-    if search.sampler == "gp":
-        return samplers.GPSampler(seed=seed)
-    if search.sampler == "nsga2":
-        return samplers.NSGAIISampler(seed=seed)
-    if search.sampler == "random":
-        return samplers.RandomSampler(seed=seed)
-    return samplers.TPESampler(seed=seed)
-
-
-def _pruner(search: Search) -> Any:
-    from optuna import pruners
-
-    if search.pruner == "median":
-        return pruners.MedianPruner(n_startup_trials=search.pruner_patience)
-    if search.pruner == "halving":
-        return pruners.SuccessiveHalvingPruner()
-    return pruners.NopPruner()
+def _steps_before(run: Run, stage: int) -> int:
+    """Optimizer steps of the stages before this one, so that a run's steps only rise."""
+    every = [step.options for step in steps_of(recipe_of(run))[:stage]]
+    return sum((o.filled() if isinstance(o, LearnOptions) else o).steps
+               for o in every if isinstance(o, LoopOptions))  # fmt: skip

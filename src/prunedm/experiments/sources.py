@@ -6,8 +6,6 @@ from typing import Protocol
 from prunedm.experiments.store import Run, Status, Store
 from prunedm.running import Entry
 
-OVER = ("done", "pruned")  # runs that are never started again
-
 
 class Source(Protocol):
     """What the scheduler asks; several schedulers on one folder may share one sweep."""
@@ -17,8 +15,8 @@ class Source(Protocol):
     def next(self, busy: Sequence[Run]) -> Run | None:
         """A run to start now, claimed, while `busy` ones run here; None where there is none yet."""
 
-    def watch(self, run: Run, entry: Entry) -> bool:
-        """Whether a run that has come this far should be ended."""
+    def watch(self, run: Run, entry: Entry | None) -> bool:
+        """Whether a run that has come this far should be ended; called while it runs."""
 
     def finished(self, run: Run, status: Status) -> None:
         """A run that was started here has ended."""
@@ -44,9 +42,14 @@ class Grid:
         making = {self._first_missing(run) for run in busy}
         making |= {stage.folder for run in busy for stage in run.stages}
         free = [run for run in open_runs if self._first_missing(run) not in making]
-        return next((run for run in [*free, *open_runs] if self._store.claim(run.id)), None)
+        for run in [*free, *open_runs]:
+            if self._store.claim(run.id):
+                if self._is_open(run):
+                    return run
+                self._store.release(run.id)  # another scheduler has just finished it
+        return None
 
-    def watch(self, run: Run, entry: Entry) -> bool:
+    def watch(self, run: Run, entry: Entry | None) -> bool:
         return False
 
     def finished(self, run: Run, status: Status) -> None:
@@ -60,7 +63,7 @@ class Grid:
 
     def _is_open(self, run: Run) -> bool:
         state = self._store.status(run.id).state
-        if run.id in self._ended or state in OVER:
+        if run.id in self._ended or state == "done":
             return False
         return state != "failed" or self._retry
 

@@ -4,13 +4,16 @@
     OUT/runs/7b01c2de99a4/run.json     a run: its settings, recipe and stages
                           status.json  how it stands; log.txt: what it printed
 
-A folder's name is the hash of what decides its content: the model it starts from, and the options
-of every stage up to it. So nothing is computed twice, and a changed sweep file keeps what is done.
+A folder's name is the hash of what decides its content: what the model it starts from and the datasets
+hold, and the options of every stage up to it. So nothing is computed twice, and a changed sweep file
+keeps what is done.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +28,7 @@ from prunedm.record import write_json
 from prunedm.stages.frame import identifying
 
 STAGES, RUNS = "stages", "runs"
+INPUTS = ("dataset", "teacher", "masks")  # options that name what is read
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
 
 
@@ -52,6 +56,7 @@ class Status(BaseModel):
 
     state: State = "waiting"
     stage: str = ""  # the one it is at, or was at last
+    stage_started: float = 0.0
     host: str = ""
     pid: int = 0
     started: float = 0.0
@@ -116,6 +121,10 @@ class Store:
     def release(self, run: str) -> None:
         self._claims.pop(run).release()
 
+    def release_all(self, *, but: Collection[str] = ()) -> None:
+        for run in set(self._claims) - set(but):
+            self.release(run)
+
     def is_alive(self, run: str) -> bool:
         """Whether a process is at it now, here or on another machine that sees the folder."""
         if run in self._claims:
@@ -150,8 +159,17 @@ class Store:
             yield
 
 
-def run_of(case: Case, model: str) -> Run:
-    """The folders of a case. model: the hash of the dense model's content."""
+def inputs_of(recipe: Recipe) -> list[str]:
+    """Names of what the recipe reads beside the dense model: datasets, teachers, masks."""
+    every = [*(step.options for step in steps_of(recipe)), recipe.stage_options("evaluate")]
+    found = [f"{kind} {name}" for o in every for kind in INPUTS if (name := getattr(o, kind, ""))]
+    return sorted({name for name in found if name not in ("teacher auto", "teacher none")})
+
+
+def run_of(case: Case, hashes: Mapping[str, str]) -> Run:
+    """The folders of a case. hashes: of the contents of the "model" and of `inputs_of`."""
+    contents = {name: hashes[name] for name in inputs_of(case.recipe)}
+    model = _digest([hashes["model"], contents])
     stages, address = list[Stage](), model
     for step in steps_of(case.recipe):
         address = _address(step.verb, step.options, address)
@@ -174,13 +192,21 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def _address(verb: str, options: Options, parent: str) -> str:
-    content = [verb, identifying(options), parent]
+    return _digest([verb, identifying(options), parent])
+
+
+def _digest(content: Any) -> str:
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def replace_json(path: Path, value: Any) -> None:
     """Write aside and rename: whoever reads sees the old one or the new one."""
-    aside = path.with_suffix(".writing")
+    aside = own_name(path)
     write_json(value, aside)
     aside.replace(path)
+
+
+def own_name(path: Path) -> Path:
+    """A name beside `path` that no other process writes to."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")

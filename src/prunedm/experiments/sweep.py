@@ -3,17 +3,21 @@
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from prunedm.errors import UserError, nearest
-from prunedm.experiments.plan import Sweep, case_of, grid_cases
+from prunedm.experiments.inputs import hashes_of
+from prunedm.experiments.plan import Settings, Sweep, case_of, grid_cases, label_of
 from prunedm.experiments.results import Row, mark_best, row_of, value_of
-from prunedm.experiments.search import RUN, SETTINGS, Searching, open_study
+from prunedm.experiments.search import ERROR, RUN, SETTINGS, Searching
 from prunedm.experiments.sources import Grid, Source
 from prunedm.experiments.store import Run, Status, Store, replace_json, run_of
+from prunedm.experiments.study import open_study
 from prunedm.experiments.workers import (
     BUSY,
     Job,
@@ -24,10 +28,8 @@ from prunedm.experiments.workers import (
     start,
     visible_gpus,
 )
-from prunedm.folder import hash_folder
-from prunedm.hub import find
 from prunedm.progress import Progress, Silent
-from prunedm.recipe import steps_of
+from prunedm.recipe import Recipe, steps_of
 from prunedm.stages import check_inputs
 
 FILE = "sweep.json"  # in OUT: the sweep, and the dense model's hash
@@ -36,6 +38,7 @@ MEASURED = (
     "loss", "fd", "kid", "precision", "recall", "params", "nonzero", "macs", "bytes_disk",
     "bytes_packed", "sparsity", "nm_valid", "peak_memory_mb", "seconds",
 )  # fmt: skip
+_OF_SAMPLES = ("fd", "kid", "precision", "recall")
 _IN_TURNS = ("latency_ms", "psnr_db", "ssim", "loss_change", "compression")
 _LOOK_EVERY = 0.5  # seconds
 
@@ -44,7 +47,7 @@ class Kept(BaseModel):
     """What OUT remembers of the sweep that it was made by."""
 
     sweep: Sweep
-    model: str  # the hash of what the dense model holds
+    hashes: dict[str, str]  # of what its runs read: the dense model, datasets, teachers, masks
     place: str  # a name of this folder that no other has
 
 
@@ -54,31 +57,39 @@ def sweep(
     *,
     workers: int = 0,
     threads: int = 0,
+    only: Sequence[str] = (),
     retry: bool = False,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Run what is not done yet; see `Sweep`. Several of these may work on one `out` at once.
 
     A run that fails is kept with its log, and the others go on; `retry` starts failed ones again.
+    Of a grid, `only` those whose label has all of these words are run.
     Interrupted, it ends its runs; called again, it goes on where they were.
     """
     progress = progress or Silent()
-    kept, store = _checked(plan, out), Store(out)
+    if plan.search is not None and (only or retry):
+        raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
+    _check(plan)
     places = slots(workers, threads, visible_gpus())
     out.mkdir(parents=True, exist_ok=True)
-    replace_json(out / FILE, kept.model_dump(mode="json"))
+    with FileLock(out / "lock"):  # two that begin at once
+        kept, store = _kept(plan, out), Store(out)
+        replace_json(out / FILE, kept.model_dump(mode="json"))
     source: Source
     if plan.search is None:
-        source = Grid(_runs(plan, kept.model, progress), store, retry=retry)
+        runs = _chosen(_runs(plan, kept.hashes, progress), only)
+        source = Grid(runs, store, retry=retry)
     else:
-        source = Searching(plan, store, kept.model, kept.place)
+        source = Searching(plan, store, kept.hashes, kept.place)
     _work(source, store, places, progress)
     return rows_of(out)
 
 
 def planned(plan: Sweep, out: Path) -> list[Row]:
     """What `sweep` would come to, as it stands; of a search, the runs there are. Nothing is made."""
-    kept = _checked(plan, out)
+    _check(plan)
+    kept = _kept(plan, out)
     if plan.search is not None and not (out / FILE).exists():
         return []
     return _rows(kept, Store(out))
@@ -89,19 +100,23 @@ def rows_of(out: Path) -> list[Row]:
     return _rows(read_kept(out), Store(out))
 
 
-def _checked(plan: Sweep, out: Path) -> Kept:
-    """The plan and its model. Raises `UserError` for what would fail only after hours."""
+def _check(plan: Sweep) -> None:
+    """Raise `UserError` for what would fail only after hours."""
     first = case_of(plan, {})
     check_inputs(first.recipe.model, first.recipe.stage_options("evaluate"))
-    _check_objectives(plan, [step.name for step in steps_of(first.recipe)])
+    _check_objectives(plan, first.recipe)
+
+
+def _kept(plan: Sweep, out: Path) -> Kept:
+    """What OUT is to remember; its name stays the one it has."""
     place = read_kept(out).place if (out / FILE).exists() else uuid.uuid4().hex
-    return Kept(sweep=plan, model=hash_folder(find(first.recipe.model)), place=place)
+    return Kept(sweep=plan, hashes=hashes_of(plan), place=place)
 
 
 def _rows(kept: Kept, store: Store) -> list[Row]:
     objectives = kept.sweep.objectives
     if kept.sweep.search is None:
-        runs = _runs(kept.sweep, kept.model, Silent())
+        runs = _runs(kept.sweep, kept.hashes, Silent())
         rows = [row_of(store, run, list(objectives)) for run in runs]
     else:
         rows = _trial_rows(kept, store)
@@ -118,8 +133,11 @@ def read_kept(out: Path) -> Kept:
         raise UserError(f"{out / FILE} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def _check_objectives(plan: Sweep, stages: Sequence[str]) -> None:
+def _check_objectives(plan: Sweep, recipe: Recipe) -> None:
     """Raise `UserError` for a name under which no run will have a figure."""
+    stages = [step.name for step in steps_of(recipe)]
+    evaluate = recipe.stage_options("evaluate")
+    draws = evaluate.depth != "quick" and evaluate.samples != 0
     for name in plan.objectives:
         stage, dot, _ = name.partition(".")
         if dot and stage not in stages:
@@ -131,17 +149,31 @@ def _check_objectives(plan: Sweep, stages: Sequence[str]) -> None:
             )
         if not dot and name not in MEASURED:
             raise UserError(f"objective {name!r}: no such figure{nearest(name, MEASURED)}")
+        if name in _OF_SAMPLES and (evaluate.skip_fid or not draws):
+            raise UserError(
+                f"objective {name!r} needs samples and features: evaluate.depth = full, without "
+                "skip_fid and samples = 0"
+            )
 
 
-def _runs(plan: Sweep, model: str, progress: Progress) -> list[Run]:
+def _runs(plan: Sweep, hashes: Mapping[str, str], progress: Progress) -> list[Run]:
     """Of cases that come to the same, as with a setting of a stage that is not run, the first."""
     runs: dict[str, Run] = {}
     for case in grid_cases(plan):
-        run = run_of(case, model)
+        run = run_of(case, hashes)
         if run.id in runs:
             progress.say(f"{case.label}: the same as {runs[run.id].label}")
         runs.setdefault(run.id, run)
     return list(runs.values())
+
+
+def _chosen(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
+    """Raises `UserError` where no run has all the words in its label."""
+    chosen = [run for run in runs if set(words) <= set(run.label.split())]
+    if not chosen:
+        known = sorted({word for run in runs for word in run.label.split()})
+        raise UserError(f"only = {' '.join(words)}: no run has that; there are {', '.join(known)}")
+    return chosen
 
 
 def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progress) -> None:
@@ -164,13 +196,13 @@ def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progre
                 done = now
         finally:
             end_all(jobs)
+            store.release_all()
 
 
 def _over(job: Job, source: Source, store: Store, progress: Progress) -> bool:
     """Whether the job has ended; then the source and the user are told."""
     if job.process.poll() is None:
-        entry = job.entry
-        if entry is not None and not job.ended_early and source.watch(job.run, entry):
+        if source.watch(job.run, job.entry) and not job.ended_early:
             job.ended_early = True
             job.interrupt()
         return False
@@ -199,18 +231,32 @@ def _note(jobs: Sequence[Job]) -> str:
 
 
 def _trial_rows(kept: Kept, store: Store) -> list[Row]:
-    """One row a run, in the order of the first trial that came to it."""
+    """One row a run, in the order of the first trial that came to it; one for each impossible trial."""
     names = list(kept.sweep.objectives)
     rows: dict[str, Row] = {}
-    for trial in open_study(kept.sweep, store.out).get_trials(deepcopy=False):
-        if RUN not in trial.user_attrs:
+    for trial in open_study(kept.sweep, store.out, kept.hashes).get_trials(deepcopy=False):
+        if SETTINGS not in trial.user_attrs:
             continue
-        run = run_of(case_of(kept.sweep, json.loads(trial.user_attrs[SETTINGS])), kept.model)
-        if run.id not in rows:
-            row = row_of(store, run, names)
-            if trial.values:  # what another machine found is in the storage alone
-                row.values = dict(zip(names, trial.values, strict=True))
-                row.status = row.status.model_copy(update={"state": "done"})
-            rows[run.id] = row
-        rows[run.id].numbers.append(trial.number)
+        settings = json.loads(trial.user_attrs[SETTINGS])
+        name = trial.user_attrs.get(RUN, f"trial {trial.number}")
+        if name not in rows:
+            rows[name] = _trial_row(kept, store, trial, settings)
+        rows[name].numbers.append(trial.number)
+        if trial.state.name == "COMPLETE":  # what another machine found is in the storage alone
+            rows[name].values = dict(zip(names, trial.values, strict=True))
+            rows[name].status = rows[name].status.model_copy(update={"state": "done"})
     return list(rows.values())
+
+
+def _trial_row(kept: Kept, store: Store, trial: Any, settings: Settings) -> Row:
+    """A trial's row as far as its own folder tells."""
+    names = list(kept.sweep.objectives)
+    if RUN not in trial.user_attrs:
+        error = trial.user_attrs.get(ERROR, "")
+        status = Status(state="failed" if trial.state.is_finished() else "waiting", error=error)
+        return Row(label_of(settings), settings, status, dict.fromkeys(names))
+    row = row_of(store, run_of(case_of(kept.sweep, settings), kept.hashes), names)
+    state = {"PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}.get(trial.state.name)
+    if row.status.state == "waiting" and state:  # its folder is another machine's
+        row.status = Status(state=state)
+    return row

@@ -14,7 +14,9 @@ from prunedm.experiments.store import Run, Status, Store
 from prunedm.running import Entry, entry_of
 from prunedm.watching import LOG
 
+SCHEDULER = "PRUNEDM_SWEEP"  # who started the child, by process number
 BUSY = 75  # exit code of a child whose run another process has
+_HOW_TO_END = {"done": (0,), "stopped": (130, 143), "failed": (2,), "pruned": (130, 143)}
 PATIENCE = 60.0  # seconds until a child that was asked to end is ended
 
 
@@ -82,6 +84,7 @@ class Job:
 def start(store: Store, run: Run, slot: Slot) -> Job:
     """A child process that makes `run`; what it prints is added to the run's log."""
     store.write(run)
+    store.set_status(run.id, Status())  # what it says of an earlier session is over
     log = store.log(run.id)
     command = [sys.executable, "-m", "prunedm.experiments.chain", str(store.out), run.id]
     with log.open("ab") as file:
@@ -90,7 +93,7 @@ def start(store: Store, run: Run, slot: Slot) -> Job:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | slot.environment | {LOG: str(log)},
+            env=os.environ | slot.environment | {LOG: str(log), SCHEDULER: str(os.getpid())},
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
     return Job(run, slot, process)
@@ -99,9 +102,10 @@ def start(store: Store, run: Run, slot: Slot) -> Job:
 def outcome(store: Store, job: Job) -> Status:
     """How a job that has ended stands: what it said itself, or how it was ended."""
     status, code = store.status(job.run.id), job.process.returncode
-    if job.ended_early and status.state != "done":
-        status = status.model_copy(update={"state": "pruned", "error": ""})
-    elif status.state in ("running", "waiting") or (code and status.state == "done"):
+    if job.ended_early:
+        if status.state != "done":  # before the signal came
+            status = status.model_copy(update={"state": "pruned", "error": ""})
+    elif status.state in ("running", "waiting") or code not in _HOW_TO_END[status.state]:
         status = status.model_copy(update={"state": "failed", "error": _how_it_ended(code)})
     store.set_status(job.run.id, status)
     return status

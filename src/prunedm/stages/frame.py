@@ -15,6 +15,7 @@ from prunedm.training import processes
 PARTIAL = ".partial"  # <out>.partial holds a stage's work until it is whole
 RESUME = "resume"  # in there: what an interrupted stage goes on from
 _IDENTITY = "identity.json"
+_CLOCK = "clock.json"  # when this session began, and the seconds of those before it
 _SPENT = "spent"
 # options that change how a result is made but not what it is
 _NOT_IDENTITY = {
@@ -65,15 +66,15 @@ def run_stage(
     found = _existing(out, partial, record, overwrite, complete)
     if found is not None:
         return found, False
-    started = time.monotonic()
     processes.wait_for_all()  # all have looked; now the first may change what is there
     if processes.rank() > 0:
         return _help(out, partial, make), True
     try:
         _open(partial, record, overwrite)
+        before, started = _spent(partial), time.monotonic()
         processes.wait_for_all()
         figures = make(partial)
-        seconds = round(time.monotonic() - started, 2)
+        seconds = round(before + time.monotonic() - started, 2)
         record = record.model_copy(
             update={"figures": figures, "wall_time_s": seconds}
             | environment(getattr(options, "device", "cpu"))
@@ -86,6 +87,7 @@ def run_stage(
     (partial / RESUME).rename(partial / _SPENT)  # at once: half of it must not be resumed from
     shutil.rmtree(partial / _SPENT)
     (partial / _IDENTITY).unlink()
+    (partial / _CLOCK).unlink()
     if out.exists():
         shutil.rmtree(out)  # empty, or --overwrite was given; and the new result is whole
     partial.rename(out)
@@ -175,6 +177,20 @@ def _open(partial: Path, record: Record, overwrite: bool) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / RESUME).mkdir(parents=True)
     write_json(record.identity, partial / _IDENTITY)
+
+
+def _spent(partial: Path) -> float:
+    """Seconds of the sessions before this one, which begins now.
+
+    A session that was killed lasted until it last wrote what can be gone on with.
+    """
+    clock, spent = partial / _CLOCK, 0.0
+    if clock.exists():
+        earlier = json.loads(clock.read_text(encoding="utf-8"))
+        last = max((p.stat().st_mtime for p in (partial / RESUME).rglob("*")), default=0.0)
+        spent = earlier["spent"] + max(0.0, last - earlier["began"])
+    write_json({"spent": spent, "began": time.time()}, clock)
+    return spent
 
 
 def _resumable(partial: Path) -> bool:

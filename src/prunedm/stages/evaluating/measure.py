@@ -86,6 +86,7 @@ def measure(
         parent=model.record,
         make=make,
         overwrite=overwrite,
+        complete=lambda folder: not read_evaluation(folder).failed,
     )
 
 

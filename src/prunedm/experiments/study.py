@@ -1,0 +1,108 @@
+"""Optuna as a sweep uses it: the study in its storage, samplers, pruners, spaces."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunedm.errors import UserError, first_line
+from prunedm.experiments.plan import Range, Search, Sweep, case_of
+from prunedm.experiments.store import run_of
+from prunedm.randomness import seed_for
+
+BASIS = "basis"  # a study's attribute: objectives, recipe and model
+_ATTEMPTS = 4  # to open the database
+
+
+def open_study(sweep: Sweep, out: Path, hashes: Mapping[str, str]) -> Any:
+    """The Optuna study, new or gone on with.
+
+    Raises `UserError` where that is impossible, and where the study is of other objectives, another
+    recipe or model: its figures would stand beside others that do not compare.
+    """
+    study = _opened(sweep, out)
+    basis = {"objectives": sweep.objectives, "recipe": run_of(case_of(sweep, {}), hashes).id}
+    if BASIS not in study.user_attrs:
+        study.set_user_attr(BASIS, basis)
+    if study.user_attrs[BASIS] != basis:
+        both = study.user_attrs[BASIS]["objectives"], sweep.objectives
+        what = "objectives {}, the file {}".format(*both) if both[0] != both[1] else (
+            "another recipe, model or data"
+        )  # fmt: skip
+        raise UserError(
+            f"study {study.study_name!r} is of {what}; name another search.study, or give "
+            "another folder"
+        )
+    return study
+
+
+def _opened(sweep: Sweep, out: Path) -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            "search needs Optuna, which is not installed: pip install 'prunedm[sweep]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    assert sweep.search is not None
+    search, directions = sweep.search, list(sweep.objectives.values())
+    url = search.storage or f"sqlite:///{(out / 'study.db').resolve()}"
+    out.mkdir(parents=True, exist_ok=True)
+    # several processes write to one SQLite file in turns
+    waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    for attempt in range(_ATTEMPTS):
+        try:
+            return optuna.create_study(
+                storage=optuna.storages.RDBStorage(url, engine_kwargs=waiting),
+                study_name=search.study or out.resolve().name,
+                directions=directions,
+                pruner=_pruner(search),
+                load_if_exists=True,
+            )
+        except Exception as error:  # a URL, a driver, a server, rights: whatever the database says
+            if attempt + 1 == _ATTEMPTS:
+                raise UserError(f"cannot open storage {url}: {first_line(error)}") from error
+            time.sleep(0.2 * (attempt + 1))  # two that make the tables at once
+    raise AssertionError("unreachable")
+
+
+def suggest(trial: Any, name: str, space: list[Any] | Range) -> Any:
+    """A value of the space. Raises `ValueError` where the study knows another space by this name."""
+    if isinstance(space, Range):
+        ends = [space.low, space.high] + ([] if space.step is None else [space.step])
+        if all(isinstance(end, int) for end in ends):
+            return trial.suggest_int(
+                name, space.low, space.high, step=space.step or 1, log=space.log
+            )
+        return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+    if all(value is None or isinstance(value, bool | int | float | str) for value in space):
+        return trial.suggest_categorical(name, space)
+    # lists and tables: Optuna stores plain values only
+    return json.loads(trial.suggest_categorical(name, [json.dumps(value) for value in space]))
+
+
+def sampler_for(search: Search, number: int) -> Any:
+    """Who proposes trial `number`: drawn anew for each, so that an interruption changes nothing."""
+    from optuna import samplers
+
+    seed = seed_for(search.seed, "search", number) % (1 << 32)
+    if search.sampler == "gp":
+        return samplers.GPSampler(seed=seed)
+    if search.sampler == "nsga2":
+        # the first generation is random; Optuna's 50 would be all of a short search
+        population = min(50, max(4, search.trials // 5))
+        return samplers.NSGAIISampler(seed=seed, population_size=population)
+    if search.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    return samplers.TPESampler(seed=seed)
+
+
+def _pruner(search: Search) -> Any:
+    from optuna import pruners
+
+    if search.pruner == "median":
+        return pruners.MedianPruner(n_startup_trials=search.pruner_patience)
+    if search.pruner == "halving":
+        return pruners.SuccessiveHalvingPruner()
+    return pruners.NopPruner()
