@@ -24,6 +24,8 @@ _HOME = {
     "analyze": "prunedm.stages",
     "run": "prunedm.recipe",
     "Recipe": "prunedm.recipe",
+    "sweep": "prunedm.experiments.sweep",
+    "Sweep": "prunedm.experiments.plan",
     "UserError": "prunedm.errors",
     "PrunedUNet2DModel": "prunedm.pruned_unet",
     "use_sparse_kernels": "prunedm.sparse_kernels.selection",

@@ -11,7 +11,7 @@ from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
 from prunedm.evaluation.report.front import panels
 from prunedm.evaluation.results import Evaluation
-from prunedm.experiments.plan import Sweep
+from prunedm.experiments.plan import Sweep, case_of
 from prunedm.experiments.results import Row, dense_of
 from prunedm.experiments.store import Store, own_name
 from prunedm.experiments.words import word
@@ -49,9 +49,9 @@ def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
     """Everything the template shows."""
     store = Store(out)
     figures = _figures(rows, store, f"prunedm sweep: {out.resolve().name}")
-    fields = ", ".join(plan.fields())
+    fields, model = ", ".join(plan.fields()), Path(case_of(plan, {}).recipe.model).name
     return figures | {
-        "lead": word("lead", model=_model(plan), count=len(rows), fields=fields),
+        "lead": word("lead", model=model, count=len(rows), fields=fields),
         "tiles": _tiles(rows, plan, store),
         "directions": ", ".join(f"{name}: {way}" for name, way in plan.objectives.items()),
         "objectives": [
@@ -91,11 +91,6 @@ def _figures(rows: Sequence[Row], store: Store, title: str) -> dict[str, Any]:
     ]
     drawn = {"panels": panels([dense, *numbered], whole["quality"])}
     return empty | {key: whole[key] for key in (*_PARTS, "title", "version")} | drawn
-
-
-def _model(plan: Sweep) -> str:
-    assert isinstance(plan.recipe, dict)
-    return Path(str(plan.recipe.get("model", "digits"))).name
 
 
 def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any]]:

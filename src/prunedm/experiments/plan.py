@@ -95,6 +95,11 @@ class Sweep(Options):
             raise ValueError("a pruner needs one objective; give one, or pruner: none")
         return self
 
+    @property
+    def base(self) -> dict[str, Any]:
+        """The recipe's options. Raises `UserError` for a file that cannot be read."""
+        return read_yaml(Path(self.recipe)) if isinstance(self.recipe, str) else self.recipe
+
     def fields(self) -> list[str]:
         """Every option that is varied, in the file's order."""
         names = list(self.search.space) if self.search else []
@@ -126,9 +131,8 @@ def read_sweep(path: Path) -> Sweep:
 
 def case_of(sweep: Sweep, settings: Settings, label: str = "") -> Case:
     """Raises `UserError` where the recipe does not take a setting."""
-    assert isinstance(sweep.recipe, dict)
     try:
-        recipe = Recipe.model_validate(combined(sweep.recipe, nested(settings)))
+        recipe = Recipe.model_validate(combined(sweep.base, nested(settings)))
     except ValidationError as error:
         message = validation_message(error, Recipe)
         raise UserError(f"{label or label_of(settings)}: {message}") from error

@@ -53,7 +53,7 @@ class Kept(BaseModel):
 
 def sweep(
     plan: Sweep,
-    out: Path,
+    out: str | Path,
     *,
     workers: int = 0,
     threads: int = 0,
@@ -68,6 +68,7 @@ def sweep(
     Interrupted, it ends its runs; called again, it goes on where they were.
     """
     progress = progress or Silent()
+    out = Path(out)
     if plan.search is not None and (only or retry):
         raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
     _check(plan)
