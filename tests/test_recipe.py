@@ -9,7 +9,7 @@ from prunedm import recipe as recipes
 from prunedm.cli import app, main
 from prunedm.configuration import parse_settings, read_yaml
 from prunedm.errors import UserError
-from prunedm.options import EvaluateOptions, FinetuneOptions, PruneOptions
+from prunedm.options import EvaluateOptions, FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.recipe import Recipe, plan, run
 from prunedm.training import loop
 
@@ -153,6 +153,13 @@ def test_stages_have_an_order_and_known_names():
     ]
     with pytest.raises(UserError, match="no 'distil'; there are prune, recover"):
         recipes.steps_of(tiny_recipe(stages=("distil",)))
+
+
+def test_options_of_a_stage_that_is_not_run_are_told(out):
+    lines = Lines()
+    run(tiny_recipe(learn=LearnOptions(steps=3)), out, progress=lines)
+    assert lines.said[0] == "learn: given options, but not among the stages (mask, finetune)"
+    assert recipes.unused(tiny_recipe()) == []
 
 
 # --------------------------------------------------------------------------- files and settings

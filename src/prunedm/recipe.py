@@ -111,6 +111,16 @@ def steps_of(recipe: Recipe) -> list[Step]:
     ]
 
 
+def unused(recipe: Recipe) -> list[str]:
+    """One line for every stage that was given options and is not among `stages`."""
+    given = [name for name in STAGES if name in recipe.model_fields_set]
+    return [
+        f"{name}: given options, but not among the stages ({', '.join(recipe.stages)})"
+        for name in given
+        if name not in recipe.stages
+    ]
+
+
 def run(
     recipe: Recipe, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False
 ) -> Path:
@@ -124,6 +134,8 @@ def run(
     progress, out = progress or Silent(), Path(out)
     steps = steps_of(recipe)
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
+    for line in unused(recipe):
+        progress.say(line)
     folders: dict[str, str | Path] = {"dense": recipe.model}
     current: str | Path = recipe.model
     for number, step in enumerate(steps, start=1):

@@ -21,7 +21,7 @@ from prunedm.configuration import merge_file, parse_settings, preset_file
 from prunedm.errors import UserError
 from prunedm.options import ExportOptions, FinetuneOptions, LearnOptions, PruneOptions, TrainOptions
 from prunedm.options.presets import with_preset
-from prunedm.recipe import Recipe
+from prunedm.recipe import Recipe, unused
 from prunedm.recipe import plan as plan_recipe
 from prunedm.recipe import run as run_recipe
 
@@ -59,9 +59,11 @@ def run(
     recipe = merge_file(recipe, file, parse_settings(set_))
     out = out or Path("runs") / (file.stem if file else Path(recipe.model).name)
     if dry_run:
-        from prunedm.console import plan_table
+        from prunedm.console import Terminal, plan_table
 
         plan_table(plan_recipe(recipe, out))
+        for line in unused(recipe):
+            Terminal().say(line)
         return
     with watched_terminal(out, "run") as terminal:
         report_folder = run_recipe(recipe, out, progress=terminal, overwrite=overwrite)
