@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ from prunedm.folder import load
 from prunedm.messages import one_line
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress
-from prunedm.recipe import describe, steps_of
+from prunedm.recipe import Step, describe, steps_of
 from prunedm.stages.compare import yardstick
 from prunedm.stages.evaluating.measure import RESULTS, measure, read_evaluation
 from prunedm.watching import Watched
@@ -36,37 +37,33 @@ _LOOK_EVERY = 0.5  # seconds
 
 def run_chain(store: Store, run: Run, progress: Progress) -> None:
     """Make what is missing of a run. A stage that another run is making is waited for."""
-    recipe, source = recipe_of(run), Path(recipe_of(run).model)
-    evaluate: EvaluateOptions = recipe.stage_options("evaluate")
-    status = Status(state="running", host=socket.gethostname(), pid=psutil.Process().pid)
+    recipe = recipe_of(run)
+    measured = partial(figures, options=recipe.stage_options("evaluate"), progress=progress)
+    current: str | Path = recipe.model
+    works: list[tuple[str, str, Callable[[Path], None]]] = [
+        ("dense", run.dense, partial(measured, current, label="dense"))
+    ]
+    for step, place in zip(steps_of(recipe), run.stages, strict=True):
+        works.append((step.name, place.folder, partial(_make, step, current, progress=progress)))
+        current = store.stage(place.folder)
+    works.append(("evaluate", run.evaluation, partial(measured, current, label=run.label)))
+    status = Status(state="running", host=socket.gethostname(), pid=os.getpid())
     status.started = time.time()
-
-    def stage(name: str, folder: str, make: Callable[[Path], None]) -> None:
+    for name, folder, work in works:
         status.stage, status.stage_started = name, time.time()
         store.set_status(run.id, status)
-        _alone(store, folder, progress, lambda: make(store.stage(folder)))
-
-    dense: str | Path = recipe.model
-    stage("dense", run.dense, lambda out: figures(dense, out, evaluate, "dense", progress))
-    current: str | Path = recipe.model
-    for step, place in zip(steps_of(recipe), run.stages, strict=True):
-
-        def make(out: Path, step=step, current=current) -> None:  # type: ignore[no-untyped-def]
-            record, made = step.make(current, out, progress=progress)
-            progress.say(f"{step.name}: {describe(record.figures, record.wall_time_s, made)}")
-
-        stage(step.name, place.folder, make)
-        current = store.stage(place.folder)
-    source = Path(current)
-    stage(
-        "evaluate", run.evaluation, lambda out: figures(source, out, evaluate, run.label, progress)
-    )
+        _alone(store, folder, progress, partial(work, store.stage(folder)))
     status.state, status.seconds = "done", time.time() - status.started
     store.set_status(run.id, status)
 
 
+def _make(step: Step, source: str | Path, out: Path, *, progress: Progress) -> None:
+    record, made = step.make(source, out, progress=progress)
+    progress.say(f"{step.name}: {describe(record.figures, record.wall_time_s, made)}")
+
+
 def figures(
-    source: str | Path, out: Path, options: EvaluateOptions, label: str, progress: Progress
+    source: str | Path, out: Path, *, options: EvaluateOptions, label: str, progress: Progress
 ) -> None:
     """Quality, size and sparsity of one model; no latencies, which runs side by side would spoil.
 

@@ -110,13 +110,14 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
     for name, way in list(plan.objectives.items())[:2]:
         known = [row for row in rows if row.values[name] is not None]
         if known:
+            best = sorted(known, key=lambda row: not row.best)  # of equals, one of the front
             pick = min if way == "minimize" else max
-            best = pick(known, key=lambda row: row.values[name] or 0.0)
+            chosen = pick(best, key=lambda row: row.values[name] or 0.0)  # noqa: B023
             tiles.append(
                 {
                     "name": word("tile.best", name=_HEADERS.get(name, name)),
-                    "big": shown(name, best.values[name]),
-                    "story": best.label,
+                    "big": shown(name, chosen.values[name]),
+                    "story": chosen.label,
                 }
             )
     spent, alone = _seconds(rows, store)
