@@ -112,7 +112,7 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
         if known:
             best = sorted(known, key=lambda row: not row.best)  # of equals, one of the front
             pick = min if way == "minimize" else max
-            chosen = pick(best, key=lambda row: row.values[name] or 0.0)  # noqa: B023
+            chosen = pick(best, key=lambda row: row.values[name] or 0.0)
             tiles.append(
                 {
                     "name": word("tile.best", name=_HEADERS.get(name, name)),
