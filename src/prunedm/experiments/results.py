@@ -44,13 +44,13 @@ def dense_of(store: Store, run: Run) -> Evaluation | None:
 
 def value_of(store: Store, run: Run, name: str) -> float | None:
     """A figure by name: of the evaluation, STAGE.figure of a record, or the stages' seconds."""
-    records = {s.name: read_record(store.stage(s.folder)) for s in run.stages}
+    folders = {stage.name: store.stage(stage.folder) for stage in run.stages}
     if name == "seconds":
-        spent = [record.wall_time_s for record in records.values() if record]
-        return sum(spent) if len(spent) == len(records) else None
+        spent = [r.wall_time_s for folder in folders.values() if (r := read_record(folder))]
+        return sum(spent) if len(spent) == len(folders) else None
     stage, dot, figure = name.partition(".")
     if dot:
-        record = records.get(stage)
+        record = read_record(folders[stage]) if stage in folders else None
         return _number(record.figures.get(figure)) if record else None
     evaluation = evaluation_of(store, run)
     if evaluation is None or evaluation.failed:  # counts of a step that failed read 0

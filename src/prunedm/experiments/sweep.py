@@ -90,10 +90,9 @@ def sweep(
 def planned(plan: Sweep, out: Path) -> list[Row]:
     """What `sweep` would come to, as it stands; of a search, the runs there are. Nothing is made."""
     _check(plan)
-    kept = _kept(plan, out)
     if plan.search is not None and not (out / FILE).exists():
         return []
-    return _rows(kept, Store(out))
+    return _rows(_kept(plan, out), Store(out))
 
 
 def rows_of(out: Path) -> list[Row]:
