@@ -1,6 +1,6 @@
 """Every way to run a model on an NVIDIA GPU, timed in turns in one call.
 
-    python benchmarks/gpu.py --layers
+    python benchmarks/gpu.py --layers only
     python benchmarks/gpu.py --model dense/ --model channels/ --model hybrid/ --layers
 
 Ways: eager float32, TF32, float16 eager, channels-last, compiled, max-autotune, semi-structured (see
@@ -8,8 +8,8 @@ Ways: eager float32, TF32, float16 eager, channels-last, compiled, max-autotune,
 of the first model at the same batch, and of turns, so that what else the GPU does falls on all alike.
 A way whose runtime is not installed, or that fails, gets a row that says so and no figure. Where no
 model has 2:4 layers, a copy of the first with magnitude masks is added; its speed is that of any 2:4.
-`--layers`: also single layers of Stable Diffusion's sizes. At the end: tables, and
-`benchmarks/results/gpu-NAME.json`.
+`--layers`: also, or only, single layers of Stable Diffusion's sizes. `--without`: ways to leave out
+(max-autotune takes minutes a model). At the end: tables, and `benchmarks/results/gpu-CARD-MODEL.json`.
 """
 
 import argparse
@@ -153,6 +153,10 @@ def compiled(subject: Subject) -> Made:
     return compiling(subject, subject.half(torch.channels_last), "default")
 
 
+def cuda_graphs(subject: Subject) -> Made:
+    return compiling(subject, subject.half(torch.channels_last), "reduce-overhead")
+
+
 def max_autotune(subject: Subject) -> Made:
     return compiling(subject, subject.half(torch.channels_last), "max-autotune")
 
@@ -163,6 +167,10 @@ def sparse(subject: Subject) -> Made:
 
 def sparse_compiled(subject: Subject) -> Made:
     return sparsely(subject, time_graphs, "default")
+
+
+def sparse_cuda_graphs(subject: Subject) -> Made:
+    return sparsely(subject, time_graphs, "reduce-overhead")
 
 
 def sparse_max_autotune(subject: Subject) -> Made:
@@ -193,11 +201,8 @@ def sparsely(subject: Subject, timer: Timer, mode: str | None) -> Made:
 
 
 def compiling(subject: Subject, module: nn.Module, mode: str) -> Made:
-    """Compiled at once. `NoFigure` where the compiler gave up and runs the eager model."""
-    from torch._dynamo.utils import counters
-
-    before = counters["stats"]["unique_graphs"]
-    fast = torch.compile(module, mode=mode, dynamic=False)
+    """Compiled at once and whole: an error where a part would run eager."""
+    fast = torch.compile(module, mode=mode, dynamic=False, fullgraph=True)
     plain = subject.call(fast, torch.channels_last)
 
     def call() -> torch.Tensor:
@@ -206,8 +211,6 @@ def compiling(subject: Subject, module: nn.Module, mode: str) -> Made:
 
     started = time.perf_counter()
     call()
-    if counters["stats"]["unique_graphs"] == before:
-        raise NoFigure("torch.compile compiled nothing")
     return Made(call, f"compiled in {time.perf_counter() - started:.0f} s")
 
 
@@ -300,9 +303,11 @@ WAYS: dict[str, Callable[[Subject], Made]] = {
     "float16": half,
     "float16, channels-last": channels_last,
     "float16, compiled": compiled,
+    "float16, CUDA graphs": cuda_graphs,
     "float16, max-autotune": max_autotune,
     "semi-structured": sparse,
     "semi-structured, compiled": sparse_compiled,
+    "semi-structured, CUDA graphs": sparse_cuda_graphs,
     "semi-structured, max-autotune": sparse_max_autotune,
     "ONNX Runtime CUDA, float16": onnx_runtime,
     "TensorRT float16, dense weights": tensorrt_dense,
@@ -330,14 +335,21 @@ def set_tf32(on: bool) -> None:
 # --------------------------------------------------------------------------- measurement
 
 
-def measure(subjects: Sequence[Subject], repeats: int, say: Callable[[str], None]) -> list[Row]:
-    """All ways of all models at one batch, in turns."""
+def measure(
+    subjects: Sequence[Subject],
+    repeats: int,
+    say: Callable[[str], None],
+    without: Sequence[str] = (),
+) -> list[Row]:
+    """All ways of all models at one batch, in turns; not those whose name has a text of `without`."""
     made: list[Made] = []
     rows: list[Row] = []
     unmeasured: list[Row] = []
     for subject in subjects:
         reference = subject.call(subject.denoiser)()
         for way, make in WAYS.items():
+            if any(text in way for text in without):
+                continue
             row: Row = {"model": subject.name, "batch": subject.batch, "way": way}
             say(f"batch {subject.batch}: {subject.name}, {way}")
             try:
@@ -478,17 +490,21 @@ def markdown(result: Row) -> str:
         rows.setdefault((row["model"], row["way"]), {})[row["batch"]] = row
     parts = [
         f"```\n{result['command']}\n```",
-        f"{result['device']}, PyTorch {result['versions']['torch']}. Milliseconds of one call, and "
-        f"how many times as fast as {BASELINE} of {result['rows'][0]['model']}; medians of "
-        f"{result['repeats']} turns. Error: of the output against the same model's float32, relative.",
-        table(
-            ["model", "way", *(f"batch {b}" for b in batches), "error", "note"],
-            [
-                [model, way, *(cell(by.get(b)) for b in batches), worst(by), notes(by)]
-                for (model, way), by in rows.items()
-            ],
-        ),
+        f"{result['device']}, PyTorch {result['versions']['torch']}; milliseconds of one call.",
     ]
+    if rows:
+        parts += [
+            f"How many times as fast as {BASELINE} of {result['rows'][0]['model']}; medians of "
+            f"{result['repeats']} turns. Error: of the output against the same model's float32, "
+            "relative.",
+            table(
+                ["model", "way", *(f"batch {b}" for b in batches), "error", "note"],
+                [
+                    [model, way, *(cell(by.get(b)) for b in batches), worst(by), notes(by)]
+                    for (model, way), by in rows.items()
+                ],
+            ),
+        ]
     chosen = [
         [row["model"], row["way"], str(row["batch"]), c["name"], c["kind"],
          f"{c['pixels']} x {c['outputs']} x {c['columns']}", f"{c['dense_ms']:.4f}",
@@ -560,7 +576,10 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--repeats", type=int, default=30, help="turns")
-    parser.add_argument("--layers", action="store_true", help="also single large layers")
+    parser.add_argument(
+        "--layers", nargs="?", const="also", choices=["also", "only"], help="single large layers"
+    )
+    parser.add_argument("--without", nargs="+", default=[], help="texts of ways to leave out")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.version.hip:
         sys.exit("no NVIDIA GPU here: this benchmark measures nothing without one")
@@ -571,9 +590,9 @@ def main() -> None:
     setattr(_dynamo.config, limit, 256)
     set_tf32(False)
     device = torch.device("cuda")
-    models = load_all(arguments.model or ["digits"])
+    models = {} if arguments.layers == "only" else load_all(arguments.model or ["digits"])
     result: Row = {
-        "name": f"gpu-{slug(torch.cuda.get_device_name(device))}",
+        "name": f"gpu-{slug(torch.cuda.get_device_name(device))}-{slug(next(iter(models), 'layers'))}",
         "command": command_line(),
         **environment(),
         "cuda": torch.version.cuda,
@@ -584,12 +603,12 @@ def main() -> None:
     }
     path = ROOT / "benchmarks" / "results" / f"{result['name']}.json"
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        for batch in arguments.batch:
+        for batch in arguments.batch if models else []:
             subjects = [
                 Subject(name, denoiser.to(device), shape, batch, device, Path(folder))
                 for name, (denoiser, shape) in models.items()
             ]
-            result["rows"] += measure(subjects, arguments.repeats, print)
+            result["rows"] += measure(subjects, arguments.repeats, print, arguments.without)
             write_json(result, path)  # what there is, should the next batch be too much
             _dynamo.reset()
             torch.cuda.empty_cache()

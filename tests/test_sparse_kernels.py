@@ -212,6 +212,7 @@ def test_pytorchs_sparse_weights_live_in_modules(monkeypatch, bias):
         with torch.inference_mode():
             torch.testing.assert_close(sparse.to("cpu")(x_NCHW), wanted)
         assert sparse.half().gemms[0].weight.dtype == DOUBLE
+        assert copy.deepcopy(sparse).gemms[0].weight is sparse.gemms[0].weight
 
 
 # -------------------------------------------------------------------------------- reasons

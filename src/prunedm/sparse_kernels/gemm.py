@@ -76,6 +76,9 @@ class SemiStructuredGemm(Gemm):
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "SemiStructuredGemm":
         return self  # even `.to()` to where it is already raises in inference mode
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "SemiStructuredGemm":
+        return self  # nothing changes a packed weight, and cuSPARSELt's cannot be cloned
+
 
 @dataclass(frozen=True)
 class Kernel:
