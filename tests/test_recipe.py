@@ -7,7 +7,7 @@ from helpers import Killed, tiny_folder
 
 from prunedm import recipe as recipes
 from prunedm.cli import app, main
-from prunedm.configuration import parse_settings, read_yaml
+from prunedm.configuration import parse_settings, read_options
 from prunedm.errors import UserError
 from prunedm.options import EvaluateOptions, FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.recipe import Recipe, plan, run
@@ -169,7 +169,7 @@ def test_yaml_values_are_those_of_yaml_1_2(tmp_path):
     """PyYAML reads YAML 1.1, in which 1:4 is 64, `no` is false and 1e-3 is a text."""
     text = "a: 1:4\nb: no\nc: 1e-3\nd: [1, 2.5, true]\ne:\nf: 2026-01-01\ng: -3\nh: off\ni-j: 012\n"
     (tmp_path / "a.yaml").write_text(text)
-    values = read_yaml(tmp_path / "a.yaml")
+    values = read_options(tmp_path / "a.yaml")
     assert values == {
         "a": "1:4", "b": "no", "c": 0.001, "d": [1, 2.5, True], "e": None, "f": "2026-01-01",
         "g": -3, "h": "off", "i_j": 12,
@@ -183,7 +183,7 @@ def test_yaml_values_are_those_of_yaml_1_2(tmp_path):
 def test_yaml_makes_no_objects(text, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match="cannot read"):
-        read_yaml(tmp_path / "a.yaml")
+        read_options(tmp_path / "a.yaml")
 
 
 def test_settings_become_tables():
@@ -237,7 +237,7 @@ def test_the_folder_is_what_is_no_yaml_file(monkeypatch, tmp_path):
     [
         (["a.yaml", "b.yaml"], "one recipe and one folder"),
         (["a", "b"], "one recipe and one folder"),
-        (["gone.yaml"], "cannot read gone.yaml"),
+        (["gone.yaml"], "gone.yaml is missing"),
         (["--set", "learn.paternn=1:4"], "did you mean 'pattern'"),
         (["--set", "learn.pattern=3:2"], "is no N:M"),
     ],

@@ -1,16 +1,15 @@
 """Options from files: defaults < YAML < command line, and errors that suggest the nearest name."""
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from prunedm.errors import UserError, nearest
 from prunedm.options import Options
+from prunedm.reading import parse_yaml, read_yaml
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -21,7 +20,7 @@ def merge_file(
     """`given` wins wherever it was set; then `settings` (nested tables), the file, the defaults."""
     if path is None and not settings:
         return given
-    merged = combined(read_yaml(path) if path else {}, settings or {})
+    merged = combined(read_options(path) if path else {}, settings or {})
     merged = combined(merged, given.model_dump(exclude_unset=True))
     try:
         return type(given).model_validate(merged)
@@ -40,7 +39,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (equals and name.strip()):
             raise UserError(f"{text!r} sets nothing; give NAME=VALUE, such as learn.pattern=1:4")
-        merged = combined(merged, nested({name.strip(): _parse(value, text)}))
+        merged = combined(merged, nested({name.strip(): parse_yaml(value, text)}))
     return merged
 
 
@@ -88,36 +87,9 @@ def _suggestion(location: tuple[Any, ...], model: type[BaseModel] | None) -> str
     return nearest(str(location[-1]), known)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: in YAML 1.1, which PyYAML reads, 1:4 is 64, no is false, 1e-3 a text."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-
-
-_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-for _tag, _form, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", _NUMBER + r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", r"<<", "<"),
-):  # fmt: skip
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), _first)
-
-
-def _parse(text: str, where: object) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read {where}: {' '.join(str(error).split())}") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
     """The table in a YAML file, hyphens in names as underscores. Raises `UserError` without one."""
-    try:
-        value = _parse(path.read_text(encoding="utf-8"), path) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    value = read_yaml(path) or {}
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no table of options")
     return _underscored(value)

@@ -6,7 +6,6 @@ are looked up in the short tables below, weights are safetensors (or `.bin` read
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
 from prunedm.packed import load_packed
 from prunedm.pruned_unet import PrunedUNet2DModel
+from prunedm.reading import read_object
 from prunedm.record import Record, read_record, write_json, write_record
 
 MASKS_FILE = "masks.safetensors"
@@ -68,7 +68,7 @@ def load(source: str | Path) -> Model:
     """
     folder = find(source)
     index, exported = (
-        _read_json(folder / name) if (folder / name).exists() else {}
+        read_object(folder / name) if (folder / name).exists() else {}
         for name in ("model_index.json", EXPORT_FILE)
     )
     if not index and not (folder / "config.json").exists():
@@ -175,7 +175,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _forget_origin(config: Path) -> None:
     # diffusers notes the path a model was loaded from, so equal models would differ in their hash
-    kept = {key: value for key, value in _read_json(config).items() if key != "_name_or_path"}
+    kept = {key: value for key, value in read_object(config).items() if key != "_name_or_path"}
     write_json(kept, config)
 
 
@@ -247,7 +247,7 @@ def _load_packed(folder: Path) -> tuple[Any, Masks | None, torch.dtype]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A denoiser's config.json."""
-    return _read_json(folder / "config.json")
+    return read_object(folder / "config.json")
 
 
 def save_config(model: Model, folder: Path) -> None:
@@ -270,7 +270,7 @@ def load_scheduler(folder: Path) -> Any:
     path = where / "scheduler_config.json"
     if not path.exists():
         return DDPMScheduler()  # a bare denoiser folder: the paper's 1,000 linear steps
-    config = _read_json(path)
+    config = read_object(path)
     cls = scheduler_class(str(config.get("_class_name")))
     if cls is None:
         raise UserError(f"{path} names no diffusers scheduler: {config.get('_class_name')!r}")
@@ -280,13 +280,3 @@ def load_scheduler(folder: Path) -> Any:
         raise UserError(f"{path} describes no {cls.__name__}: {first_line(error)}") from error
     check_scheduler(scheduler)
     return scheduler
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object")
-    return value

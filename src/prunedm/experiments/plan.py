@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from prunedm.configuration import combined, nested, read_yaml, validation_message
+from prunedm.configuration import combined, nested, read_options, validation_message
 from prunedm.errors import UserError
 from prunedm.options import Options
 from prunedm.recipe import Recipe
@@ -98,7 +98,7 @@ class Sweep(Options):
     @property
     def base(self) -> dict[str, Any]:
         """The recipe's options. Raises `UserError` for a file that cannot be read."""
-        return read_yaml(Path(self.recipe)) if isinstance(self.recipe, str) else self.recipe
+        return read_options(Path(self.recipe)) if isinstance(self.recipe, str) else self.recipe
 
     def fields(self) -> list[str]:
         """Every option that is varied, in the file's order."""
@@ -120,9 +120,9 @@ class Case:
 
 def read_sweep(path: Path) -> Sweep:
     """Raises `UserError` for a file that is none, naming the first thing that is wrong."""
-    table = read_yaml(path)
+    table = read_options(path)
     if isinstance(table.get("recipe"), str):
-        table["recipe"] = read_yaml(path.parent / table["recipe"])
+        table["recipe"] = read_options(path.parent / table["recipe"])
     try:
         return Sweep.model_validate(table)
     except ValidationError as error:
