@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "compile_s": compiled.compile_seconds,
         "compile_s_layer": compiled.compile_seconds / layers,
         "saved_share": 1 - statistics.median(seconds[FAST]) / statistics.median(seconds[EAGER]),
-        "compiles_from_images": layers * SECONDS_PER_LAYER / SAVED_SHARE / call_s
+        "compiles_from_images": layers * SECONDS_PER_LAYER[device.type] / SAVED_SHARE[device.type] / call_s
         / arguments.steps * size,
     }  # fmt: skip
 
