@@ -39,6 +39,7 @@ LEVELS = [
         "errors",
         "hub",
         "reading",
+        "inference",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -20,6 +20,7 @@ from prunedm.diffusion import ProblemBatch, predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import MASKS_FILE, load, save
+from prunedm.inference import evaluating
 from prunedm.layers import prunable_layers, to_groups
 from prunedm.learning import ESTIMATORS, relaxation
 from prunedm.learning.logits import MaskLogits, groups_changed
@@ -501,8 +502,7 @@ def learned_on_tiny(
 
     @torch.no_grad()
     def hard_loss(masks: Masks) -> float:
-        denoiser.eval()
-        with masks.applied(denoiser):
+        with masks.applied(denoiser), evaluating(denoiser):
             return float(problem_losses(predict(denoiser, batch), wanted).mean())
 
     def counted(*given, **named):
