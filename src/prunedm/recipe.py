@@ -49,7 +49,7 @@ class Recipe(DataOptions):
     mask: PruneOptions = PruneOptions(mechanism="obs-nm")
     learn: LearnOptions = LearnOptions()
     finetune: FinetuneOptions = FinetuneOptions(steps=350)
-    evaluate: EvaluateOptions = EvaluateOptions(sampling_steps=25)
+    evaluate: EvaluateOptions = EvaluateOptions(sampling_steps=25, middle_samples=100)
 
     def stage_options(self, name: str) -> Any:
         """The options of a stage: the recipe's default < its shared values < the stage's own.

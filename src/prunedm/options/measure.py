@@ -42,6 +42,12 @@ class EvaluateOptions(DataOptions):
     samples: int | None = Field(
         None, ge=0, description="images behind FD; none: enough for the features; 0 skips them"
     )
+    middle_samples: int | None = Field(
+        None,
+        ge=0,
+        description="compare: images of the models between the first and the last, for pictures and "
+        "pairs, and no FD of them; none: as many as of the others, with FD",
+    )
     references: int = Field(
         10_000, ge=2, description="held-out images behind FD at most; published FID takes 50000"
     )

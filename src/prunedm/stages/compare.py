@@ -78,7 +78,11 @@ def compare(
     inputs |= {"held-out images": data_source(yard.reference)} | yard.files
 
     def make(folder: Path) -> dict[str, Any]:
-        entries = [Entry(label, model, yard) for label, model in loaded.items()]
+        middle = [*loaded][1:-1]
+        entries = [
+            Entry(label, model, yard.lighter() if label in middle else yard)
+            for label, model in loaded.items()
+        ]
         name = title or "prunedm: dense and pruned models"
         paths = ", ".join(map(str, models.values()))
         rows = study(entries, folder, Steps(), title=name, checkpoint=paths)

@@ -1,7 +1,7 @@
 """measure: one model by itself. `evaluate` and `compare` are made of these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,16 @@ class Yardstick:
     def inputs(self) -> dict[str, Source]:
         """What decides the figures beside the model and the options."""
         return {"dataset": data_source(self.reference), **self.files}
+
+    def lighter(self) -> "Yardstick":
+        """For models between the first and the last: `middle_samples` images, and no FD of them."""
+        fewer = self.options.middle_samples
+        if fewer is None or not self.options.samples:
+            return self
+        samples = min(fewer, self.options.samples)
+        return replace(
+            self, options=self.options.model_copy(update={"samples": samples}), network=None
+        )
 
 
 def measure(
@@ -212,7 +222,7 @@ class _Measuring:
             return False
         images = self.steps.take("samples", self._draw)
         if self.network is None:
-            self.steps.skip("fd", "skip_fid")
+            self.steps.skip("fd", "skip_fid" if self.options.skip_fid else "between first and last")
         elif images is not None:
             self._distances(self.network, images)
         return images is not None
