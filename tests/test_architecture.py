@@ -14,7 +14,7 @@ LEVELS = [
     {"__main__"},
     {"cli"},
     {"experiments"},
-    {"recipe", "console", "messages", "maskpro", "preset_table", "monitor"},
+    {"recipe", "console", "messages", "maskpro", "preset_table", "monitor", "export"},
     {"stages", "configuration"},
     {
         "folder",
@@ -24,7 +24,7 @@ LEVELS = [
         "recovery",
         "evaluation",
         "sampling",
-        "export",
+        "deployment",
         "sparse_kernels",
     },
     {"training"},

@@ -27,14 +27,14 @@ from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOp
 from prunedm.progress import Silent
 from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
-from prunedm.stages.compare import read_comparison
-from prunedm.stages.evaluate import read_evaluation, read_samples
 from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.evaluating.first_masks import under_first_masks
 from prunedm.stages.evaluating.quality import features_of, with_features
 from prunedm.stages.evaluating.reload import check_reload
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import held_out_problems
+from prunedm.stages.verbs.compare import read_comparison
+from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 MEASURE = {

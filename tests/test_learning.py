@@ -53,7 +53,9 @@ SMALL = {
 }
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 TWO_OF_FOUR = Pattern(2, 4)
-learn_module = import_module("prunedm.stages.learn")  # the package has a function of that name
+learn_module = import_module(
+    "prunedm.stages.verbs.learn"
+)  # the package has a function of that name
 estimators = pytest.mark.parametrize("name", list(ESTIMATORS))
 
 

@@ -17,7 +17,7 @@ from prunedm.errors import UserError
 from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
 from prunedm.evaluation.report import page, table_words, write_report
-from prunedm.evaluation.report.checks import checks
+from prunedm.evaluation.report.checks import check_lines
 from prunedm.evaluation.report.front import Point, panels, pareto_front, quality_column
 from prunedm.evaluation.report.layers import layer_bars, reason_in_words
 from prunedm.evaluation.report.samples import sheets
@@ -608,7 +608,7 @@ def test_asked_beside_got_paired_loss_and_reload(tmp_path: Path) -> None:
     ):
         e.asked, e.reloads = asked, reloads
         e.figures.loss_change, e.figures.loss_change_se = change, 0.0001
-    dense, pruned, recovered, masked = checks(models)
+    dense, pruned, recovered, masked = check_lines(models)
     assert (dense.change, dense.tone, dense.asked) == ("", "", [])
     assert (pruned.change, pruned.tone) == ("+0.04310 ± 0.00010", "worse")
     assert recovered.tone == ""  # 1.2 standard errors
@@ -625,7 +625,7 @@ def test_asked_beside_got_paired_loss_and_reload(tmp_path: Path) -> None:
 def test_a_change_without_a_standard_error_stands_alone() -> None:
     models = pipeline()[:2]
     models[1].figures.loss_change = 0.5
-    assert (checks(models)[1].change, checks(models)[1].tone) == ("+0.50000", "")
+    assert (check_lines(models)[1].change, check_lines(models)[1].tone) == ("+0.50000", "")
 
 
 def test_identical_images_are_called_so_in_both_languages(tmp_path: Path) -> None:
@@ -683,5 +683,5 @@ def test_disk_is_of_the_weight_files_in_both_languages() -> None:
 
 def test_no_checks_no_section() -> None:
     models = pipeline()
-    assert checks(models) == []
+    assert check_lines(models) == []
     assert page(models, {}, title="x")["checks"] == []

@@ -17,7 +17,7 @@ _HOME = {
     "prune": "prunedm.stages",
     "learn": "prunedm.stages",
     "finetune": "prunedm.stages",
-    "export": "prunedm.stages.export",
+    "export": "prunedm.stages",
     "sample": "prunedm.stages",
     "evaluate": "prunedm.stages",
     "compare": "prunedm.stages",

@@ -20,10 +20,10 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from prunedm.deployment.description import read_description
 from prunedm.evaluation.columns import Column
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
-from prunedm.export.description import read_description
 from prunedm.masks import Masks
 from prunedm.progress import Task
 from prunedm.recipe import Planned

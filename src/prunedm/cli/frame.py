@@ -75,7 +75,7 @@ def _command() -> str:
 def show_comparison(folder: Path) -> None:
     """The table, what failed or is missing, and where the report is."""
     from prunedm.console import Terminal, evaluation_table
-    from prunedm.stages.compare import REPORT, SUMMARY, read_comparison
+    from prunedm.stages.verbs.compare import REPORT, SUMMARY, read_comparison
 
     evaluation_table(read_comparison(folder))
     Terminal().say((folder / SUMMARY).read_text(encoding="utf-8").splitlines()[-1])

@@ -27,8 +27,8 @@ from prunedm.messages import one_line
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress
 from prunedm.recipe import Step, describe, steps_of
-from prunedm.stages.compare import yardstick
 from prunedm.stages.evaluating.measure import RESULTS, measure, read_evaluation
+from prunedm.stages.verbs.compare import yardstick
 from prunedm.watching import Watched
 
 FAILED, INTERRUPTED = 2, 130

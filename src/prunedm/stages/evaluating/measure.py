@@ -37,7 +37,7 @@ from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, device_for, problems_on, source_of
-from prunedm.stages.sample import sample_resumably
+from prunedm.stages.verbs.sample import sample_resumably
 
 RESULTS = "evaluation_results.json"
 STEPS = "steps.json"

@@ -21,7 +21,7 @@ from prunedm.stages.frame import Overwrite, run_stage
 from prunedm.stages.inputs import data_source, device_for, held_out_problems, images_for, source_of
 from prunedm.stages.pruning.job import Job, check_options
 from prunedm.stages.pruning.mechanisms import MECHANISMS
-from prunedm.stages.sample import labels_for
+from prunedm.stages.verbs.sample import labels_for
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after

@@ -9,7 +9,6 @@ from prunedm.folder import Model, load, save
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, write_json
-from prunedm.stages.compare import Entry, check_labels, study, yardstick
 from prunedm.stages.evaluating.files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.evaluating.first_masks import is_learned, under_first_masks
 from prunedm.stages.evaluating.measure import RESULTS, Yardstick, read_evaluation, read_images
@@ -17,6 +16,7 @@ from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import reload, source_of
+from prunedm.stages.verbs.compare import Entry, check_labels, study, yardstick
 from prunedm.training import processes
 
 __all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]
