@@ -40,6 +40,7 @@ LEVELS = [
         "hub",
         "reading",
         "inference",
+        "waiting",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

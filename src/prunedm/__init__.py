@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from prunedm import options as options
+from prunedm.waiting import spin_briefly
+
+spin_briefly()
 
 __version__ = "0.1.0"
 
