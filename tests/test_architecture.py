@@ -41,6 +41,7 @@ LEVELS = [
         "reading",
         "inference",
         "waiting",
+        "neighbours",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -18,6 +18,7 @@ from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
 from prunedm.evaluation.report import page, table_words, write_report
 from prunedm.evaluation.report.checks import check_lines
+from prunedm.evaluation.report.conditions import conditions_in_words
 from prunedm.evaluation.report.front import Point, panels, pareto_front, quality_column
 from prunedm.evaluation.report.layers import layer_bars, reason_in_words
 from prunedm.evaluation.report.samples import sheets
@@ -25,6 +26,7 @@ from prunedm.evaluation.report.stages import duration, failures, lineage_of, tim
 from prunedm.evaluation.report.timings import timing_blocks
 from prunedm.evaluation.report.words import WORDS, attribute, text
 from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSparsity, Timing
+from prunedm.evaluation.summary import summary_text
 from prunedm.layers import why_not_nm
 from prunedm.record import Record, Source
 
@@ -405,6 +407,15 @@ def test_timings_compare_like_with_like() -> None:
     assert [(row.change, row.tone) for row in sixteen.rows] == [("", ""), ("+0.2 %", "")]
     assert [(row.label, row.change) for row in compiled.rows] == [("a", "")]
     assert timing_blocks([evaluation()]) == []
+
+
+def test_a_page_says_that_other_processes_disturbed_the_times(tmp_path: Path) -> None:
+    quiet = [evaluation(latency_ms=50, timings=[timing(16, 50, others=0.04)])]
+    disturbed = [evaluation(latency_ms=50, timings=[timing(1, 5), timing(16, 50, others=0.4)])]
+    for rows, wanted in ((quiet, False), (disturbed, True)):
+        pages = conditions_in_words(rows)[0][1]
+        assert any("used 40% of the processor" in str(page) for page in pages) == wanted
+        assert ("used 40% of the processor" in summary_text("t", rows, [], [])) == wanted
 
 
 def brute_front(points: list[Point]) -> set[str]:
