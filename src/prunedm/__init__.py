@@ -7,8 +7,11 @@ from importlib import import_module
 from typing import Any
 
 from prunedm import options as options
+from prunedm.quiet_dependencies import switch_off
 
 __version__ = "0.1.0"
+
+switch_off()
 
 _HOME = {
     "load": "prunedm.folder",
