@@ -42,6 +42,7 @@ LEVELS = [
         "inference",
         "waiting",
         "neighbours",
+        "quiet_dependencies",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

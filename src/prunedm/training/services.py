@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ def _limits(name: str) -> dict[str, Any]:
         if limit in known and f"WANDB_{limit.upper()}" not in os.environ
     }
     return {"settings": limits}
+
+
+def finish(name: str, tracker: Any) -> None:
+    """End the run. Trackio says that it uploads also where it writes a file on this machine."""
+    elsewhere = any(os.environ.get(f"TRACKIO_{place}") for place in ("SPACE_ID", "SERVER_URL"))
+    with nullcontext() if name != "trackio" or elsewhere else redirect_stdout(StringIO()):
+        tracker.finish()
+        if name == "trackio" and "trackio" in sys.modules:  # it would end the run again at exit
+            with suppress(RuntimeError):  # it has no run
+                sys.modules["trackio"].finish()
 
 
 @contextmanager
