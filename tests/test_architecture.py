@@ -39,6 +39,7 @@ LEVELS = [
         "errors",
         "hub",
         "reading",
+        "places",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
