@@ -12,9 +12,11 @@ from prunedm.options import (
     EvaluateOptions,
     FinetuneOptions,
     LearnOptions,
+    ModelName,
     Options,
     PruneOptions,
 )
+from prunedm.places import expanded
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
 
@@ -39,7 +41,7 @@ class Recipe(DataOptions):
     convert_channels, seed and device are set once for all, unless a stage sets its own.
     """
 
-    model: str = Field("digits", description="a model folder, a hub id, or digits")
+    model: ModelName = Field("digits", description="a model folder, a hub id, or digits")
     stages: tuple[str, ...] = Field(
         ("prune", "recover", "mask", "finetune"),
         description=f"stages to run, of {', '.join(STAGES)}, in this order",
@@ -131,7 +133,7 @@ def run(
     """
     from prunedm import stages
 
-    progress, out = progress or Silent(), Path(out)
+    progress, out = progress or Silent(), expanded(out)
     steps = steps_of(recipe)
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     for line in unused(recipe):
@@ -190,7 +192,7 @@ def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
     """
     from prunedm import stages
 
-    out, steps, planned = Path(out), steps_of(recipe), list[Planned]()
+    out, steps, planned = expanded(out), steps_of(recipe), list[Planned]()
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     folders: dict[str, str | Path] = {"dense": recipe.model}
     current: str | Path = recipe.model
