@@ -54,10 +54,11 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # of fp16
     run: str = ""  # what the tracker knows this run by
     processes: int = 1  # that share every step
+    threads: int = field(default_factory=torch.get_num_threads)  # on the CPU, of the steps so far
 
 
 class _Facts(BaseModel):
-    """What a checkpoint holds beside tensors; 0.1.0 wrote no `observed` and `processes`."""
+    """What a checkpoint holds beside tensors; early ones have no `observed`, `processes`, `threads`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -69,6 +70,7 @@ class _Facts(BaseModel):
     scaler: dict[str, Any] = {}
     run: str = ""
     processes: int | None = None
+    threads: int | None = None
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
@@ -87,6 +89,7 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
         "scaler": state.scaler.state_dict() if state.scaler else {},
         "run": state.run,
         "processes": state.processes,
+        "threads": state.threads,
     }
     _write(path, tensors, {"facts": json.dumps(facts)})
 
@@ -149,6 +152,7 @@ def _restore(
     state.history.held_out[:] = facts.held_out
     state.history.observed = facts.observed
     state.done, state.run = facts.done, facts.run
+    state.threads = facts.threads or state.threads
     if state.scaler is not None and facts.scaler:
         state.scaler.load_state_dict(facts.scaler)
 
