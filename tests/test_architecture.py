@@ -43,6 +43,7 @@ LEVELS = [
         "waiting",
         "neighbours",
         "quiet_dependencies",
+        "places",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -12,6 +12,7 @@ from prunedm.options import (
     EvaluateOptions,
     FinetuneOptions,
     LearnOptions,
+    ModelName,
     Options,
     PruneOptions,
 )
@@ -39,7 +40,7 @@ class Recipe(DataOptions):
     convert_channels, seed and device are set once for all, unless a stage sets its own.
     """
 
-    model: str = Field("digits", description="a model folder, a hub id, or digits")
+    model: ModelName = Field("digits", description="a model folder, a hub id, or digits")
     stages: tuple[str, ...] = Field(
         ("prune", "recover", "mask", "finetune"),
         description=f"stages to run, of {', '.join(STAGES)}, in this order",

@@ -4,18 +4,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from prunedm.options.base import Options
+from prunedm.options.base import FileName, Options
 
 
 class StatsOptions(Options):
     """`prunedm stats`: mean and covariance of features, in pytorch-fid's file layout."""
 
-    features: str = Field(
+    features: FileName = Field(
         "inception",
         description="inception, digits-cnn, or a file of TorchScript or torch.export "
         "(uint8 NCHW to N x D)",
     )
-    inception_weights: str = Field("", description="local file with the Inception weights")
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
     num_samples: int | None = Field(None, ge=2, description="the first so many images; none: all")
     res: int | None = Field(
         None, ge=1, description="crop to the middle square and resize to this side (Lanczos)"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from prunedm.options.base import DataOptions
+from prunedm.options.base import DataOptions, FileName
 
 ExportFormat = Literal["packed", "onnx", "openvino", "torch", "tensorrt"]
 ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -52,11 +52,11 @@ class ExportOptions(DataOptions):
     )
     sampler: str = Field("ddim", description="of those, as in sample")
     sampling_steps: int = Field(25, ge=1, description="denoiser calls an image")
-    features: str = Field(
+    features: FileName = Field(
         "auto",
         description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
     )
-    inception_weights: str = Field("", description="local file with the Inception weights")
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
 
     @model_validator(mode="after")
     def _possible(self) -> "ExportOptions":

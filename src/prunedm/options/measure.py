@@ -4,7 +4,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from prunedm.options.base import CalibrationOptions, DataOptions, Options, PatternText
+from prunedm.options.base import (
+    CalibrationOptions,
+    DataOptions,
+    FileName,
+    ModelName,
+    Options,
+    PatternText,
+)
 
 
 class SampleOptions(Options):
@@ -57,11 +64,11 @@ class EvaluateOptions(DataOptions):
     sampler: str = Field("ddim", description="as in sample")
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
     batch_size: int = Field(100, ge=1, description="images at a time")
-    features: str = Field(
+    features: FileName = Field(
         "auto",
         description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
     )
-    inception_weights: str = Field("", description="local file with the Inception weights")
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(
         (1, 4, 16), description="batches timed besides (full and deeper); repeat it"
@@ -82,7 +89,7 @@ class AnalyzeOptions(CalibrationOptions):
 class LossOptions(DataOptions):
     """`prunedm loss`: the denoising loss on fixed problems, batch by batch."""
 
-    masks: str = Field(
+    masks: ModelName = Field(
         "", description="masks to put on first: a masks file, or a model with masks or zeros"
     )
     targets: tuple[str, ...] = Field(

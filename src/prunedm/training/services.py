@@ -66,7 +66,7 @@ def settings_for(options: LoopOptions, *, folder: Path, run: str, done: int) -> 
 
     Files on this machine lie in `folder`, but for Trackio's, which has one place for all runs.
     """
-    name, title = options.tracker, folder.name.removesuffix(".partial")
+    name, title = options.tracker, folder.name.removesuffix(".partial") or folder.parent.name
     if name == "tensorboard":
         # hides what an interrupted run wrote after its last checkpoint: it is written again
         return {"logging_dir": folder / "tensorboard", "purge_step": done + 1 if done else 0}
