@@ -176,11 +176,11 @@ def masks_line(masks: Masks) -> str:
     )
 
 
-def extraction_lines(out: Path, masks: Masks, found: Extraction) -> None:
+def extraction_lines(out: Path, masks: Masks, found: Extraction, *, made: bool) -> None:
     """Where a file of masks came from, and what is in it."""
     for line in found.lines():
         Terminal().say(line)
-    Terminal().say(f"{out}: {masks_line(masks)}")
+    Terminal().say(f"{out}: {masks_line(masks)}{'' if made else '  (done already)'}")
 
 
 def loss_line(record: Record) -> None:

@@ -16,6 +16,7 @@ from prunedm.options import (
     Options,
     PruneOptions,
 )
+from prunedm.places import expanded
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
 
@@ -132,7 +133,7 @@ def run(
     """
     from prunedm import stages
 
-    progress, out = progress or Silent(), Path(out)
+    progress, out = progress or Silent(), expanded(out)
     steps = steps_of(recipe)
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     for line in unused(recipe):
@@ -191,7 +192,7 @@ def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
     """
     from prunedm import stages
 
-    out, steps, planned = Path(out), steps_of(recipe), list[Planned]()
+    out, steps, planned = expanded(out), steps_of(recipe), list[Planned]()
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     folders: dict[str, str | Path] = {"dense": recipe.model}
     current: str | Path = recipe.model

@@ -102,12 +102,12 @@ def bootstrap_error(
     return float(np.std(found, ddof=1))
 
 
-def save_statistics(stats: Statistics, path: Path) -> None:
-    """Write pytorch-fid's layout (`mu`, `sigma`), and besides `count` and `features`."""
+def save_statistics(stats: Statistics, path: Path, *, record: str = "") -> None:
+    """Write pytorch-fid's layout (`mu`, `sigma`), and besides `count`, `features` and `record`."""
     with path.open("wb") as file:  # given a name, numpy would append ".npz" to some
         np.savez(
             file, mu=stats.mu_D, sigma=stats.sigma_DD,
-            count=np.int64(stats.count), features=np.str_(stats.features),
+            count=np.int64(stats.count), features=np.str_(stats.features), record=np.str_(record),
         )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def with_features(
     if name == "auto":
         embedded = reference.name == "digits" and (reference.channels, reference.size) == (1, 16)
         name = "digits-cnn" if embedded else "inception"
-    files = _feature_files(name, options.inception_weights)
+    files = feature_files(name, options.inception_weights)
     hashes = tuple(file.hash for file in files.values())
     network = _features(name, options.inception_weights, hashes)
     # `extract` moves the network, which an earlier evaluation may have left on a GPU
@@ -102,7 +102,7 @@ def distances(
     return {"fd": fd, "kid": kid, "precision and recall": manifold}
 
 
-def _feature_files(features: str, inception_weights: str) -> dict[str, Source]:
+def feature_files(features: str, inception_weights: str) -> dict[str, Source]:
     """The files that a feature network is read from, by role."""
     names = {"features file": features, "Inception weights file": inception_weights}
     named = {"digits-cnn", "inception", ""}
