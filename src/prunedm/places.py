@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prunedm.errors import UserError, shortened
 
+PARTIAL = ".partial"  # behind the name of a result: its working folder; in it: the same
 LONGEST_NAME = 255  # bytes, on every file system in use
 _BESIDE = len(".prunedm-replaced")  # the longest name of ours beside a result
 
@@ -51,12 +52,13 @@ def portable(path: str, folder: Path) -> str:
     """`path` as a file in `folder` names it: no part of it tells whose machine this is.
 
     A local path becomes relative to `folder`, beginning with "./" or "../"; through the home
-    directory of the user it is "~/...". A hub id or another name stays as it is.
+    directory of the user it is "~/...". A hub id or another name stays as it is. A working folder
+    counts as the result that it will be.
     """
     local = _local(path)
     if local is None:
         return path
-    home, folder = _home(), folder.resolve()
+    home, folder = _home(), (folder.parent if folder.name == PARTIAL else folder).resolve()
     if home is not None and local.is_relative_to(home) and not folder.is_relative_to(home):
         return f"~/{local.relative_to(home).as_posix()}"
     way = Path(os.path.relpath(local, folder)).as_posix()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from prunedm.errors import UserError
 
@@ -51,8 +51,13 @@ def read_object(path: Path, *, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
 
 def read_as(kind: type[Content], path: Path, way_out: str) -> Content:
     """A JSON file as one of our models. Raises `UserError` that calls it damaged, and `way_out`."""
+    return validated(TypeAdapter(kind), path, way_out)
+
+
+def validated(kind: TypeAdapter[Any], path: Path, way_out: str) -> Any:
+    """As `read_as`, of any type."""
     try:
-        return kind.model_validate(read_json(path))
+        return kind.validate_python(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

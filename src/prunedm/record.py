@@ -107,11 +107,14 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_record(
-    record: Record, folder: Path, name: str = FILE, *, place: Path | None = None
-) -> None:
-    """Paths become relative to `place`, where the folder will lie at last: else beside it."""
-    told = with_paths(record, lambda text: portable(text, place or folder))
+def bare_paths(record: Record | None) -> Record | None:
+    """With the last part alone of every local path, for files that are only looked at."""
+    return None if record is None else with_paths(record, bare)
+
+
+def write_record(record: Record, folder: Path, name: str = FILE) -> None:
+    """Paths become relative to the folder, or to what a working folder will be."""
+    told = with_paths(record, lambda text: portable(text, folder))
     write_json(told.model_dump(mode="json"), folder / name)
 
 

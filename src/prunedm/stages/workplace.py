@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.errors import UserError
-from prunedm.places import target
+from prunedm.places import PARTIAL, target
 from prunedm.reading import read_object
 from prunedm.record import (
     FILE,
@@ -26,7 +26,6 @@ from prunedm.record import (
     write_record,
 )
 
-PARTIAL = ".partial"
 RESUME = "resume"  # in there: what an interrupted stage goes on from
 WHOLE = "whole.json"
 IDENTITY = "identity.json"
@@ -128,7 +127,7 @@ class Workplace:
 
     def set_whole(self, record: Record) -> None:
         """From here on the result is never made again."""
-        write_record(record, self.partial, WHOLE, place=self.out)
+        write_record(record, self.partial, WHOLE)
 
     def finish(self) -> None:
         """Tidy up, and put the whole result into its place. A kill at any step is gone on from."""

@@ -28,8 +28,10 @@ from prunedm.evaluation.speed import dtype_in_words, one_call
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
+from prunedm.places import bare
 from prunedm.progress import Progress
-from prunedm.record import Source, device_name, write_json
+from prunedm.reading import read_as, validated
+from prunedm.record import Source, bare_paths, device_name, write_json
 from prunedm.sampling import make_sampler
 from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, features_of
@@ -102,12 +104,12 @@ def measure(
 
 def read_evaluation(folder: Path) -> Evaluation:
     """What `measure` or `evaluate` wrote of one model."""
-    return Evaluation.model_validate_json((folder / RESULTS).read_text(encoding="utf-8"))
+    return read_as(Evaluation, folder / RESULTS, f"delete {folder} and measure again")
 
 
 def read_steps(folder: Path) -> list[Step]:
     """How each step of `measure` ended."""
-    return _Steps.validate_json((folder / STEPS).read_text(encoding="utf-8"))
+    return validated(_Steps, folder / STEPS, f"delete {folder} and measure again")
 
 
 def read_images(path: Path) -> np.ndarray | None:
@@ -156,11 +158,11 @@ class _Measuring:
             drawn = self._samples()
         return Evaluation(
             label=self.label,
-            model=model.name,
+            model=bare(model.name),
             hash=model.hash,
             figures=Figures.model_validate(self.figures),
             conditions=self._conditions(),
-            record=model.record,
+            record=bare_paths(model.record),
             layers=layers or [],
             asked=asked(model.record),
             reloads=reloads,
@@ -260,7 +262,7 @@ class _Measuring:
         options, network, reference = self.options, self.network, self.yard.reference
         sampler = make_sampler(self.model.scheduler, options.sampler)
         return Conditions(
-            dataset=reference.name,
+            dataset=bare(reference.name),
             problems=options.problems,
             samples=options.samples or 0,
             sampler=f"{options.sampler}-{options.sampling_steps}",
