@@ -135,7 +135,7 @@ def test_labels_name_a_field_by_its_last_part_where_that_is_unique():
         ("search: {space: {finetune.lr: {low: 2, high: 1}}}", "low = 2 is above high = 1"),
         ("search: {space: {finetune.lr: {low: 0, high: 1, log: true}}}", "log needs low > 0"),
         ("search: {space: {seed: [1]}, pruner: median}", "a pruner needs one objective"),
-        ("recipe: gone.yaml\ngrid: {seed: [1]}", "cannot read"),
+        ("recipe: gone.yaml\ngrid: {seed: [1]}", "gone.yaml is missing"),
     ],
 )
 def test_a_wrong_file_is_one_line(text, message, tmp_path):
