@@ -180,8 +180,8 @@ def test_records_lead_to_their_sources_after_a_move_and_old_ones_still_do(tmp_pa
 
 def test_no_file_of_a_chain_names_the_machine(home, tmp_path):
     """Prune, evaluate and export of a model in another folder, data in a third."""
-    import numpy as np  # noqa: PLC0415
-    from PIL import Image  # noqa: PLC0415
+    import numpy as np
+    from PIL import Image
 
     (tmp_path / "images").mkdir()
     for k in range(4):

@@ -149,7 +149,9 @@ def check_fields(sweep: Sweep) -> None:
         *tables, last = field.replace("-", "_").split(".")
         for number, part in enumerate([*tables, last]):
             if part not in kind.model_fields:
-                raise UserError(f"no option {field!r} to vary{nearest(part, list(kind.model_fields))}")
+                raise UserError(
+                    f"no option {field!r} to vary{nearest(part, list(kind.model_fields))}"
+                )
             inner = kind.model_fields[part].annotation
             if number < len(tables):
                 if not (isinstance(inner, type) and issubclass(inner, BaseModel)):

@@ -143,7 +143,9 @@ def extract_to(
         if out.exists() and filecmp.cmp(partial, out, shallow=False):
             return masks, found, False
         if out.exists() and not overwrite:
-            raise UserError(f"{out} exists and holds other masks; give another file, or --overwrite")
+            raise UserError(
+                f"{out} exists and holds other masks; give another file, or --overwrite"
+            )
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
