@@ -71,7 +71,7 @@ def located(path: str, folder: Path) -> str:
     """The inverse of `portable`; what older versions wrote, an absolute path, stays."""
     if path.startswith("~/"):
         return str(expanded(path))
-    if path.startswith(("./", "../")):
+    if path == ".." or path.startswith(("./", "../")):
         return os.path.normpath(folder.resolve() / path)
     return path
 
