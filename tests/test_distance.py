@@ -240,7 +240,7 @@ def test_the_same_statistics_again_are_done_already(
     out, wanted = tmp_path / "real.npz", StatsOptions(features=network, device="cpu")
     first, before = stats(sets[1], out, wanted), out.stat()
     assert first["made"]
-    with pytest.raises(UserError, match="statistics of other images or options.*--overwrite"):
+    with pytest.raises(UserError, match=r"statistics of other images or options.*--overwrite"):
         stats(sets[1], out, wanted.model_copy(update={"num_samples": 70}))
     monkeypatch.setattr("prunedm.stages.distance.extract", None)  # no feature is computed again
     for overwrite in (False, True):

@@ -359,6 +359,53 @@ def _raising(number: int):
     return function
 
 
+DAMAGE = [b"", b"{", b"[]", b"\xff", b'{"stage": 3}', b'{"spent": "x", "began": []}', b"[" * 9999]
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_identity_says_what_to_delete_and_a_clock_is_done_without(tmp_path, content):
+    stage, partial = Stage(Killed(), resumable=True), tmp_path / "out.partial"
+    with pytest.raises(Killed):
+        stage.run(tmp_path / "out")
+    stage.failure = None
+    identity = (partial / "identity.json").read_bytes()
+    (partial / "identity.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"identity\.json is damaged .*; delete .*out\.partial"):
+        stage.run(tmp_path / "out")
+    (partial / "identity.json").write_bytes(identity)
+    (partial / "clock.json").write_bytes(content)
+    assert stage.run(tmp_path / "out")[1] is True
+    assert stage.found == ["step-1"]
+
+
+def test_an_overwrite_that_was_killed_goes_on(tmp_path):
+    Stage().run(tmp_path / "out", options=OPTIONS.model_copy(update={"steps": 9}))
+    stage = Stage(Killed(), resumable=True)
+    with pytest.raises(Killed):
+        stage.run(tmp_path / "out", overwrite=True)
+    stage.failure = None
+    assert stage.run(tmp_path / "out", overwrite=True)[1] is True
+    assert stage.found == ["step-1"]
+
+
+def test_a_whole_result_of_other_options_is_not_lost_by_an_overwrite_that_fails(tmp_path, killer):
+    """Killed between the two renames, then asked for something else: the old result comes back."""
+    other = OPTIONS.model_copy(update={"steps": 9})
+    between = 0
+    for n in range(40):
+        out = tmp_path / str(n) / "out"
+        Tree().run(out, options=other)
+        killer.kill(lambda: Tree().run(out, overwrite=True), n, out.parent)  # noqa: B023
+        if out.exists():
+            continue
+        between += 1
+        third = OPTIONS.model_copy(update={"lr": 0.5})
+        with pytest.raises(ValueError):
+            Stage(ValueError()).run(out, options=third, overwrite=True)
+        assert read_record(out).options["steps"] == 9
+    assert between == 1
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["write_json", "write_record"])
 def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path, monkeypatch, number, where):

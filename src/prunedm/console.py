@@ -56,7 +56,9 @@ class Terminal:
             yield _Bar(bars, label, total, done)
 
     def say(self, text: str) -> None:
-        console.print(masked(text), highlight=False, markup=False, soft_wrap=True)  # paths stay whole
+        console.print(
+            masked(text), highlight=False, markup=False, soft_wrap=True
+        )  # paths stay whole
 
 
 def _place_of_bars() -> Console:

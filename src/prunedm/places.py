@@ -37,7 +37,9 @@ def target(out: str | Path) -> Path:
     try:
         found = path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links; the current folder is gone
-        raise UserError(f"{path} leads nowhere ({shortened(str(error))}); choose another") from error
+        raise UserError(
+            f"{path} leads nowhere ({shortened(str(error))}); choose another"
+        ) from error
     if not found.name:
         raise UserError(f"{path} is the root of the file system; give a folder in it")
     longest = max(len(os.fsencode(part)) for part in found.parts)
@@ -69,7 +71,7 @@ def located(path: str, folder: Path) -> str:
     """The inverse of `portable`; what older versions wrote, an absolute path, stays."""
     if path.startswith("~/"):
         return str(expanded(path))
-    if path.startswith(("./", "../")):
+    if path == ".." or path.startswith(("./", "../")):
         return os.path.normpath(folder.resolve() / path)
     return path
 

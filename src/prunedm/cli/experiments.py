@@ -71,9 +71,7 @@ def make(
 
 @sweep.command
 def show(
-    out: Annotated[
-        Path, Parameter(help="folder of a sweep, finished or not", converter=to_output)
-    ],
+    out: Annotated[Path, Parameter(help="folder of a sweep, finished or not", converter=to_output)],
     /,
 ) -> None:
     """The table of runs and the Pareto front as they stand, and OUT/sweep.html anew."""

@@ -14,9 +14,7 @@ app.command(masks)
 @masks.command
 def extract(
     model: Model,
-    out: Annotated[
-        Path, Parameter(help="the new file, NAME.safetensors", converter=to_output)
-    ],
+    out: Annotated[Path, Parameter(help="the new file, NAME.safetensors", converter=to_output)],
     *,
     pattern: Annotated[str | None, Parameter(help="keep just N of every M, as 2:4")] = None,
     targets: Annotated[

@@ -73,7 +73,8 @@ class Options(BaseModel):
     @classmethod
     def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
         largest = LARGEST_SEED if info.field_name == "seed" else LARGEST
-        if isinstance(value, int) and abs(value) > largest:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > largest for number in numbers):
             raise ValueError(f"the largest possible is {largest:,}")
         return value
 

@@ -35,7 +35,9 @@ class TrainOptions(WeightOptions):
 class FinetuneOptions(WeightOptions):
     """`prunedm finetune`: weights of any model, masks held exactly."""
 
-    teacher: ModelName = Field("auto", description="auto (the record's dense model), none, or a model")
+    teacher: ModelName = Field(
+        "auto", description="auto (the record's dense model), none, or a model"
+    )
     distill: float = Field(
         0.9, ge=0, le=1, description="share of the teacher's output in the target"
     )

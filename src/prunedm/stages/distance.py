@@ -125,7 +125,7 @@ def stats(
     content = statistics_file.Content()
     if kept is None:
         make_place(out)
-        side = _side(source, found, network, options, progress or Silent(), content)
+        side = _side(source, found, network, options, progress or Silent(), content=content)
         _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
         statistics_file.write(side.statistics, out, basis, content)
     else:
@@ -186,6 +186,7 @@ def _side(
     network: FeatureNetwork | None,
     options: StatsOptions,
     progress: Progress,
+    *,
     content: statistics_file.Content | None = None,
 ) -> _Side:
     if isinstance(found, Statistics):

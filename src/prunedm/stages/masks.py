@@ -132,6 +132,8 @@ def extract_to(
         raise UserError(f"{out} is no name of a masks file; try {out.name}{SUFFIX}")
     if out.exists() and not out.is_file():
         raise UserError(f"{out} exists and is not a file; give another name")
+    if out.exists() and not overwrite:
+        _refuse_foreign(out)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.m > LARGEST_M:
         raise UserError(f"pattern {pattern!r} has M over {LARGEST_M}; try 2:4")
@@ -143,11 +145,23 @@ def extract_to(
         if out.exists() and filecmp.cmp(partial, out, shallow=False):
             return masks, found, False
         if out.exists() and not overwrite:
-            raise UserError(f"{out} exists and holds other masks; give another file, or --overwrite")
+            raise UserError(
+                f"{out} exists and holds other masks; give another file, or --overwrite"
+            )
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return masks, found, True
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise `UserError` for a file that holds no masks, before any work."""
+    try:
+        load_masks(out)
+    except UserError:
+        raise UserError(
+            f"{out} exists and holds other things; give another file, or --overwrite"
+        ) from None
 
 
 def read_masks(source: str | Path) -> Masks:

@@ -47,9 +47,7 @@ class Workplace:
         """Raises `UserError` where nothing can be called that."""
         out = target(out)
         within = cls(out, out / PARTIAL, out / _REPLACED)
-        beside = cls(
-            out, out.with_name(out.name + PARTIAL), out.with_name(out.name + _REPLACED)
-        )
+        beside = cls(out, out.with_name(out.name + PARTIAL), out.with_name(out.name + _REPLACED))
         if within.partial.exists() or within._filling.exists():
             return within
         if not out.is_dir() or (beside.partial.exists() and _can_be_renamed(out)):
@@ -148,9 +146,8 @@ class Workplace:
         remove(self.out.with_name(self.out.name + _REPLACED))
         remove(self.out / _REPLACED)
         remove(self._filling)
-        if self.is_within:
-            if not self.is_resumable():
-                remove(self.partial)
+        if self.is_within and not self.is_resumable():
+            remove(self.partial)
 
     def give_up(self) -> None:
         """After a failure: keep what can be gone on from, and nothing else."""
