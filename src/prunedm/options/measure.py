@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from prunedm.options.base import CalibrationOptions, DataOptions, Options, PatternText
+from prunedm.options.base import TRUST, CalibrationOptions, DataOptions, Options, PatternText
 
 
 class SampleOptions(Options):
@@ -53,8 +53,10 @@ class EvaluateOptions(DataOptions):
     batch_size: int = Field(100, ge=1, description="images at a time")
     features: str = Field(
         "auto",
-        description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
+        description="auto, digits-cnn, inception, or a file of TorchScript or torch.export "
+        "(uint8 NCHW to N x D)",
     )
+    trust_features: bool = Field(False, description=TRUST)
     inception_weights: str = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(

@@ -19,7 +19,7 @@ _CLOCK = "clock.json"  # when this session began, and the seconds of those befor
 _SPENT = "spent"
 # options that change how a result is made but not what it is
 _NOT_IDENTITY = {
-    "device", "workers", "checkpoint_every",
+    "device", "workers", "checkpoint_every", "trust_features",
     "tracker", "tracker_project", "tracker_mode", "track_images",
 }  # fmt: skip
 
