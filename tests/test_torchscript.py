@@ -127,17 +127,10 @@ def test_a_file_that_could_do_more_runs_only_when_trusted(kind, tmp_path):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "when called",
-        "while loading",
-        "a function",
-        "a method",
-        "a name of two texts",
-        "a name by escapes",
-    ],
-)
+REAL = ("when called", "while loading", "a function", "a name of two texts", "a name by escapes")
+
+
+@pytest.mark.parametrize("kind", REAL)
 def test_the_risk_is_real(kind, tmp_path):
     path, target = evil(kind, tmp_path)
     network = load_features(path, trust=True)
