@@ -18,6 +18,7 @@ ScoreName = Literal[
     "fluctuation",
 ]
 Precision = Literal["no", "bf16", "fp16"]
+TRUST = "run a TorchScript file of features whatever is written in it: it may do all that you may"
 
 
 def _checked_pattern(text: str) -> str:

@@ -4,7 +4,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from prunedm.options.base import FileName, Options
+from prunedm.options.base import (
+    TRUST,
+    FileName,
+    Options,
+)
 
 
 class StatsOptions(Options):
@@ -15,6 +19,7 @@ class StatsOptions(Options):
         description="inception, digits-cnn, or a file of TorchScript or torch.export "
         "(uint8 NCHW to N x D)",
     )
+    trust_features: bool = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")
     num_samples: int | None = Field(None, ge=2, description="the first so many images; none: all")
     res: int | None = Field(

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from prunedm.options.base import (
+    TRUST,
     CalibrationOptions,
     DataOptions,
     FileName,
@@ -66,8 +67,10 @@ class EvaluateOptions(DataOptions):
     batch_size: int = Field(100, ge=1, description="images at a time")
     features: FileName = Field(
         "auto",
-        description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
+        description="auto, digits-cnn, inception, or a file of TorchScript or torch.export "
+        "(uint8 NCHW to N x D)",
     )
+    trust_features: bool = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(

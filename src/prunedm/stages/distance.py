@@ -162,7 +162,8 @@ def _open(name: str, options: StatsOptions) -> Images | Statistics:
 
 
 def _network(options: StatsOptions) -> FeatureNetwork:
-    return load_features(options.features, weights=options.inception_weights or None)
+    weights = options.inception_weights or None
+    return load_features(options.features, weights=weights, trust=options.trust_features)
 
 
 def _check_early(

@@ -14,7 +14,7 @@ from prunedm.training import processes
 __all__ = ["RESUME", "Overwrite", "identifying", "run_stage"]
 # options that change how a result is made but not what it is
 _NOT_IDENTITY = {
-    "device", "workers", "checkpoint_every",
+    "device", "workers", "checkpoint_every", "trust_features",
     "tracker", "tracker_project", "tracker_mode", "track_images",
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ def with_features(
         name = "digits-cnn" if embedded else "inception"
     files = feature_files(name, options.inception_weights)
     hashes = tuple(file.hash for file in files.values())
-    network = _features(name, options.inception_weights, hashes)
+    network = _features(name, options.inception_weights, options.trust_features, hashes)
     # `extract` moves the network, which an earlier evaluation may have left on a GPU
     dim = extract(network, [reference[0][None]]).shape[1]
     options = options.model_copy(update={"features": name})
@@ -111,9 +111,9 @@ def feature_files(features: str, inception_weights: str) -> dict[str, Source]:
 
 
 @lru_cache(maxsize=4)
-def _features(name: str, weights: str, hashes: tuple[str, ...]) -> FeatureNetwork:
+def _features(name: str, weights: str, trust: bool, hashes: tuple[str, ...]) -> FeatureNetwork:
     """`hashes` of its files: one that was written anew is read anew."""
-    return load_features(name, weights=weights or None)
+    return load_features(name, weights=weights or None, trust=trust)
 
 
 _references: dict[tuple[str, torch.nn.Module, int], torch.Tensor] = {}
