@@ -41,6 +41,7 @@ class _Side:
     statistics: Statistics
     features_ND: torch.Tensor | None = None
     skipped: list[str] = field(default_factory=list)
+    left_out: str = ""
 
     def figures(self) -> dict[str, Any]:
         """`images` is None, and `features` "", where a file of statistics does not say."""
@@ -53,6 +54,7 @@ class _Side:
             "dim": stats_of.dim,
             "biased": 0 < stats_of.count <= stats_of.dim,
             "skipped": self.skipped,
+            "left_out": self.left_out,
         }
 
 
@@ -195,7 +197,7 @@ def _side(
         total=found.batch_count(options.batch_size),
     )
     own = statistics(features_ND, features=network.name)
-    return _Side(name, own, features_ND, found.skipped)
+    return _Side(name, own, features_ND, found.skipped, found.left_out)
 
 
 def _check_enough(name: str, count: int, dim: int, force: bool) -> None:
