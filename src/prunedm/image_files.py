@@ -1,6 +1,7 @@
 """Which files of a folder are images, and how one is opened: bounded, upright, and never a pipe."""
 
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -175,8 +176,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def shown(name: object) -> str:
-    """A name in a message, not longer than a line."""
-    text = str(name)
+    """A name in a message, not longer than a line, and without a URL's password."""
+    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", str(name))
     return text if len(text) <= 120 else f"{text[:60]}...{text[-50:]}"
 
 

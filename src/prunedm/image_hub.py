@@ -72,7 +72,7 @@ def _silence(name: str) -> str | None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_WAIT_S)
-    return answers[0] if answers else f"no answer in {_WAIT_S:.0f} s"
+    return answers[0] if answers else f"no answer in {_WAIT_S:g} s"
 
 
 @contextmanager

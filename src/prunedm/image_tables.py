@@ -112,11 +112,12 @@ class Tables:
         return (usual or found)[0]
 
 
+_FIRST_ROWS = 10
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "float")
 
 
 def _holds_images(table: "Dataset", column: str) -> bool:
-    """Whether the first row of a column is an image: pandas does not declare it."""
+    """Whether one of a column's first rows is an image: pandas does not declare it."""
     import datasets
 
     kind = table.features[column]
@@ -125,8 +126,14 @@ def _holds_images(table: "Dataset", column: str) -> bool:
     binary = isinstance(kind, datasets.Value) and "binary" in kind.dtype
     if not (binary or (isinstance(kind, dict) and "bytes" in kind)) or not len(table):
         return False
+    rows = Column(table, column, "")
+    return any(_is_image(rows, index) for index in range(min(_FIRST_ROWS, len(rows))))
+
+
+def _is_image(rows: Column, index: int) -> bool:
     try:
-        open_lazily(Column(table, column, "")[0])
+        item = rows[index]
+        open_lazily(item if isinstance(item, bytes) else check_regular(item))
     except BROKEN:
         return False
     return True

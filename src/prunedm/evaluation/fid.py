@@ -3,6 +3,7 @@
 Shapes: N images, D features. All arithmetic is in float64.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +58,14 @@ def frechet_distance(a: Statistics, b: Statistics, *, force: bool = False) -> fl
                 f"mostly bias; give more than {side.dim} images, or use features of fewer dimensions"
             )
     gap_D = a.mu_D - b.mu_D
-    traces = np.trace(a.sigma_DD) + np.trace(b.sigma_DD)
-    distance = gap_D @ gap_D + traces - 2 * _trace_of_root(a.sigma_DD, b.sigma_DD)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            traces = np.trace(a.sigma_DD) + np.trace(b.sigma_DD)
+            distance = gap_D @ gap_D + traces - 2 * _trace_of_root(a.sigma_DD, b.sigma_DD)
+    except np.linalg.LinAlgError:
+        distance = math.nan
+    if not math.isfinite(distance):
+        raise UserError("the distance is not finite: statistics are too large; compute them anew")
     return max(0.0, float(distance))  # rounding can leave -1e-13
 
 

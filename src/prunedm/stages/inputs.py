@@ -87,6 +87,8 @@ def _check_labels(model: Model, images: ImageSet, dataset: str) -> None:
             f"the model is class-conditional, and {shown(dataset)!r} has no labels{why}"
         )
     classes, highest = model.denoiser.config.num_class_embeds, max(images.labels)
+    if (lowest := min(images.labels)) < 0:
+        raise UserError(f"{shown(dataset)!r} has label {lowest}, and labels start at 0")
     if classes is not None and highest >= classes:
         raise UserError(f"{dataset!r} has label {highest}, and the model {classes} classes")
 
