@@ -28,7 +28,8 @@ LEVELS = [
         "sparse_kernels",
     },
     {"training"},
-    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"},
+    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"}
+    | {"image_files", "image_labels", "image_tables", "image_hub", "image_arrays", "splits"},
     {
         "options",
         "progress",

@@ -28,7 +28,9 @@ STAGES = {  # in the order they run: the name in a recipe, and the verb
     "finetune": "finetune",
 }
 REPORT = "report"  # the folder of the final comparison
-_SHARED = ("dataset", "flip", "convert_channels", "seed", "device")
+_SHARED = (
+    "dataset", "label_column", "image_column", "flip", "convert_channels", "seed", "device",
+)  # fmt: skip
 
 
 class Recipe(DataOptions):
@@ -37,8 +39,9 @@ class Recipe(DataOptions):
     Learning masks on frozen weights is not among the default stages: where weights are trained
     afterwards, second-order masks end lower in the same time (docs/results.md).
 
-    The options of all stages are reached by the stage's name (`learn.steps`); dataset, flip,
-    convert_channels, seed and device are set once for all, unless a stage sets its own.
+    The options of all stages are reached by the stage's name (`learn.steps`); dataset,
+    label_column, image_column, flip, convert_channels, seed and device are set once for all, unless
+    a stage sets its own.
     """
 
     model: ModelName = Field("digits", description="a model folder, a hub id, or digits")

@@ -95,6 +95,8 @@ class DataOptions(Options):
     dataset: DatasetName = Field(
         "digits", description="digits, a hub id, a dataset folder or an image folder"
     )
+    label_column: str = Field("", description="the column of classes, where several could be")
+    image_column: str = Field("", description="the column of images, where several could be")
     flip: bool = Field(False, description="mirror half of the training images")
     convert_channels: bool = Field(False, description="convert images of other channel counts")
     seed: int = Field(0, ge=0, description="decides every random draw")

@@ -25,7 +25,9 @@ class StatsOptions(Options):
     res: int | None = Field(
         None, ge=1, description="crop to the middle square and resize to this side (Lanczos)"
     )
-    split: Literal["train", "test"] = Field("test", description="images of a dataset")
+    split: Literal["train", "test"] | None = Field(
+        None, description="only these; none: all of a folder, what a named dataset holds out"
+    )
     skip_bad: bool = Field(False, description="go on without files that cannot be read; count them")
     force: bool = Field(False, description="go on with fewer images than features: a biased number")
     batch_size: int = Field(64, ge=1, description="images at a time")

@@ -40,6 +40,7 @@ class _Side:
     statistics: Statistics
     features_ND: torch.Tensor | None = None
     skipped: list[str] = field(default_factory=list)
+    left_out: str = ""
 
     def figures(self) -> dict[str, Any]:
         """`images` is None, and `features` "", where a file of statistics does not say."""
@@ -52,6 +53,7 @@ class _Side:
             "dim": stats_of.dim,
             "biased": 0 < stats_of.count <= stats_of.dim,
             "skipped": self.skipped,
+            "left_out": self.left_out,
         }
 
 
@@ -202,7 +204,7 @@ def _side(
         total=found.batch_count(options.batch_size),
     )
     own = statistics(features_ND, features=network.name)
-    return _Side(name, own, features_ND, found.skipped)
+    return _Side(name, own, features_ND, found.skipped, found.left_out)
 
 
 def _check_enough(name: str, count: int, dim: int, force: bool) -> None:
