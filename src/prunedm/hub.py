@@ -6,7 +6,8 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 
-from prunedm.errors import UserError, first_line
+from prunedm.errors import UserError, first_line, shortened
+from prunedm.places import expanded
 
 EMBEDDED = ("digits",)
 PROBE_SECONDS = 5.0
@@ -24,19 +25,19 @@ def find(source: str | Path) -> Path:
     """The local folder of a model: itself, the embedded one, or the hub's snapshot."""
     name = str(source)
     try:
-        path = Path(source).expanduser()
+        path = expanded(source)
         if path.is_dir():
             return path
         exists = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, null bytes
-        raise UserError(f"no model at {name[:80]!r}: {first_line(error)[:120]}") from error
+    except OSError as error:  # too long
+        raise UserError(f"no model at {shortened(name)!r}: {error.strerror}") from error
     if name in EMBEDDED:
         return Path(str(resources.files("prunedm") / "assets" / name))
     if exists:
         raise UserError(_about_file(path))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"no model at {name[:160]!r}: give a folder, a hub id like owner/name, or digits"
+            f"no model at {shortened(name)!r}: give a folder, a hub id like owner/name, or digits"
             + _meant(path)
         )
     return _snapshot(name, path)
@@ -49,7 +50,7 @@ def _about_file(path: Path) -> str:
     model = next((f for f in around if (f / "model_index.json").exists()), None)
     model = model or next((f for f in around if (f / "config.json").exists()), None)
     way = f"give {model}" if model else "give the folder with model_index.json, or unet/config.json"
-    return f"{str(path)[:160]} is {kind}, and not a model folder; {way}"
+    return f"{shortened(str(path))} is {kind}, and not a model folder; {way}"
 
 
 def _meant(path: Path) -> str:

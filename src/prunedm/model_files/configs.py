@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunedm.errors import UserError, first_line
+from prunedm.errors import UserError, first_line, shortened
 from prunedm.pruned_unet import PrunedUNet2DModel
 from prunedm.reading import read_object
 
@@ -59,10 +59,9 @@ _CLOSED = ("beta_schedule", "prediction_type", "timestep_spacing")  # choices th
 _WIDTHS = dict[str, dict[str, int]]
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value as an error names it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+def shown(value: object) -> str:
+    """A value as an error names it."""
+    return shortened(repr(value), most=60)
 
 
 def check_config(

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from prunedm.diffusion import check_scheduler, scheduler_class
 from prunedm.errors import UserError, first_line
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, shown
+from prunedm.places import expanded
 from prunedm.reading import read_object
 
 FILE = "scheduler_config.json"
@@ -29,7 +30,7 @@ class Found:
 def find_scheduler(folder: Path, given: str | Path | None = None) -> Found:
     """The one that is `given` (a folder or a file), the folder's, its run's, or the paper's."""
     if given:
-        file = _given(Path(given).expanduser())
+        file = _given(expanded(given))
         return Found(scheduler := read_scheduler(file), _note(scheduler, file), file)
     own = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     if (own / FILE).exists():

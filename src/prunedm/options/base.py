@@ -92,7 +92,7 @@ class Options(BaseModel):
 class ModelOptions(Options):
     """How a model is read."""
 
-    scheduler: str = Field(
+    scheduler: FileName = Field(
         "",
         description="noise schedule in the place of the model's: a folder or scheduler_config.json",
     )

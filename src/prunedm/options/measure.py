@@ -11,7 +11,6 @@ from prunedm.options.base import (
     FileName,
     ModelName,
     ModelOptions,
-    Options,
     PatternText,
 )
 

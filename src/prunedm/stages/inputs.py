@@ -84,6 +84,11 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
     channels, height, width = model.sample_shape
     if height != width:
         raise UserError(f"the model takes {height}x{width} images; only square ones are supported")
+    if options.convert_channels and channels not in (1, 3):
+        raise UserError(
+            f"the model takes images of {channels} channels, and --convert-channels makes 1 or 3; "
+            "give images that have them (RGBA is 4, gray with alpha 2), and leave it out"
+        )
     images = load_images(
         options.dataset,
         split=split,
