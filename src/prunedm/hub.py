@@ -90,6 +90,7 @@ def _probe(hub_id: str) -> str:
     Asked in a thread, since no timeout holds for the look-up of the hub's name.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     found = [f"no answer in {PROBE_SECONDS:g} s"]
 
@@ -97,6 +98,8 @@ def _probe(hub_id: str) -> str:
         try:
             HfApi().model_info(hub_id, timeout=PROBE_SECONDS)
             found[0] = ""
+        except RepositoryNotFoundError:
+            found[0] = "none of this name that you may read"
         except Exception as error:
             found[0] = first_line(error)[:160]
 

@@ -94,9 +94,9 @@ def read_unet_config(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in DENOISERS:
-        known = ", ".join(DENOISERS)
         raise UserError(
-            f"{folder} holds a {shown(name).strip(chr(39))}; supported denoisers: {known}"
+            f"{folder} holds a {shown(name).strip(chr(39))}; "
+            f"supported denoisers: {', '.join(DENOISERS)}"
         )
     check_unet_config(config, path)
     known = ("widths", *inspect.signature(UNet2DModel.__init__).parameters)
