@@ -7,28 +7,30 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.faults import kills, server, things
+from tests.faults import inputs, kills, server, things
 
 
 def main() -> int:
     """Exit code 1 where there is a fault."""
     options = _options()
-    home = Path(tempfile.mkdtemp(prefix="prunedm-faults-"))
+    home = options.home or Path(tempfile.mkdtemp(prefix="prunedm-faults-"))
+    made = (home / "base" / "made").exists()
     began = time.monotonic()
     try:
-        server.prepare(home)
-        things.make(home / "base")
+        server.prepare(home, server.EXPORTS if options.kills or not made else ())
+        if not made:
+            things.make(home / "base")
         found = {
             "kills": _kill(options, home) if options.kills else {},
             "inputs": _damage(options, home) if options.inputs else {},
         }
     finally:
-        shutil.rmtree(home, ignore_errors=True)
+        if not options.home:
+            shutil.rmtree(home, ignore_errors=True)
     for name, part in found.items():
         if part:
             print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in part["counts"].items()))
@@ -64,7 +66,33 @@ def _kill(options: argparse.Namespace, home: Path) -> dict[str, Any]:
 
 
 def _damage(options: argparse.Namespace, home: Path) -> dict[str, Any]:
-    return {}
+    base = home / "base"
+    table = [case for case in inputs.cases(base) if options.only in case.name]
+    if options.inputs != "all":
+        table = kills.spread(table, int(options.inputs), ends=0)
+    judge = partial(_judge, table, base, home / "inputs")
+    found = []
+    for one in server.in_parallel(judge, range(len(table)), options.jobs):
+        found.append(one)
+        if one.outcome != "clean":
+            print(f"{one.outcome}: {one.name}: {one.line[:200]}", flush=True)
+    return {
+        "counts": inputs.counts(found),
+        "kinds": _by_kind(found),
+        "slowest": [f"{f.seconds} s {f.name}" for f in sorted(found, key=lambda f: -f.seconds)[:10]],
+        "faults": inputs.as_rows(found),
+    }
+
+
+def _by_kind(found: list[inputs.Found]) -> dict[str, dict[str, int]]:
+    kinds: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for one in found:
+        kinds[one.kind][one.outcome] += 1
+    return kinds
+
+
+def _judge(table: list[inputs.Case], base: Path, place: Path, number: int) -> inputs.Found:
+    return inputs.judge(table[number], base, place)
 
 
 def _attempt(base: Path, place: Path, task: tuple[Any, tuple[int, bool]]) -> kills.Attempt:
@@ -77,6 +105,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--inputs", default="", help="all, or a number, evenly spaced")
     parser.add_argument("--only", default="", help="verbs and inputs with this in their name")
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
+    parser.add_argument("--home", type=Path, help="keep the sound files here, and use them again")
     parser.add_argument("--out", type=Path, help="write counts and faults to this JSON file")
     return parser.parse_args()
 

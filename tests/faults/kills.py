@@ -23,9 +23,11 @@ _CHANGES = {  # audit event -> the places of its path and of the folder's descri
     "os.link": (1, 3), "os.symlink": (1, 2), "os.truncate": (0, None),
 }  # fmt: skip
 # what may differ between two undisturbed runs: times, memory, and numbers in texts that tell them
-_MEASURED = re.compile(r"wall_time|created|second|started|updated|latenc|_ms|memory|took|pid|when")
+_MEASURED = re.compile(
+    r"wall_time|created|second|started|updated|latenc|_ms$|per_s$|memory|timestamp|^pid$|^place$"
+)
 _TEXTS = (".csv", ".md", ".txt", ".jsonl")
-_BY_NAME = (".html", ".svg", ".log", ".db", ".lock")
+_BY_NAME = (".html", ".svg", ".log", ".db", ".lock", "dashboard.png")  # with figures of times
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def _empty(work: Path) -> None:
 
 LOSS = f"loss {{model}} out {QUICK}"
 EVALUATE = "--dataset {images} --problems 2 --latency-repeats 1 --latency-batches 1"
-FULL = f"{EVALUATE} --samples 4 --references 4 --sampling-steps 1 --features digits-cnn"
+FULL = f"{EVALUATE} --samples 4 --sampling-steps 1 --skip-fid"
 VERBS = {
     "train": Verb(f"train out {TUNE} --config {{unet}}"),
     "prune channels": Verb(f"prune {{model}} out --target params=0.2 {SCORE}"),
@@ -74,7 +76,7 @@ VERBS = {
     "export packed": Verb(f"export {{masked}} out {QUICK}"),
     "export onnx": Verb(f"export {{masked}} out --format onnx {QUICK}"),
     "export openvino": Verb(f"export {{masked}} out --format openvino {QUICK}"),
-    "fid": Verb(f"fid {{images}} {{labelled}} --json out.json {FEATURES}"),
+    "fid": Verb(f"fid {{images}} {{set}} --json out.json {FEATURES}"),
     "stats": Verb("stats {images} out.npz --features digits-cnn --force"),
     "masks extract": Verb("masks extract {masked} out.safetensors"),
     "run": Verb("run {recipe} out"),
@@ -222,11 +224,11 @@ def attempt(reference: Reference, moment: tuple[int, bool], base: Path, place: P
     return found
 
 
-def spread(every: list[Any], count: int | None) -> list[Any]:
+def spread(every: list[Any], count: int | None, ends: int = ENDS) -> list[Any]:
     """`count` of them, evenly spaced, the first and the last few always among them."""
     if count is None or count >= len(every):
         return every
-    ends = min(ENDS, count // 3)
+    ends = min(ends, count // 3)
     middle = every[ends : len(every) - ends]
     chosen = count - 2 * ends
     return [
@@ -338,7 +340,7 @@ def _mark(path: Path) -> tuple[int, int]:
 def _digest(path: Path, root: Path) -> str:
     if path.is_symlink():
         return f"link to {path.readlink()}"
-    if path.suffix in _BY_NAME or not path.suffix:
+    if path.name.endswith(_BY_NAME) or not path.suffix:
         return "there" if path.suffix != ".html" or path.stat().st_size else "empty"
     content = path.read_bytes()
     if path.suffix in (".json", *_TEXTS):
@@ -348,7 +350,7 @@ def _digest(path: Path, root: Path) -> str:
 
 
 def _text(text: str) -> str:
-    return re.sub(r"\d[\d.,e+-]*", "#", text)
+    return re.sub(r"[+−±×-]?\d[\d.,e+-]*", "#", text)
 
 
 def _facts(text: str) -> str:

@@ -23,7 +23,11 @@ _PAGE = resource.getpagesize()
 _IMPORTS = (
     "datasets", "diffusers", "onnxruntime", "PIL.Image", "sklearn.datasets", "scipy.linalg",
     "prunedm.cli", "prunedm.console", "prunedm.experiments.chain", "prunedm.experiments.sweep",
-    "prunedm.stages", "prunedm.stages.export", "prunedm.stages.exporting.writers",
+    "prunedm.stages",
+)
+EXPORTS = (
+    "onnx", "onnxscript", "openvino", "torch._inductor.decomposition",
+    "torch.onnx._internal.exporter._core",
 )  # fmt: skip
 
 
@@ -41,7 +45,7 @@ class Ended:
     answer: Any = None  # of the work
 
 
-def prepare(home: Path) -> None:
+def prepare(home: Path, more: Sequence[str] = ()) -> None:
     """Import all that children need, with one thread; none of it may reach the network or a home."""
     os.environ |= {
         "OMP_NUM_THREADS": "1",
@@ -54,7 +58,7 @@ def prepare(home: Path) -> None:
         "COLUMNS": "100",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    for name in _IMPORTS:
+    for name in (*_IMPORTS, *more):
         import_module(name)
     import torch
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,7 @@ def words(command: str, base: Path) -> list[str]:
 
 def make(base: Path) -> None:
     """Everything, into `base`."""
+    shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
     _child(_by_hand, base)
     for name, command in MADE.items():
@@ -82,6 +84,7 @@ def make(base: Path) -> None:
     ended = in_child(lambda: _stop_at_step(3, words(FINETUNE, base)), unfinished)
     assert ended.code == -signal.SIGKILL, ended
     assert (unfinished / "out.partial" / "identity.json").is_file()
+    (base / "made").touch()
 
 
 def _child(work: Callable[[], None], base: Path) -> None:
