@@ -29,12 +29,12 @@ from pruning_report import command_line, into_docs
 from sampling import pipeline
 from torch import nn
 
+from prunedm.deployment.opening import open_model
 from prunedm.evaluation.features import extract, image_batches, load_features
 from prunedm.evaluation.fid import bootstrap_error, frechet_distance
 from prunedm.evaluation.fid import statistics as moments
 from prunedm.evaluation.loss import denoising_loss, fixed_batches
 from prunedm.evaluation.size import count_macs, count_parameters
-from prunedm.export.opening import open_model
 from prunedm.folder import Model, load
 from prunedm.options import DataOptions, ExportOptions
 from prunedm.record import environment, read_record, write_json

@@ -31,8 +31,8 @@ import torch
 from pruning_report import command_line
 from torch import nn
 
-from prunedm.export.inference_graph import HalfInside, InferenceDenoiser
-from prunedm.export.onnx_file import write_onnx
+from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
+from prunedm.deployment.onnx_file import write_onnx
 from prunedm.folder import load
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern

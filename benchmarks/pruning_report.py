@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prunedm.neighbours import Neighbours, disturbance
+
 DOCS = Path(__file__).parent.parent / "docs" / "results.md"
 Row = dict[str, Any]
 
@@ -90,8 +92,13 @@ def command_line() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
+NEIGHBOURS = Neighbours()  # since the benchmark's start
+
+
 def into_docs(name: str, body: str) -> None:
-    """Replace the section between the two markers of this name."""
+    """Replace the section between the two markers of this name; a busy machine is named in it."""
+    disturbed = disturbance(NEIGHBOURS.share)
+    body += f"\n\n*Disturbed: {disturbed}.*" * bool(disturbed)
     text = DOCS.read_text(encoding="utf-8")
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)

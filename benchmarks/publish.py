@@ -18,8 +18,8 @@ from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import markdown_table
 from prunedm.record import read_record, write_json
-from prunedm.stages.compare import read_comparison
-from prunedm.stages.evaluate import read_samples
+from prunedm.stages.verbs.compare import read_comparison
+from prunedm.stages.verbs.evaluate import read_samples
 
 ROOT = Path(__file__).parent.parent
 SHOWN = 36  # samples of each model in the picture

@@ -135,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     calls = math.ceil(arguments.count / size) * arguments.steps
     call_s = statistics.median(seconds[EAGER]) / calls
-    layers = count_layers(model.denoiser)
+    layers, kind = count_layers(model.denoiser), device.type
     return {
         "rows": rows,
         "dtype": str(compiled.dtype).removeprefix("torch."),
@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "compile_s": compiled.compile_seconds,
         "compile_s_layer": compiled.compile_seconds / layers,
         "saved_share": 1 - statistics.median(seconds[FAST]) / statistics.median(seconds[EAGER]),
-        "compiles_from_images": layers * SECONDS_PER_LAYER / SAVED_SHARE / call_s
+        "compiles_from_images": layers * SECONDS_PER_LAYER[kind] / SAVED_SHARE[kind] / call_s
         / arguments.steps * size,
     }  # fmt: skip
 

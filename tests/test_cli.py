@@ -97,7 +97,7 @@ def other_model_class(place: Path):
 def damaged_json(place: Path):
     model = _copy(place)
     (model / "model_index.json").write_text("{")
-    return ["evaluate", model, place / "out"], ["model_index.json", "no JSON"]
+    return ["evaluate", model, place / "out"], ["model_index.json", "not JSON"]
 
 
 def damaged_masks(place: Path):
@@ -173,8 +173,18 @@ def unlabelled_images(place: Path):
 
 
 def nan_loss(place: Path):
-    words = ["finetune", tiny_folder(), place / "out", "--lr", "1e30", "--warmup", "0"]
-    loop = ["--steps", "30", "--batch-size", "2", "--validation-problems", "2", "--clip", "0"]
+    words = ["finetune", tiny_folder(), place / "out", "--lr", "1e3", "--weight-decay", "1e6"]
+    loop = [
+        "--steps",
+        "30",
+        "--batch-size",
+        "2",
+        "--validation-problems",
+        "2",
+        "--clip",
+        "0",
+        "--warmup=0",
+    ]
     return [*words, *loop], ["nan at step", "lower --lr"]
 
 
@@ -201,7 +211,7 @@ def damaged_yaml(place: Path):
 
 
 def missing_yaml(place: Path):
-    return ["train", place / "out", "--config", place / "a.yaml"], ["a.yaml", "No such file"]
+    return ["train", place / "out", "--config", place / "a.yaml"], ["a.yaml", "is missing"]
 
 
 def yaml_without_a_table(place: Path):

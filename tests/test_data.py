@@ -10,6 +10,7 @@ from helpers import noise_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from prunedm import image_hub
 from prunedm.data import ImageSet, load_images, to_model_range, to_uint8
 from prunedm.errors import UserError
 
@@ -243,12 +244,21 @@ def test_paths_that_are_not_there_are_not_asked_of_the_hub(name, monkeypatch):
         load_images(name, split="train", size=8, channels=3)
 
 
-def test_a_dataset_unknown_to_the_hub_is_named_in_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("silence", "said"),
+    [
+        ("", "the hub says: Couldn't reach the Hub"),
+        ("no route", r"the hub cannot be reached \(no route\)"),
+        (None, "the hub has none of this name"),
+    ],
+)
+def test_a_dataset_unknown_to_the_hub_is_named_in_one_line(monkeypatch, silence, said):
     def unreachable(*_):
         raise ConnectionError("Couldn't reach the Hub\nwith a second line")
 
+    monkeypatch.setattr(image_hub, "_silence", lambda _: silence)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"'someone/nothing'.*Couldn't reach the Hub") as error:
+    with pytest.raises(UserError, match=rf"'someone/nothing'.*{said}") as error:
         load_images("someone/nothing", split="train", size=8, channels=3)
     assert "\n" not in str(error.value)
 

@@ -234,6 +234,21 @@ def test_images_that_cannot_be_read_are_counted(sets, network: str, tmp_path: Pa
     assert any("left out of" in note and "1 that" in note for note in lines(figures))
 
 
+def test_the_same_statistics_again_are_done_already(
+    sets, network: str, tmp_path: Path, monkeypatch
+) -> None:
+    out, wanted = tmp_path / "real.npz", StatsOptions(features=network, device="cpu")
+    first, before = stats(sets[1], out, wanted), out.stat()
+    assert first["made"]
+    with pytest.raises(UserError, match=r"statistics of other images or options.*--overwrite"):
+        stats(sets[1], out, wanted.model_copy(update={"num_samples": 70}))
+    monkeypatch.setattr("prunedm.stages.distance.extract", None)  # no feature is computed again
+    for overwrite in (False, True):
+        again = stats(sets[1], out, wanted, overwrite=overwrite)
+        assert again == first | {"made": False}
+    assert out.stat() == before
+
+
 def test_a_file_is_replaced_only_on_request_and_as_a_whole(
     sets, network: str, tmp_path: Path, monkeypatch
 ) -> None:

@@ -13,11 +13,11 @@ from test_sampling import pngs, watched
 from torch import nn
 
 from prunedm.cli import main
+from prunedm.deployment import extras
+from prunedm.deployment.description import FILE, Description, read_description, write_description
+from prunedm.deployment.opening import open_model
+from prunedm.deployment.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
 from prunedm.errors import UserError
-from prunedm.export import extras
-from prunedm.export.description import FILE, Description, read_description, write_description
-from prunedm.export.opening import open_model
-from prunedm.export.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
 from prunedm.folder import Model, load, save
 from prunedm.options import (
     PRECISIONS,
@@ -408,7 +408,7 @@ def test_the_command_says_what_was_written_how_far_it_is_and_what_is_next(tmp_pa
 
 
 def test_the_command_for_an_engine_is_shown(monkeypatch, tmp_path, capsys):
-    from prunedm.export import tensorrt
+    from prunedm.deployment import tensorrt
 
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     written_before(monkeypatch)

@@ -16,14 +16,14 @@ import torch
 from helpers import tiny_folder
 from torch import nn
 
+from prunedm.deployment import onnx_file, tensorrt, torch_program
+from prunedm.deployment.description import FILE, file_hash, read_description
+from prunedm.deployment.onnx_file import onnx_arrays
+from prunedm.deployment.opening import open_model
+from prunedm.deployment.openvino_file import openvino_arrays, to_openvino
+from prunedm.deployment.runtimes import OpenVinoDenoiser
+from prunedm.deployment.zeros import check_zeros
 from prunedm.errors import UserError
-from prunedm.export import onnx_file, tensorrt, torch_program
-from prunedm.export.description import FILE, file_hash, read_description
-from prunedm.export.onnx_file import onnx_arrays
-from prunedm.export.opening import open_model
-from prunedm.export.openvino_file import openvino_arrays, to_openvino
-from prunedm.export.runtimes import OpenVinoDenoiser
-from prunedm.export.zeros import check_zeros
 from prunedm.folder import load, save
 from prunedm.layers import to_groups
 from prunedm.masks import Masks, Pattern
@@ -32,8 +32,8 @@ from prunedm.progress import Silent
 from prunedm.record import Record, read_record
 from prunedm.removal.nm import nm_mask
 from prunedm.stages import export, prune
-from prunedm.stages.compare import yardstick
 from prunedm.stages.evaluating.measure import measure, read_evaluation, read_steps
+from prunedm.stages.verbs.compare import yardstick
 
 CLASSES = 10
 MODEL = {

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from prunedm.record import (
     write_json,
     write_record,
 )
-from prunedm.stages import frame
+from prunedm.stages import frame, workplace
 from prunedm.stages.frame import RESUME, run_stage
 
 OPTIONS = LoopOptions(steps=5, seed=3)
@@ -218,22 +219,129 @@ def test_an_unfinished_run_is_not_continued_with_other_options(tmp_path):
     assert stage.found == []
 
 
-def test_a_kill_while_tidying_up_does_not_leave_half_a_resume_folder(tmp_path, monkeypatch):
-    stage = Stage(resumable=True)
-    removed = []
+# ------------------------------------------------------------------------------------- kills
 
-    def killed(path, **_):
-        removed.append(path.name)
-        raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(frame.shutil, "rmtree", killed)
-        with pytest.raises(Killed):
-            stage.run(tmp_path / "out")
-    assert removed
-    assert not (tmp_path / "out.partial" / RESUME).exists()
-    assert stage.run(tmp_path / "out")[1] is True
-    assert stage.found == []
+class Killer:
+    """Ends this process, as far as files are concerned, before the n-th change to one in `place`."""
+
+    EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "open"})
+
+    def __init__(self) -> None:
+        self.place, self.left = "", -1
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event, arguments):
+        if self.left < 0 or event not in self.EVENTS or not self._changes(event, arguments):
+            return
+        if self.left == 0:
+            raise Killed  # and every change after it: nothing runs in a process that was killed
+        self.left -= 1
+
+    def _changes(self, event, arguments) -> bool:
+        writes = event != "open" or (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        inside = event in ("os.remove", "os.rmdir") and not str(arguments[0]).startswith("/")
+        return bool(writes) and (inside or str(arguments[0]).startswith(self.place))
+
+    def kill(self, work, n: int, place: Path) -> bool:
+        """Whether `work` was killed before its change number `n`."""
+        self.place, self.left = str(place), n
+        try:
+            work()
+        except Killed:
+            return True
+        finally:
+            self.left = -1
+        return False
+
+
+@pytest.fixture(scope="module")
+def killer():
+    return Killer()
+
+
+def new(place: Path) -> Path:
+    return place / "out"
+
+
+def an_empty_folder(place: Path) -> Path:
+    (place / "out").mkdir()
+    return place / "out"
+
+
+def a_link(place: Path) -> Path:
+    (place / "disk" / "real").mkdir(parents=True)
+    (place / "out").symlink_to(place / "disk" / "real", target_is_directory=True)
+    return place / "out"
+
+
+def a_dangling_link(place: Path) -> Path:
+    (place / "disk").mkdir()
+    (place / "out").symlink_to(place / "disk" / "real")
+    return place / "out"
+
+
+def below_a_link(place: Path) -> Path:
+    (place / "disk").mkdir()
+    (place / "link").symlink_to(place / "disk")
+    return place / "link" / "out"
+
+
+def the_current_folder(place: Path) -> Path:
+    (place / "out").mkdir()
+    os.chdir(place / "out")
+    return Path()
+
+
+PLACES = [new, an_empty_folder, a_link, a_dangling_link, below_a_link, the_current_folder]
+
+
+class Tree(Stage):
+    """Writes a folder, a file, the parent's record as `save` does, and state to go on from."""
+
+    def make(self, folder):
+        self.calls += 1
+        (folder / "unet").mkdir(exist_ok=True)
+        (folder / "unet" / "w").write_text("weights")
+        write_record(Record(stage="parent"), folder)
+        (folder / RESUME / "step").write_text("state")
+        return {"loss": 0.5}
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("make_place", PLACES)
+def test_a_kill_before_any_change_loses_nothing(
+    make_place, replaces, tmp_path, monkeypatch, killer
+):
+    """And what is whole is not made again: only what was killed before `whole.json` was there."""
+    other = OPTIONS.model_copy(update={"steps": 9})
+    monkeypatch.chdir(tmp_path)
+    killed, whole = True, 0
+    for n in range(100):
+        place = tmp_path / str(n)
+        place.mkdir()
+        out = make_place(place)
+        if replaces:
+            Tree().run(out, options=other)
+        stage = Tree()
+        killed = killer.kill(lambda: stage.run(out, overwrite=replaces), n, place)  # noqa: B023
+        if not killed:
+            break
+        was_whole = list(place.rglob("whole.json")) or not list(place.rglob("identity.json"))
+        was_whole = bool(was_whole) and stage.calls == 1
+        record, _ = stage.run(out, overwrite=replaces)
+        assert stage.calls == 1 or not was_whole, n
+        whole += was_whole
+        real = out.resolve()
+        assert read_record(real) == record
+        assert record.options["steps"] == 5
+        assert names(real) == [FILE, "unet"]
+        assert names(real / "unet") == ["w"]
+        left = {p.name for p in real.parent.iterdir()} - {"out", "real"}
+        assert not left, n
+        monkeypatch.chdir(tmp_path)
+    assert not killed
+    assert whole >= 5
 
 
 def test_a_parent_that_cannot_be_written_is_an_oserror_with_nothing_behind(tmp_path):
@@ -251,10 +359,57 @@ def _raising(number: int):
     return function
 
 
+DAMAGE = [b"", b"{", b"[]", b"\xff", b'{"stage": 3}', b'{"spent": "x", "began": []}', b"[" * 9999]
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_identity_says_what_to_delete_and_a_clock_is_done_without(tmp_path, content):
+    stage, partial = Stage(Killed(), resumable=True), tmp_path / "out.partial"
+    with pytest.raises(Killed):
+        stage.run(tmp_path / "out")
+    stage.failure = None
+    identity = (partial / "identity.json").read_bytes()
+    (partial / "identity.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"identity\.json is damaged .*; delete .*out\.partial"):
+        stage.run(tmp_path / "out")
+    (partial / "identity.json").write_bytes(identity)
+    (partial / "clock.json").write_bytes(content)
+    assert stage.run(tmp_path / "out")[1] is True
+    assert stage.found == ["step-1"]
+
+
+def test_an_overwrite_that_was_killed_goes_on(tmp_path):
+    Stage().run(tmp_path / "out", options=OPTIONS.model_copy(update={"steps": 9}))
+    stage = Stage(Killed(), resumable=True)
+    with pytest.raises(Killed):
+        stage.run(tmp_path / "out", overwrite=True)
+    stage.failure = None
+    assert stage.run(tmp_path / "out", overwrite=True)[1] is True
+    assert stage.found == ["step-1"]
+
+
+def test_a_whole_result_of_other_options_is_not_lost_by_an_overwrite_that_fails(tmp_path, killer):
+    """Killed between the two renames, then asked for something else: the old result comes back."""
+    other = OPTIONS.model_copy(update={"steps": 9})
+    between = 0
+    for n in range(40):
+        out = tmp_path / str(n) / "out"
+        Tree().run(out, options=other)
+        killer.kill(lambda: Tree().run(out, overwrite=True), n, out.parent)  # noqa: B023
+        if out.exists():
+            continue
+        between += 1
+        third = OPTIONS.model_copy(update={"lr": 0.5})
+        with pytest.raises(ValueError):
+            Stage(ValueError()).run(out, options=third, overwrite=True)
+        assert read_record(out).options["steps"] == 9
+    assert between == 1
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["write_json", "write_record"])
 def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path, monkeypatch, number, where):
-    monkeypatch.setattr(frame, where, _raising(number))
+    monkeypatch.setattr(workplace, where, _raising(number))
     with pytest.raises(OSError):
         Stage().run(tmp_path / "out")
     assert names(tmp_path) == []

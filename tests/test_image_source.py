@@ -38,18 +38,19 @@ def nchw(images_NHWC: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
 
 
-def test_a_folder_gives_its_own_images_in_order_of_their_names(tmp_path: Path) -> None:
-    colours = pixels(7, 6, 9, 3)  # not square
-    write(tmp_path / "set", colours[4:], ".webp", start=4)
+def test_a_folder_gives_all_its_images_in_order_of_their_paths(tmp_path: Path) -> None:
+    colours = pixels(9, 6, 9, 3)  # not square
+    write(tmp_path / "set", colours[4:7], ".webp", start=4)
     folder = write(tmp_path / "set", colours[:4])
     (folder / "notes.txt").write_text("no image")
-    write(folder / "deeper", colours)
+    write(folder / "deeper", colours[7:])
     found = opened(folder)
     assert found.shape == (3, 6, 9)
-    assert [len(batch) for batch in found.batches(3)] == [3, 3, 1]
+    assert [len(batch) for batch in found.batches(3)] == [3, 3, 3]
     assert found.batch_count(3) == 3
     assert torch.equal(whole(found), nchw(colours))
     assert torch.equal(whole(found), nchw(colours))  # a second pass, too
+    assert found.left_out == "1 .txt files"
 
 
 def test_sheets_count_in_foreign_folders_and_not_in_ours(tmp_path: Path) -> None:
@@ -115,11 +116,13 @@ def test_digits_are_what_models_are_evaluated_on() -> None:
     assert opened("digits", split="train").count == 1498
 
 
-def test_a_folder_of_subfolders_is_a_dataset(tmp_path: Path) -> None:
+def test_splits_are_one_set_unless_one_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "test", pixels(2, 4, 4, 3))
     write(tmp_path / "train", pixels(3, 4, 4, 3))
-    assert opened(tmp_path).count == 2
-    assert opened(tmp_path, split="train").count == 3
+    assert (opened(tmp_path).count, opened(tmp_path).left_out) == (5, "")
+    train = opened(tmp_path, split="train")
+    assert (train.count, train.left_out) == (3, "2 of test")
+    assert opened(tmp_path, split="test").count == 2
 
 
 def test_a_table_of_images_as_hub_datasets_are(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from helpers import tiny_model
 from test_pruned_unet import narrow
 from torch import nn
 
-from prunedm.export.inference_graph import GroupAffine, InferenceDenoiser
+from prunedm.deployment.inference_graph import GroupAffine, InferenceDenoiser
 from prunedm.pruned_unet import PrunedUNet2DModel
 
 ATTENTION = {

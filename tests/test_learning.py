@@ -20,6 +20,7 @@ from prunedm.diffusion import ProblemBatch, predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import MASKS_FILE, load, save
+from prunedm.inference import evaluating
 from prunedm.layers import prunable_layers, to_groups
 from prunedm.learning import ESTIMATORS, relaxation
 from prunedm.learning.logits import MaskLogits, groups_changed
@@ -52,7 +53,9 @@ SMALL = {
 }
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 TWO_OF_FOUR = Pattern(2, 4)
-learn_module = import_module("prunedm.stages.learn")  # the package has a function of that name
+learn_module = import_module(
+    "prunedm.stages.verbs.learn"
+)  # the package has a function of that name
 estimators = pytest.mark.parametrize("name", list(ESTIMATORS))
 
 
@@ -501,8 +504,7 @@ def learned_on_tiny(
 
     @torch.no_grad()
     def hard_loss(masks: Masks) -> float:
-        denoiser.eval()
-        with masks.applied(denoiser):
+        with masks.applied(denoiser), evaluating(denoiser):
             return float(problem_losses(predict(denoiser, batch), wanted).mean())
 
     def counted(*given, **named):

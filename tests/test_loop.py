@@ -122,6 +122,28 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(killed_at, unbroken, t
         assert torch.equal(wanted, got), name
 
 
+def test_a_run_that_continues_with_other_threads_says_so(tmp_path, monkeypatch):
+    def kill(step: int) -> None:
+        if step == 3:
+            raise Killed
+
+    class Listener(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    monkeypatch.setattr(f"{__name__}.Silent", Listener)
+    with pytest.raises(Killed):
+        train(tiny_model().denoiser, tmp_path, after_step=kill, **EVERYTHING)
+    assert said == []
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    train(tiny_model().denoiser, tmp_path, **EVERYTHING)
+    (line,) = said
+    assert f"began with {threads} threads and continues with {threads + 1}" in line
+    assert f"OMP_NUM_THREADS={threads} " in line
+
+
 def test_dropout_is_at_work_in_the_runs_that_are_compared(unbroken, tmp_path):
     _, history = unbroken
     without = train(tiny_model().denoiser, tmp_path, validate=held_out_loss, **EVERYTHING)

@@ -79,7 +79,8 @@ def call(*words: object) -> int:
 
 def test_own_masks_come_out_as_they_are(pruned, tmp_path):
     out = tmp_path / "new" / "m.safetensors"
-    masks, found = extract_to(pruned, out)
+    masks, found, made = extract_to(pruned, out)
+    assert made
     assert out.read_bytes() == (pruned / MASKS_FILE).read_bytes()
     assert equal(masks, load_masks(out))
     assert found.lines() == [f"masks from {pruned}"]
@@ -189,16 +190,31 @@ def test_weights_that_are_not_finite_cannot_be_projected():
 def test_a_file_is_never_overwritten_in_silence(pruned, tmp_path):
     out = tmp_path / "m.safetensors"
     out.write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"m\.safetensors exists; .* or --overwrite$"):
+    with pytest.raises(
+        UserError, match=r"m\.safetensors exists and holds other .* or --overwrite$"
+    ):
         extract_to(pruned, out)
     assert out.read_bytes() == b"precious"
     extract_to(pruned, out, overwrite=True)
     assert equal(load_masks(out), load(pruned).masks)
     (tmp_path / "d.safetensors").mkdir()
-    with pytest.raises(UserError, match=r"d\.safetensors exists; give another file$"):
+    with pytest.raises(UserError, match=r"d\.safetensors exists and is not a file"):
         extract_to(pruned, tmp_path / "d.safetensors", overwrite=True)
     with pytest.raises(UserError, match=r"no name of a masks file; try m\.safetensors"):
         extract_to(pruned, tmp_path / "m")
+
+
+def test_the_same_masks_again_are_done_already(pruned, tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+    assert extract_to(pruned, out)[2]
+    before = out.stat()
+    for overwrite in (False, True):
+        assert not extract_to(pruned, out, overwrite=overwrite)[2]
+    with pytest.raises(SystemExit, match="0"):
+        main(["masks", "extract", str(pruned), str(out)])
+    assert "done already" in capsys.readouterr().out
+    assert out.stat() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(pruned, tmp_path, monkeypatch):

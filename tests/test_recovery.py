@@ -464,7 +464,7 @@ def test_a_model_with_dropout_of_its_own_is_refused_where_it_would_drown_sensiti
 def test_a_model_whose_channels_were_reordered_is_known_by_its_lineage(narrow, tmp_path):
     import sys
 
-    stage = sys.modules["prunedm.stages.finetune"]
+    stage = sys.modules["prunedm.stages.verbs.finetune"]
     dense, out = narrow.parent / "dense", tmp_path / "permuted"
     options = PruneOptions(mechanism="nm", score="magnitude", permute=True, pictures=0)
     prune(dense, out, options)
@@ -538,7 +538,7 @@ def test_a_cycle_of_problems_asks_the_teacher_once(narrow, tmp_path, monkeypatch
     asked, results = [], []
     import sys
 
-    stage = sys.modules["prunedm.stages.finetune"]
+    stage = sys.modules["prunedm.stages.verbs.finetune"]
 
     def counted(network: nn.Module, batch) -> torch.Tensor:
         asked.append(batch.numbers)

@@ -17,7 +17,8 @@ from prunedm.errors import UserError
 from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
 from prunedm.evaluation.report import page, table_words, write_report
-from prunedm.evaluation.report.checks import checks
+from prunedm.evaluation.report.checks import check_lines
+from prunedm.evaluation.report.conditions import conditions_in_words
 from prunedm.evaluation.report.front import Point, panels, pareto_front, quality_column
 from prunedm.evaluation.report.layers import layer_bars, reason_in_words
 from prunedm.evaluation.report.samples import sheets
@@ -25,6 +26,7 @@ from prunedm.evaluation.report.stages import duration, failures, lineage_of, tim
 from prunedm.evaluation.report.timings import timing_blocks
 from prunedm.evaluation.report.words import WORDS, attribute, text
 from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSparsity, Timing
+from prunedm.evaluation.summary import summary_text
 from prunedm.layers import why_not_nm
 from prunedm.record import Record, Source
 
@@ -407,6 +409,15 @@ def test_timings_compare_like_with_like() -> None:
     assert timing_blocks([evaluation()]) == []
 
 
+def test_a_page_says_that_other_processes_disturbed_the_times(tmp_path: Path) -> None:
+    quiet = [evaluation(latency_ms=50, timings=[timing(16, 50, others=0.04)])]
+    disturbed = [evaluation(latency_ms=50, timings=[timing(1, 5), timing(16, 50, others=0.4)])]
+    for rows, wanted in ((quiet, False), (disturbed, True)):
+        pages = conditions_in_words(rows)[0][1]
+        assert any("used 40% of the processor" in str(page) for page in pages) == wanted
+        assert ("used 40% of the processor" in summary_text("t", rows, [], [])) == wanted
+
+
 def brute_front(points: list[Point]) -> set[str]:
     def beaten(p: Point) -> bool:
         return any(
@@ -608,7 +619,7 @@ def test_asked_beside_got_paired_loss_and_reload(tmp_path: Path) -> None:
     ):
         e.asked, e.reloads = asked, reloads
         e.figures.loss_change, e.figures.loss_change_se = change, 0.0001
-    dense, pruned, recovered, masked = checks(models)
+    dense, pruned, recovered, masked = check_lines(models)
     assert (dense.change, dense.tone, dense.asked) == ("", "", [])
     assert (pruned.change, pruned.tone) == ("+0.04310 ± 0.00010", "worse")
     assert recovered.tone == ""  # 1.2 standard errors
@@ -625,7 +636,7 @@ def test_asked_beside_got_paired_loss_and_reload(tmp_path: Path) -> None:
 def test_a_change_without_a_standard_error_stands_alone() -> None:
     models = pipeline()[:2]
     models[1].figures.loss_change = 0.5
-    assert (checks(models)[1].change, checks(models)[1].tone) == ("+0.50000", "")
+    assert (check_lines(models)[1].change, check_lines(models)[1].tone) == ("+0.50000", "")
 
 
 def test_identical_images_are_called_so_in_both_languages(tmp_path: Path) -> None:
@@ -683,5 +694,5 @@ def test_disk_is_of_the_weight_files_in_both_languages() -> None:
 
 def test_no_checks_no_section() -> None:
     models = pipeline()
-    assert checks(models) == []
+    assert check_lines(models) == []
     assert page(models, {}, title="x")["checks"] == []

@@ -58,7 +58,7 @@ def whole(tmp_path_factory) -> np.ndarray:
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_each_batch_is_drawn_by_one_process(tmp_path, monkeypatch, whole, world):
     """The processes one after the other, without the waiting."""
-    module = sys.modules["prunedm.stages.sample"]
+    module = sys.modules["prunedm.stages.verbs.sample"]
     monkeypatch.setattr(processes, "wait_for_all", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in reversed(range(world)):

@@ -432,7 +432,7 @@ def test_a_run_of_another_batch_size_is_not_gone_on_with(tmp_path):
 
 @pytest.mark.parametrize("form", ["png", "npz"])
 def test_one_batch_is_in_memory_at_a_time(tmp_path, monkeypatch, form):
-    module = sys.modules["prunedm.stages.sample"]
+    module = sys.modules["prunedm.stages.verbs.sample"]
     read, alive, most = module._read, weakref.WeakSet(), []
 
     class Watched(np.ndarray):

@@ -29,10 +29,10 @@ from prunedm.options import (
 from prunedm.progress import Silent
 from prunedm.record import read_record
 from prunedm.stages import compare, evaluate, finetune, learn, prune, sample, train
-from prunedm.stages.compare import read_comparison
-from prunedm.stages.evaluate import read_evaluation, read_samples
 from prunedm.stages.evaluating.measure import _Measuring
 from prunedm.stages.inputs import held_out_problems
+from prunedm.stages.verbs.compare import read_comparison
+from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
 
 SMALL = {"score": "magnitude", "sensitivity_problems": 2}
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}

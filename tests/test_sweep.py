@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,9 @@ from prunedm.experiments.store import Status, Store, run_of
 from prunedm.experiments.sweep import read_kept, rows_of, sweep
 from prunedm.experiments.workers import Job, Slot, outcome, slots
 from prunedm.folder import hash_folder
+from prunedm.options import Options
 from prunedm.progress import Silent
+from prunedm.recipe import Recipe
 
 TUNE = {"steps": 2, "batch_size": 4, "validation_problems": 8, "validate_every": 0}
 RECIPE = {
@@ -135,7 +138,7 @@ def test_labels_name_a_field_by_its_last_part_where_that_is_unique():
         ("search: {space: {finetune.lr: {low: 2, high: 1}}}", "low = 2 is above high = 1"),
         ("search: {space: {finetune.lr: {low: 0, high: 1, log: true}}}", "log needs low > 0"),
         ("search: {space: {seed: [1]}, pruner: median}", "a pruner needs one objective"),
-        ("recipe: gone.yaml\ngrid: {seed: [1]}", "cannot read"),
+        ("recipe: gone.yaml\ngrid: {seed: [1]}", "gone.yaml is missing"),
     ],
 )
 def test_a_wrong_file_is_one_line(text, message, tmp_path):
@@ -218,17 +221,101 @@ def test_what_is_read_decides_the_folders_too(tmp_path):
 def test_every_file_that_a_case_reads_is_hashed(tmp_path):
     teacher = Path(shutil.copytree(tiny_folder(), tmp_path / "teacher"))
     (tmp_path / "masks.safetensors").write_bytes(b"x")
+    for name in ("features.pt", "inception.pth"):
+        (tmp_path / name).write_bytes(name.encode())
     grid = {
         "finetune.teacher": ["auto", "none", str(teacher)],
         "method": {"own": {"learn.masks": str(tmp_path / "masks.safetensors")}},
+        "evaluate.features": ["digits-cnn", str(tmp_path / "features.pt")],
+        "evaluate.inception_weights": [str(tmp_path / "inception.pth")],
     }
     found = hashes_of(plan(grid))
     assert found.keys() == {
-        "model", "dataset digits", f"teacher {teacher}", f"masks {tmp_path / 'masks.safetensors'}"
+        "model", "dataset digits", f"teacher {teacher}", f"masks {tmp_path / 'masks.safetensors'}",
+        f"features {tmp_path / 'features.pt'}",
+        f"inception_weights {tmp_path / 'inception.pth'}",
     }  # fmt: skip
     assert found["model"] == found[f"teacher {teacher}"] == hash_folder(tiny_folder())
     with pytest.raises(UserError, match="no model at"):
         hashes_of(plan({"finetune.teacher": [str(tmp_path / "gone")]}))
+
+
+def test_every_option_that_names_an_input_is_marked():
+    """Whoever adds one finds it here: its content must decide where results lie."""
+    from prunedm import options
+
+    named = re.compile(r"\b(file|folder|hub id|a model)\b")
+    classes = [c for c in vars(options).values() if isinstance(c, type) and issubclass(c, Options)]
+    unmarked = {
+        f"{c.__name__}.{name}"
+        for c in [*classes, Recipe]
+        for name, field in c.model_fields.items()
+        if named.search(field.description or "") and name not in c.inputs()
+    }
+    assert unmarked - {"SampleOptions.format"} <= {"ExportOptions.opset"}
+
+
+@pytest.mark.parametrize("option", ["features", "inception_weights"])
+def test_a_changed_feature_file_changes_the_evaluation_alone(option, tmp_path):
+    case = case_of(plan(), {f"evaluate.{option}": str(tmp_path / "f")})
+    key = f"{option} {tmp_path / 'f'}"
+    one, other = (run_of(case, {"model": "a", "dataset digits": "b", key: h}) for h in "xy")
+    assert one.stages == other.stages
+    assert (one.id, one.dense) != (other.id, other.dense)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("finetune.lrr", "'finetune.lrr' to vary; did you mean 'lr'"),
+        ("fintune.lr", "'fintune.lr' to vary; did you mean 'finetune'"),
+        ("seed.x", "seed is not a stage"),
+        ("learn.steps", "learn is not among the stages"),
+    ],
+)
+def test_a_field_that_no_stage_has_is_refused_before_the_first_trial(field, message, tmp_path):
+    search = {"space": {field: [1, 2]}, "trials": 2}
+    one = plan({}, search=search, objectives={"loss": "minimize"})
+    with pytest.raises(UserError, match=message):
+        sweep(one, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["workers", "threads"])
+def test_fewer_than_no_workers_are_refused(option, tmp_path):
+    with pytest.raises(UserError, match=f"{option} = -1: give at least 1"):
+        sweep(plan(), tmp_path / "out", **{option: -1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_that_cannot_begin_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("no")
+
+    monkeypatch.setattr(sweeps, "Grid", fail)
+    with pytest.raises(UserError, match="no"):
+        sweep(plan(), tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep" / "out").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"dear")
+    with pytest.raises(UserError, match="holds no sweep; give another folder"):
+        sweep(plan(), tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"state": "gone"}', b"[" * 9999])
+def test_damaged_files_of_a_run_are_one_line_or_done_without(content, tmp_path):
+    store, run = Store(tmp_path), run_of(case_of(plan(), {}), HASHES)
+    store.write(run)
+    assert store.read(run.id) == run
+    for name in ("run.json", "status.json"):
+        (store.folder(run.id) / name).write_bytes(content)
+    (tmp_path / "sweep.json").write_bytes(content)
+    assert store.status(run.id) == Status()
+    with pytest.raises(UserError, match=r"run\.json is damaged .*; delete .* and start the sweep"):
+        store.read(run.id)
+    with pytest.raises(UserError, match=r"sweep\.json is damaged .*; delete it"):
+        read_kept(tmp_path)
 
 
 def test_cases_that_come_to_the_same_are_one_run():

@@ -157,7 +157,7 @@ def test_a_tracker_sees_losses_rate_sparsity_compliance_and_images(sparse, fake,
 
 
 def test_groups_that_are_not_2_4_lower_the_compliance(sparse):
-    from prunedm.stages.finetune import observed
+    from prunedm.stages.verbs.finetune import observed
 
     model = load(sparse)
     name, _ = next(iter(model.masks))

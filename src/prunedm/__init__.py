@@ -7,8 +7,13 @@ from importlib import import_module
 from typing import Any
 
 from prunedm import options as options
+from prunedm.quiet_dependencies import switch_off
+from prunedm.waiting import spin_briefly
 
 __version__ = "0.1.0"
+
+switch_off()  # before any of them is imported, and torch
+spin_briefly()
 
 _HOME = {
     "load": "prunedm.folder",
@@ -17,7 +22,7 @@ _HOME = {
     "prune": "prunedm.stages",
     "learn": "prunedm.stages",
     "finetune": "prunedm.stages",
-    "export": "prunedm.stages.export",
+    "export": "prunedm.stages",
     "sample": "prunedm.stages",
     "evaluate": "prunedm.stages",
     "compare": "prunedm.stages",

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from prunedm.errors import UserError, nearest
+from prunedm.errors import UserError, nearest, shortened
 from prunedm.options import Options
 from prunedm.reading import parse_yaml, read_yaml
 
@@ -74,8 +74,15 @@ def validation_message(error: ValidationError, model: type[BaseModel] | None = N
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     return (
-        f"{name} = {first['input']!r}: {reason}" if name else reason
+        f"{name} = {_shown(first['input'])}: {reason}" if name else reason
     )  # no name: of several options
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except ValueError:  # of over 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _suggestion(location: tuple[Any, ...], model: type[BaseModel] | None) -> str:

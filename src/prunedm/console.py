@@ -1,6 +1,5 @@
 """What the terminal shows: bars with remaining time, tables, one-line messages."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,14 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from prunedm.deployment.description import read_description
+from prunedm.errors import masked
 from prunedm.evaluation.columns import Column
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
-from prunedm.export.description import read_description
 from prunedm.masks import Masks
 from prunedm.progress import Task
+from prunedm.reading import read_json
 from prunedm.recipe import Planned
 from prunedm.record import Record, read_record
 from prunedm.stages.masks import Extraction
@@ -33,6 +34,7 @@ from prunedm.training import processes
 
 console = Console(quiet=processes.rank() > 0)
 SLOWEST = 7 * 86_400.0  # seconds a step may take, for the remaining time to be known
+LONGEST_LINE = 4096
 SHOWN_LAYERS = 12  # of an analysis; all are in its JSON
 _TONES = {"better": "green", "worse": "yellow", "": "dim"}
 
@@ -50,11 +52,18 @@ class Terminal:
             TextColumn("[dim]{task.fields[note]}"),
         )
         # a run of a sweep may take hours: the speed is that of the last 1000 steps, however slow
-        with Bars(*columns, console=console, speed_estimate_period=SLOWEST) as bars:
+        with Bars(*columns, console=_place_of_bars(), speed_estimate_period=SLOWEST) as bars:
             yield _Bar(bars, label, total, done)
 
     def say(self, text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)  # paths stay whole
+        console.print(
+            masked(text), highlight=False, markup=False, soft_wrap=True
+        )  # paths stay whole
+
+
+def _place_of_bars() -> Console:
+    """The terminal; in a file nobody knows how wide it is, and a line is never broken."""
+    return console if console.is_terminal else Console(width=LONGEST_LINE, quiet=console.quiet)
 
 
 class _Left(TimeRemainingColumn):
@@ -70,7 +79,7 @@ class _Bar:
         self.id = bars.add_task(label, total=total, completed=done, note="")
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        fields: dict[str, Any] = {"note": note} if note else {}
+        fields: dict[str, Any] = {"note": " ".join(masked(note).split())} if note else {}
         self.bars.update(self.id, advance=units, **fields)
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
@@ -97,7 +106,7 @@ def plan_table(stages: Sequence[Planned]) -> None:
 
 def pruning_table(stats_file: Path) -> None:
     """What pruning did to each layer: widths before and after, or the share of zeros."""
-    stats = json.loads(stats_file.read_text(encoding="utf-8"))
+    stats = read_json(stats_file)
     pattern = stats.get("requested", {}).get("pattern", "")
     title = f"pruning {pattern}".rstrip()
     table = Table("layer", "before => after", title=title, title_justify="left")
@@ -124,7 +133,7 @@ def pruning_table(stats_file: Path) -> None:
 
 def analysis_table(folder: Path) -> None:
     """The layers with most outlier channels, and what follows for the choice of a score."""
-    found = json.loads((folder / "activations.json").read_text(encoding="utf-8"))
+    found = read_json(folder / "activations.json")
     table = _empty_table()
     table.add_column("layer", no_wrap=True)
     for heading in ("largest", "outliers", "mean", "drift"):
@@ -176,11 +185,11 @@ def masks_line(masks: Masks) -> str:
     )
 
 
-def extraction_lines(out: Path, masks: Masks, found: Extraction) -> None:
+def extraction_lines(out: Path, masks: Masks, found: Extraction, *, made: bool) -> None:
     """Where a file of masks came from, and what is in it."""
     for line in found.lines():
         Terminal().say(line)
-    Terminal().say(f"{out}: {masks_line(masks)}")
+    Terminal().say(f"{out}: {masks_line(masks)}{'' if made else '  (done already)'}")
 
 
 def loss_line(record: Record) -> None:

@@ -1,25 +1,36 @@
 """Images from wherever they are: the embedded digits, a hub id, a dataset folder, an image folder."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from torch.utils.data import ConcatDataset, Subset
 
 from prunedm.errors import UserError
+from prunedm.image_files import SUFFIXES, Found, find_images, locate, open_image, shown
+from prunedm.image_hub import open_hub
+from prunedm.image_labels import Labels, file_labels
+from prunedm.image_tables import Tables, open_folder, open_parquet, table_files
+from prunedm.splits import HELD_OUT, choose, held_out, split_of_path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-HELD_OUT_EVERY = 20  # where there is no test split, every 20th image is held out
+# bands of other meanings, which would pass as colours or grey
+_EIGHT_BITS = {
+    "P": "RGB", "PA": "RGBA", "1": "L", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB",
+}  # fmt: skip
 
 
 class ImageSet:
     """A finite, ordered set of images of one shape.
 
     `images[i]` is uint8 CHW; `images.label(i)` its class or None. `source` is any sequence of PIL
-    images, file paths, or uint8 HW / HWC arrays, decoded and resized only when asked for.
+    images, file paths, files' bytes, or uint8 HW / HWC arrays, decoded and resized only when asked
+    for. Where there are no labels, `unlabelled` says why; `left_out` what of a source is not in it.
     """
 
     def __init__(
@@ -31,11 +42,14 @@ class ImageSet:
         channels: int,
         labels: Sequence[int] | None = None,
         convert: bool = False,
+        unlabelled: str = "",
+        left_out: str = "",
     ) -> None:
         if len(source) == 0:
             raise UserError(f"dataset {name!r} holds no images; give a folder or dataset with some")
         self.source, self.labels, self.name = source, labels, name
         self.size, self.channels, self.convert = size, channels, convert
+        self.unlabelled, self.left_out = unlabelled, left_out
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,47 +73,172 @@ class ImageSet:
         return None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """A hash of the length and 64 evenly spaced decoded images: cheap, and of the content."""
+        """A hash of the content, and cheap: the length, 64 evenly spaced images, and all labels."""
         digest = hashlib.sha256(f"{len(self)}x{self.channels}x{self.size}".encode())
         for index in np.linspace(0, len(self) - 1, min(64, len(self))).astype(int):
             digest.update(self[int(index)].contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(np.asarray(self.labels, dtype="<i8").tobytes())
         return digest.hexdigest()[:16]
 
     def _open(self, index: int) -> Image.Image:
-        name = f"image {index} of {self.name!r}"
-        try:
-            item = self.source[index]
-            if isinstance(item, np.ndarray):
-                return Image.fromarray(item)
-            if isinstance(item, Path):
-                name = str(item)
-                item = Image.open(item)
-            item.load()
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"cannot read {name}: {error}") from error
-        return _eight_bits(item, name)
+        item = self.source[index]
+        name = shown(item) if isinstance(item, Path) else f"image {index} of {self.name!r}"
+        return _eight_bits(open_image(item, name), name)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a name stands for: the images of each split, and their labels."""
+
+    sizes: Mapping[str, int]
+    images: Callable[[str], Sequence[Any]]
+    labels: Callable[[str], Labels]
+    left_out: str = ""
 
 
 def load_images(
-    name: str, *, split: str, size: int, channels: int, convert: bool = False
+    name: str,
+    *,
+    split: str,
+    size: int,
+    channels: int,
+    convert: bool = False,
+    labels: Literal["if any", "none", "needed"] = "if any",
+    label_column: str = "",
+    image_column: str = "",
 ) -> ImageSet:
     """Images of `split` ("train" or "test") by name: digits, a folder, or a hub id.
 
-    Raises `UserError` where the name is none of them, or holds no images.
+    Where labels are needed, held-out images without any do not serve, and some of the training
+    images are held out. Raises `UserError` where the name is none of them, or holds no images.
     """
-    arguments: dict[str, Any] = {"size": size, "channels": channels, "convert": convert}
+    found = _open(name, size, label_column, image_column)
+
+    def labels_of(part: str) -> Labels:
+        return Labels() if labels == "none" else found.labels(part)
+
+    part, shared = choose(
+        found.sizes, split, name, lambda part: labels != "needed" or not labels_of(part).absent
+    )
+    source, known = found.images(part), labels_of(part)
+    left_out = [f"{count:,} of {other}" for other, count in found.sizes.items() if other != part]
+    if shared:
+        picked = held_out(len(source), split)
+        left_out += [f"{len(source) - len(picked):,} others"] * (len(picked) < len(source))
+        source = _pick(source, picked)
+        known = replace(known, values=known.values and [known.values[i] for i in picked])
+    return ImageSet(
+        source,
+        name=str(locate(name) or name),
+        size=size,
+        channels=channels,
+        convert=convert,
+        labels=known.values,
+        unlabelled=known.why,
+        left_out=", ".join(filter(None, [*left_out, found.left_out])),
+    )
+
+
+def all_images(name: str, *, size: int, channels: int, image_column: str = "") -> ImageSet:
+    """All images of a folder, whatever its splits; of digits and the hub, those held out, or all."""
+    found = _open(name, size, "", image_column)
+    if locate(name) is None and set(HELD_OUT) & set(found.sizes):
+        return load_images(
+            name, split="test", size=size, channels=channels, labels="none",
+            image_column=image_column,
+        )  # fmt: skip
+    parts = [found.images(split) for split in found.sizes]
+    return ImageSet(
+        _together(parts), name=name, size=size, channels=channels, left_out=found.left_out
+    )
+
+
+def _pick(source: Sequence[Any], indices: Sequence[int]) -> Any:
+    if isinstance(source, list):
+        return [source[i] for i in indices]
+    return Subset(source, indices)  # type: ignore[arg-type]
+
+
+def _together(parts: Sequence[Sequence[Any]]) -> Any:
+    if all(isinstance(part, list) for part in parts):  # of files
+        return sorted((path for part in parts for path in part), key=lambda path: path.parts)
+    return ConcatDataset(parts)  # type: ignore[arg-type]
+
+
+def _open(name: str, size: int, label_column: str, image_column: str) -> _Source:
+    path = locate(name)
     if name == "digits":
-        source, classes = digits(split, size)
-        return ImageSet(list(source), labels=classes, name="digits", **arguments)
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not _is_dataset_folder(folder):
-        return ImageSet(_image_files(folder, split), name=str(folder), **arguments)
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"unknown dataset {name!r}: no such folder")
-    table, image_column, label_column = _table(name, folder, split)
-    labels = table[label_column] if label_column else None
-    images = _Column(table.select_columns([image_column]), image_column)
-    return ImageSet(images, labels=labels, name=name, **arguments)
+        _refuse_columns("digits has", label_column, image_column)
+        return _digits(size)
+    if path is not None and path.is_dir():
+        found = find_images(path)
+        files = table_files(path, found.tables)
+        if not files:
+            _refuse_columns(f"{shown(name)!r} is a folder of images and has", "", image_column)
+            return _folder(path, found, label_column)
+        tables = open_folder(path, files, name)
+    elif path is not None:
+        tables = open_parquet(path.parent, [_table_file(path, name)], name)
+    else:
+        tables = open_hub(name)
+    opened = Tables(name, tables, image_column, label_column)
+    sizes = {split: len(table) for split, table in tables.items()}
+    return _Source(sizes, opened.images, opened.labels)
+
+
+def _refuse_columns(what: str, label_column: str, image_column: str) -> None:
+    for option, value in (("--label-column", label_column), ("--image-column", image_column)):
+        if value:
+            raise UserError(f"{option} {value}: {what} no columns; leave it out")
+
+
+def _table_file(path: Path, name: str) -> Path:
+    """A parquet file. Raises `UserError` for any other, with what to give instead."""
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"dataset {shown(name)!r} is neither a folder nor a regular file")
+    if suffix != ".parquet":
+        packed = suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar", ".zst")
+        way = (
+            "unpack it and give the folder" if packed
+            else "give the folder it is in" if suffix in SUFFIXES
+            else "only fid and stats read an .npz; give a folder of images" if suffix == ".npz"
+            else "give a folder of images, a parquet file or a hub id"
+        )  # fmt: skip
+        raise UserError(f"dataset {shown(name)!r} is a file and no set of images; {way}")
+    return path
+
+
+def _folder(folder: Path, found: Found, label_column: str) -> _Source:
+    if not found.files:
+        rest = f", but {found.rest()}" if found.left_out else ""
+        raise UserError(
+            f"folder {shown(folder)!r} holds no images ({', '.join(SUFFIXES[:5])} ...){rest}"
+        )
+    groups: dict[str, list[Path]] = {}
+    for path in found.files:
+        split = split_of_path(path.parts[len(folder.parts) : -1])
+        groups.setdefault(split, []).append(path)
+    if "" in groups:  # beside other folders
+        groups["others" if "train" in groups else "train"] = groups.pop("")
+    training = next(iter({"train"} & set(groups) or groups))
+    labels = cache(lambda: file_labels(folder, groups, training, label_column))
+    return _Source(
+        {split: len(files) for split, files in groups.items()},
+        lambda split: groups[split],
+        lambda split: labels()(split),  # noqa: PLW0108 - read when asked for
+        found.rest(),
+    )
+
+
+def _digits(size: int) -> _Source:
+    drawn = {split: digits(split, size) for split in ("train", "test")}
+    return _Source(
+        {split: len(images) for split, (images, _) in drawn.items()},
+        lambda split: list(drawn[split][0]),
+        lambda split: Labels(drawn[split][1]),
+    )
 
 
 def digits(split: str, size: int) -> tuple[np.ndarray, list[int]]:
@@ -127,19 +266,6 @@ def to_uint8(images_NCHW: torch.Tensor) -> torch.Tensor:
     return ((images_NCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-class _Column(Sequence[Any]):
-    """One column of a `datasets` table, decoded row by row."""
-
-    def __init__(self, table: Any, column: str) -> None:
-        self.table, self.column = table, column
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.table[int(index)][self.column]
-
-
 def _square(image: Image.Image, size: int) -> Image.Image:
     if image.size == (size, size):
         return image
@@ -157,61 +283,4 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         raise UserError(
             f"{name} has {image.mode} pixels, whose range is unknown; save it in 8 bits"
         )
-    return image.convert({"P": "RGB", "1": "L"}.get(image.mode, image.mode))
-
-
-def _is_dataset_folder(folder: Path) -> bool:
-    markers = ("dataset_dict.json", "state.json")
-    return any((folder / m).exists() for m in markers) or any(folder.rglob("*.parquet"))
-
-
-def _image_files(folder: Path, split: str) -> list[Path]:
-    train, test = folder / "train", folder / "test"
-    root = test if split == "test" and test.is_dir() else train if train.is_dir() else folder
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if root == folder and test.is_dir():
-        files = [p for p in files if test not in p.parents]
-    if not files:
-        raise UserError(f"folder {str(root)!r} holds no images ({', '.join(SUFFIXES)})")
-    return files if test.is_dir() else [files[i] for i in _held_out(len(files), split)]
-
-
-def _held_out(count: int, split: str) -> list[int]:
-    """Indices of the split; a set too small to hold out from serves as both."""
-    every = HELD_OUT_EVERY
-    if count < every:
-        return list(range(count))
-    return [i for i in range(count) if (i % every == every - 1) == (split == "test")]
-
-
-def _table(name: str, folder: Path, split: str) -> tuple[Any, str, str | None]:
-    """A `datasets` table of the split, and its image and label columns."""
-    import datasets
-
-    try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            loaded = datasets.load_from_disk(str(folder))
-        else:
-            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name)
-    except Exception as error:  # datasets raises a dozen types; all mean "not to be had"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"unknown dataset {name!r}: neither 'digits', a folder, nor a reachable hub id ({reason})"
-        ) from error
-    table = _split_of(loaded if isinstance(loaded, dict) else {"train": loaded}, name, split)
-    kinds = {key: type(value).__name__ for key, value in table.features.items()}
-    images = [key for key, kind in kinds.items() if kind == "Image"]
-    if not images:
-        raise UserError(f"dataset {name!r} has no image column; its columns are {list(kinds)}")
-    labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
-    return table, images[0], labels[0] if labels else None
-
-
-def _split_of(tables: Mapping[str, Any], name: str, split: str) -> Any:
-    test = next((other for other in ("test", "validation") if other in tables), None)
-    if split == "test" and test:
-        return tables[test]
-    if "train" not in tables:
-        raise UserError(f"dataset {name!r} has no split 'train'; its splits are {list(tables)}")
-    table = tables["train"]
-    return table if test else table.select(_held_out(len(table), split))
+    return image.convert(_EIGHT_BITS.get(image.mode, image.mode))

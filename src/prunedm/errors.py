@@ -1,7 +1,18 @@
 """Errors that a user can mend, and how they name the way out."""
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
+
+LONGEST = 600  # characters of a message
+_LONGEST_WORD = 240  # of a path or value in it
+_HIDDEN = "***"
+_URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s'\"]*@")  # itself it may hold "@" and "/"
+_NAMED_SECRET = re.compile(
+    r"\b([\w-]*(?:password|passwd|secret|token|api[_-]?key))=[^\s&;'\"]+", re.IGNORECASE
+)
+_SECRET_VARIABLE = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY", re.IGNORECASE)
 
 
 class UserError(ValueError):
@@ -29,4 +40,31 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says first, or its class where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return shortened(masked(lines[0])) if lines else type(error).__name__
+
+
+def shortened(text: str, *, word: int = _LONGEST_WORD, most: int = LONGEST) -> str:
+    """One line: the middle of long words, and of the whole, gives way to "...", so both ends stay."""
+    return _without_middle(" ".join(_without_middle(part, word) for part in text.split()), most)
+
+
+def masked(text: str) -> str:
+    """Without passwords of URLs, `password=` and its like, and secrets of the environment."""
+    text = _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", text)
+    text = _NAMED_SECRET.sub(rf"\1={_HIDDEN}", text)
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and len(value) >= 8:
+            text = text.replace(value, _HIDDEN)
+    return text
+
+
+def is_masked(text: str) -> bool:
+    """Whether a secret was taken out of `text`."""
+    return _HIDDEN in text
+
+
+def _without_middle(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 3]}...{text[-end:]}"

@@ -7,7 +7,7 @@ from cyclopts import CycloptsError
 from pydantic import ValidationError
 
 from prunedm.configuration import validation_message
-from prunedm.errors import UserError
+from prunedm.errors import UserError, masked, shortened
 
 # errors of the place that was to be written to, not of the program
 _UNWRITABLE = (
@@ -17,7 +17,12 @@ _UNWRITABLE = (
 
 
 def one_line(error: BaseException) -> str | None:
-    """What the user can do about it, or None where the fault is ours."""
+    """What the user can do about it, bounded and without secrets; None where the fault is ours."""
+    text = _in_words(error)
+    return None if text is None else shortened(masked(text))
+
+
+def _in_words(error: BaseException) -> str | None:
     cause = error.__cause__ or error.__context__
     if isinstance(error, ValidationError):
         return validation_message(error)

@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from prunedm.errors import UserError
 
@@ -19,6 +20,7 @@ RECORD_LIMIT = 1 << 26  # of what we write ourselves: losses of every step, rows
 YAML_LIMIT = 1 << 18
 DEPTH = 64
 VALUES = 100_000
+Content = TypeVar("Content", bound=BaseModel)
 
 
 def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
@@ -45,6 +47,24 @@ def read_object(path: Path, *, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
     return value
+
+
+def read_as(kind: type[Content], path: Path, way_out: str) -> Content:
+    """A JSON file as one of our models. Raises `UserError` that calls it damaged, and `way_out`."""
+    return validated(TypeAdapter(kind), path, way_out)
+
+
+def validated(kind: TypeAdapter[Any], path: Path, way_out: str) -> Any:
+    """As `read_as`, of any type."""
+    try:
+        return kind.validate_python(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = f"{where}: {first['msg']}" if where else first["msg"]
+    except UserError as error:
+        reason = str(error)
+    raise UserError(f"{path} is damaged ({reason}); {way_out}")
 
 
 def parse_json(text: str | bytes, where: object) -> Any:

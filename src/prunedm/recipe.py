@@ -12,9 +12,11 @@ from prunedm.options import (
     EvaluateOptions,
     FinetuneOptions,
     LearnOptions,
+    ModelName,
     Options,
     PruneOptions,
 )
+from prunedm.places import expanded
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
 
@@ -26,7 +28,9 @@ STAGES = {  # in the order they run: the name in a recipe, and the verb
     "finetune": "finetune",
 }
 REPORT = "report"  # the folder of the final comparison
-_SHARED = ("dataset", "flip", "convert_channels", "seed", "device")
+_SHARED = (
+    "dataset", "label_column", "image_column", "flip", "convert_channels", "seed", "device",
+)  # fmt: skip
 
 
 class Recipe(DataOptions):
@@ -35,11 +39,12 @@ class Recipe(DataOptions):
     Learning masks on frozen weights is not among the default stages: where weights are trained
     afterwards, second-order masks end lower in the same time (docs/results.md).
 
-    The options of all stages are reached by the stage's name (`learn.steps`); dataset, flip,
-    convert_channels, seed and device are set once for all, unless a stage sets its own.
+    The options of all stages are reached by the stage's name (`learn.steps`); dataset,
+    label_column, image_column, flip, convert_channels, seed and device are set once for all, unless
+    a stage sets its own.
     """
 
-    model: str = Field("digits", description="a model folder, a hub id, or digits")
+    model: ModelName = Field("digits", description="a model folder, a hub id, or digits")
     stages: tuple[str, ...] = Field(
         ("prune", "recover", "mask", "finetune"),
         description=f"stages to run, of {', '.join(STAGES)}, in this order",
@@ -49,7 +54,7 @@ class Recipe(DataOptions):
     mask: PruneOptions = PruneOptions(mechanism="obs-nm")
     learn: LearnOptions = LearnOptions()
     finetune: FinetuneOptions = FinetuneOptions(steps=350)
-    evaluate: EvaluateOptions = EvaluateOptions(sampling_steps=25)
+    evaluate: EvaluateOptions = EvaluateOptions(sampling_steps=25, middle_samples=100)
 
     def stage_options(self, name: str) -> Any:
         """The options of a stage: the recipe's default < its shared values < the stage's own.
@@ -131,7 +136,7 @@ def run(
     """
     from prunedm import stages
 
-    progress, out = progress or Silent(), Path(out)
+    progress, out = progress or Silent(), expanded(out)
     steps = steps_of(recipe)
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     for line in unused(recipe):
@@ -190,7 +195,7 @@ def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
     """
     from prunedm import stages
 
-    out, steps, planned = Path(out), steps_of(recipe), list[Planned]()
+    out, steps, planned = expanded(out), steps_of(recipe), list[Planned]()
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     folders: dict[str, str | Path] = {"dense": recipe.model}
     current: str | Path = recipe.model

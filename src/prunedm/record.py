@@ -5,13 +5,17 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from prunedm.errors import UserError
+from prunedm.options import PATH_OPTIONS
+from prunedm.places import bare, located, portable
+from prunedm.reading import read_as
 
 FILE = "record.json"
 MISSING = "not installed"
@@ -20,7 +24,10 @@ _EXTRAS = ("onnx", "onnxruntime", "openvino", "nncf", "tensorrt")  # named where
 
 
 class Source(BaseModel):
-    """A model folder or dataset that went in: where it was, and the hash of what it held."""
+    """A model folder or dataset that went in: where it was, and the hash of what it held.
+
+    On disk a local path is relative to the folder of the record, in memory it is absolute.
+    """
 
     path: str
     hash: str
@@ -44,7 +51,7 @@ class Record(BaseModel):
     def identity(self) -> dict[str, Any]:
         """What decides the result: the stage, its options and the hashes of its inputs."""
         hashes = {role: source.hash for role, source in self.inputs.items()}
-        return {"stage": self.stage, "options": finite(self.options), "inputs": hashes}
+        return comparable({"stage": self.stage, "options": self.options, "inputs": hashes})
 
     def lineage(self) -> list["Record"]:
         """All records from the first model to this one."""
@@ -53,13 +60,42 @@ class Record(BaseModel):
 
 def read_record(folder: Path) -> Record | None:
     """The folder's record, or None where it has none (a foreign model)."""
-    path = folder / FILE
+    return read_record_file(folder / FILE, folder)
+
+
+def read_record_file(path: Path, folder: Path, way_out: str = "") -> Record | None:
+    """The record in a file that stands for `folder`; None where there is no such file.
+
+    Raises `UserError` where it is damaged.
+    """
     if not path.exists():
         return None
-    try:
-        return Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    way_out = way_out or f"make {folder} again, or delete this file to go on without it"
+    record = read_as(Record, path, way_out)
+    return with_paths(record, lambda text: located(text, folder))
+
+
+def comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity in which an option that names an input is its last part: the hash decides."""
+    options = {
+        name: bare(str(value)) if value and name in PATH_OPTIONS else finite(value)
+        for name, value in identity["options"].items()
+    }
+    return identity | {"options": options}
+
+
+def with_paths(record: Record, change: Callable[[str], str]) -> Record:
+    """The same record, its lineage too, with every path of a source or an option changed."""
+    inputs = {
+        role: source.model_copy(update={"path": change(source.path)})
+        for role, source in record.inputs.items()
+    }
+    options = {
+        name: change(value) if name in PATH_OPTIONS and isinstance(value, str) else value
+        for name, value in record.options.items()
+    }
+    history = [with_paths(stage, change) for stage in record.history]
+    return record.model_copy(update={"inputs": inputs, "options": options, "history": history})
 
 
 def file_hash(path: Path) -> str:
@@ -71,14 +107,37 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_record(record: Record, folder: Path) -> None:
-    write_json(record.model_dump(mode="json"), folder / FILE)
+def bare_paths(record: Record | None) -> Record | None:
+    """With the last part alone of every local path, for files that are only looked at."""
+    return None if record is None else with_paths(record, bare)
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Numbers that are not finite become null: JSON has none."""
+def write_record(record: Record, folder: Path, name: str = FILE) -> None:
+    """Paths become relative to the folder, or to what a working folder will be."""
+    told = with_paths(record, lambda text: portable(text, folder))
+    write_json(told.model_dump(mode="json"), folder / name)
+
+
+def write_json(value: Any, path: Path, aside: Path | None = None) -> None:
+    """Write aside and rename: whoever reads sees the old one or the new one.
+
+    Numbers that are not finite become null: JSON has none. The name of `aside` is the same each
+    time, so that what a kill left is used up by the next write.
+    """
     text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    replace_text(path, text + "\n", aside)
+
+
+def replace_text(path: Path, text: str, aside: Path | None = None) -> None:
+    """As `write_json`, any text."""
+    aside = aside or path.with_name(f"{path.name}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def finite(value: Any) -> Any:

@@ -156,7 +156,7 @@ def write_entry(entry: Entry) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(entry.model_dump_json(), encoding="utf-8")
         aside.replace(path)
-    except OSError:
+    except (OSError, ValueError):  # or names that are not UTF-8
         with suppress(OSError):
             aside.unlink(missing_ok=True)
 

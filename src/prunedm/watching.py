@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from prunedm.errors import first_line
+from prunedm.errors import first_line, masked
 from prunedm.progress import Progress, Task
 from prunedm.running import Entry, Finished, add_finished, remove_entry, write_entry
 
@@ -48,11 +48,11 @@ class Watched:
             pid=os.getpid(),
             process_started=psutil.Process().create_time(),
             host=socket.gethostname(),
-            command=command,
+            command=masked(command),
             cwd=_folder(),
             out=out.absolute(),
             stage=stage,
-            about=about,
+            about=masked(about),
             log=Path(log).absolute() if log else None,
             started=now,
             updated=now,
@@ -85,6 +85,7 @@ class Watched:
                     self._recent = recent
 
     def say(self, text: str) -> None:
+        text = masked(text)
         self._progress.say(text)
         self.entry.lines = [*self.entry.lines, text][-SAID_LINES:]
         self._write_if_due()
@@ -93,7 +94,7 @@ class Watched:
         """Count finished units of the current task."""
         entry = self.entry
         entry.done += units
-        entry.note = note or entry.note
+        entry.note = masked(note) or entry.note
         if self._recent:
             seconds = self._clock() - self._recent[0][0]
             entry.rate = (entry.done - self._recent[0][1]) / seconds if seconds > 0 else None

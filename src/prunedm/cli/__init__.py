@@ -4,6 +4,7 @@ import sys
 
 from prunedm.cli import distances, experiments, making, masks, measuring, monitoring, presets
 from prunedm.cli.frame import app
+from prunedm.errors import masked, shortened
 from prunedm.messages import one_line
 from prunedm.signals import Terminated, interruptible
 
@@ -41,5 +42,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print("prunedm:", " ".join(message.split()), file=sys.stderr)
+    print("prunedm:", shortened(masked(message)), file=sys.stderr)
     raise SystemExit(code)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from prunedm.cli.frame import Config, Flat, app
+from prunedm.cli.frame import Config, Flat, app, to_output
 from prunedm.configuration import merge_file
 from prunedm.options import FidOptions, StatsOptions
 
@@ -21,7 +21,9 @@ def fid(
     real: Side,
     *,
     options: Annotated[FidOptions, Flat] = FidOptions(),
-    json: Annotated[Path | None, Parameter(help="write all figures to this file too")] = None,
+    json: Annotated[
+        Path | None, Parameter(help="write all figures to this file too", converter=to_output)
+    ] = None,
     config: Config = None,
     overwrite: Annotated[bool, Parameter(help="replace the --json file", negative=())] = False,
 ) -> None:
@@ -33,7 +35,8 @@ def fid(
     from prunedm.stages.distance_lines import lines
 
     if json is not None:
-        make_place(check_file(json, ".json", overwrite=overwrite))
+        json = check_file(json, ".json", overwrite=overwrite)
+        make_place(json)
     terminal = Terminal()
     figures = stage(generated, real, merge_file(options, config), progress=terminal)
     for line in lines(figures):
@@ -45,7 +48,9 @@ def fid(
 @app.command
 def stats(
     source: Annotated[str, Parameter(help="images: a folder, an .npz, or a dataset")],
-    out: Annotated[Path, Parameter(help="the new file, NAME.npz, as pytorch-fid's")],
+    out: Annotated[
+        Path, Parameter(help="the new file, NAME.npz, as pytorch-fid's", converter=to_output)
+    ],
     *,
     options: Annotated[StatsOptions, Flat] = StatsOptions(),
     config: Config = None,
@@ -58,6 +63,7 @@ def stats(
     terminal = Terminal()
     options = merge_file(options, config)
     figures = stage(source, out, options, progress=terminal, overwrite=overwrite)
-    terminal.say(f"{out}: {figures['features']}, {figures['images']:,} images of {source}")
+    done = "" if figures["made"] else "  (done already)"
+    terminal.say(f"{out}: {figures['features']}, {figures['images']:,} images of {source}{done}")
     for note in figures["notes"]:
         terminal.say(note)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from prunedm.cli.frame import app, watched_terminal
+from prunedm.cli.frame import app, to_input, to_output, watched_terminal
 
 if TYPE_CHECKING:
     from prunedm.experiments.plan import Sweep
@@ -21,8 +21,8 @@ app.command(sweep)
 
 @sweep.default
 def make(
-    file: Annotated[Path, Parameter(help="the sweep's YAML file")],
-    out: Annotated[Path, Parameter(help="folder of all runs")],
+    file: Annotated[Path, Parameter(help="the sweep's YAML file", converter=to_input)],
+    out: Annotated[Path, Parameter(help="folder of all runs", converter=to_output)],
     /,
     *,
     workers: Annotated[
@@ -70,7 +70,10 @@ def make(
 
 
 @sweep.command
-def show(out: Annotated[Path, Parameter(help="folder of a sweep, finished or not")], /) -> None:
+def show(
+    out: Annotated[Path, Parameter(help="folder of a sweep, finished or not", converter=to_output)],
+    /,
+) -> None:
     """The table of runs and the Pareto front as they stand, and OUT/sweep.html anew."""
     from prunedm.experiments.sweep import read_kept, rows_of
 

@@ -3,14 +3,16 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token
 
 from prunedm import __version__
+from prunedm.errors import UserError
+from prunedm.places import expanded, target
 from prunedm.recipe import describe
 
 if TYPE_CHECKING:
@@ -26,13 +28,30 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` says how to go on
 )
 Flat = Parameter(name="*")
-Config = Annotated[Path | None, Parameter(help="YAML file of options; the command line wins")]
+
+
+def to_output(_: object, tokens: Sequence[Token]) -> Path:
+    """A folder or file to be made, as the user named it but for `~`; refused before any work."""
+    target(tokens[0].value)
+    return expanded(tokens[0].value)
+
+
+def to_input(_: object, tokens: Sequence[Token]) -> Path:
+    if not tokens[0].value.strip():
+        raise UserError("the file has no name; give one, or leave the option out")
+    return expanded(tokens[0].value)
+
+
+Config = Annotated[
+    Path | None,
+    Parameter(help="YAML file of options; the command line wins", converter=to_input),
+]
 Overwrite = Annotated[
     bool,
     Parameter(help="replace OUT if it holds another result, or failed measurements", negative=()),
 ]
 Model = Annotated[str, Parameter(help="a model folder, a hub id like owner/name, or digits")]
-Out = Annotated[Path, Parameter(help="the new folder")]
+Out = Annotated[Path, Parameter(help="the new folder", converter=to_output)]
 
 
 def report(
@@ -69,15 +88,17 @@ def _command() -> str:
             return shlex.join(psutil.Process(os.getppid()).cmdline())
     script = Path(sys.argv[0]).stem
     start = ["prunedm"] if script in ("prunedm", "__main__") else ["python", sys.argv[0]]
-    return shlex.join([*start, *sys.argv[1:]])
+    words = [word.encode("utf-8", "replace").decode() for word in sys.argv[1:]]
+    return shlex.join([*start, *words])
 
 
 def show_comparison(folder: Path) -> None:
     """The table, what failed or is missing, and where the report is."""
     from prunedm.console import Terminal, evaluation_table
-    from prunedm.stages.compare import REPORT, SUMMARY, read_comparison
+    from prunedm.reading import read_text
+    from prunedm.stages.verbs.compare import REPORT, SUMMARY, read_comparison
 
     evaluation_table(read_comparison(folder))
-    Terminal().say((folder / SUMMARY).read_text(encoding="utf-8").splitlines()[-1])
+    Terminal().say(read_text(folder / SUMMARY).splitlines()[-1])
     if (folder / REPORT).exists():  # its step may have failed
         Terminal().say(f"report: {(folder / REPORT).resolve()}")

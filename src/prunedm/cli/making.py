@@ -21,6 +21,7 @@ from prunedm.configuration import merge_file, parse_settings, preset_file
 from prunedm.errors import UserError
 from prunedm.options import ExportOptions, FinetuneOptions, LearnOptions, PruneOptions, TrainOptions
 from prunedm.options.presets import with_preset
+from prunedm.places import expanded, target
 from prunedm.recipe import Recipe, unused
 from prunedm.recipe import plan as plan_recipe
 from prunedm.recipe import run as run_recipe
@@ -55,9 +56,10 @@ def run(
     A stage is skipped where its options and inputs are the same, and made again where they changed.
     OUT is runs/ and the recipe's name, or the model's.
     """
-    file, out = _places(places, config)
+    file, out = _places([expanded(place) for place in places], config)
     recipe = merge_file(recipe, file, parse_settings(set_))
-    out = out or Path("runs") / (file.stem if file else Path(recipe.model).name)
+    out = out or Path("runs") / (file.stem if file else Path(recipe.model).resolve().name)
+    target(out)
     if dry_run:
         from prunedm.console import Terminal, plan_table
 

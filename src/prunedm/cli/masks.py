@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from prunedm.cli.frame import Model, app
+from prunedm.cli.frame import Model, app, to_output
 
 masks = App(name="masks", help="Masks of any model: take them out into a file, or look at them.")
 app.command(masks)
@@ -14,7 +14,7 @@ app.command(masks)
 @masks.command
 def extract(
     model: Model,
-    out: Annotated[Path, Parameter(help="the new file, NAME.safetensors")],
+    out: Annotated[Path, Parameter(help="the new file, NAME.safetensors", converter=to_output)],
     *,
     pattern: Annotated[str | None, Parameter(help="keep just N of every M, as 2:4")] = None,
     targets: Annotated[
@@ -27,9 +27,10 @@ def extract(
     from prunedm.console import extraction_lines
     from prunedm.stages.masks import extract_to
 
-    extraction_lines(
-        out, *extract_to(model, out, targets=targets, pattern=pattern, overwrite=overwrite)
+    masks, found, made = extract_to(
+        model, out, targets=targets, pattern=pattern, overwrite=overwrite
     )
+    extraction_lines(out, masks, found, made=made)
 
 
 @masks.command

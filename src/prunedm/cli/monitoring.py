@@ -1,5 +1,6 @@
 """The command that looks at the others: monitor."""
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -34,7 +35,7 @@ def monitor(
     from prunedm.monitor.runs import find_run, said
     from prunedm.running import entries
 
-    if not every > 0:
+    if not 0 < every < math.inf:
         raise UserError(f"every = {every:g} is no time between looks; try 1")
     console = Console()
     if stop is not None:

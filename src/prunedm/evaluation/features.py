@@ -4,7 +4,6 @@ Shapes: N images, C channels, H W pixels, D features.
 """
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -15,12 +14,14 @@ from typing import Any
 from zipfile import BadZipFile
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from prunedm.data import to_model_range
 from prunedm.errors import UserError
 from prunedm.evaluation.exported import is_exported, load_exported
+from prunedm.evaluation.torchscript import load_torchscript
 from prunedm.progress import Progress, Silent
 
 DIGITS_CNN_FILE = "digits_cnn.safetensors"
@@ -122,10 +123,13 @@ class _Inception(nn.Module):
         return features_ND
 
 
-def load_features(name_or_path: str | Path, *, weights: str | Path | None = None) -> FeatureNetwork:
+def load_features(
+    name_or_path: str | Path, *, weights: str | Path | None = None, trust: bool = False
+) -> FeatureNetwork:
     """The feature network "digits-cnn", "inception", or of a file, on the CPU.
 
-    A file is TorchScript, or an exported module (`torch.export.save`) of ATen operators.
+    A file is TorchScript, an exported module (`torch.export.save`) of ATen operators, or safetensors
+    with weights of a digits-cnn. `trust` runs TorchScript that may do more than compute.
     `weights` is a local copy of Inception's; without it torch-fidelity downloads (or has) them.
     Raises `UserError` where a file is missing or damaged, or the download fails.
     """
@@ -136,14 +140,17 @@ def load_features(name_or_path: str | Path, *, weights: str | Path | None = None
         return FeatureNetwork("FD (digits-cnn)", DigitsCNN.dim, load_digits_cnn())
     if name == "inception":
         return _load_inception(None if weights is None else Path(weights).expanduser())
-    return _load_file(Path(name).expanduser())
+    return _load_file(Path(name).expanduser(), trust=trust)
 
 
 def load_digits_cnn() -> DigitsCNN:
     """The embedded classifier, frozen, in float32 on the CPU."""
-    asset = resources.files("prunedm") / "assets" / DIGITS_CNN_FILE
+    return _digits_cnn((resources.files("prunedm") / "assets" / DIGITS_CNN_FILE).read_bytes())
+
+
+def _digits_cnn(safetensors: bytes) -> DigitsCNN:
     model = DigitsCNN()
-    model.load_state_dict(load_safetensors(asset.read_bytes()))  # copies float16 into float32
+    model.load_state_dict(load_safetensors(safetensors))  # copies float16 into float32
     return model.eval().requires_grad_(False)
 
 
@@ -225,27 +232,42 @@ def _inception_name(weights: Path | None) -> str:
     return f"FD (inception, {weights.stem})"
 
 
-def _load_file(path: Path) -> FeatureNetwork:
+def _load_file(path: Path, *, trust: bool) -> FeatureNetwork:
     if not path.is_file():
         raise UserError(
             f"unknown features {str(path)!r}: neither digits-cnn, inception nor a file of "
             "TorchScript or torch.export"
         )
-    module = load_exported(path) if is_exported(path) else _load_torchscript(path)
+    if path.suffix == ".safetensors":
+        module = _load_digits_cnn_file(path)
+    elif is_exported(path):
+        module = load_exported(path)
+    else:
+        module = _load_torchscript(path, trust=trust)
     return FeatureNetwork(f"FD ({path.stem})", None, module.eval())
 
 
-def _load_torchscript(path: Path) -> nn.Module:
+def _load_torchscript(path: Path, *, trust: bool) -> nn.Module:
     try:
-        with warnings.catch_warnings():  # "switch to torch.export" is no advice to who has a file
-            warnings.simplefilter("ignore", FutureWarning)
-            module: nn.Module = torch.jit.load(str(path), map_location="cpu")
+        return load_torchscript(path, trust=trust)
+    except UserError:
+        raise
     except (OSError, *_DAMAGED) as error:
         raise UserError(
             f"{str(path)!r} is damaged or no TorchScript file ({_reason(error)}); "
             "save it anew with torch.jit.save"
         ) from error
-    return module
+
+
+def _load_digits_cnn_file(path: Path) -> nn.Module:
+    """Other weights of the digits-cnn architecture."""
+    try:
+        return _digits_cnn(path.read_bytes())
+    except (OSError, SafetensorError, *_DAMAGED) as error:
+        raise UserError(
+            f"{str(path)!r} does not hold the weights of a digits-cnn ({_reason(error)}); "
+            "give a file of torch.export.save for another network"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

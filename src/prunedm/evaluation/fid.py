@@ -3,14 +3,16 @@
 Shapes: N images, D features. All arithmetic is in float64.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from prunedm.errors import UserError
+from prunedm.image_arrays import keys, read_array
+from prunedm.image_files import shown
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,14 @@ def frechet_distance(a: Statistics, b: Statistics, *, force: bool = False) -> fl
                 f"mostly bias; give more than {side.dim} images, or use features of fewer dimensions"
             )
     gap_D = a.mu_D - b.mu_D
-    traces = np.trace(a.sigma_DD) + np.trace(b.sigma_DD)
-    distance = gap_D @ gap_D + traces - 2 * _trace_of_root(a.sigma_DD, b.sigma_DD)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            traces = np.trace(a.sigma_DD) + np.trace(b.sigma_DD)
+            distance = gap_D @ gap_D + traces - 2 * _trace_of_root(a.sigma_DD, b.sigma_DD)
+    except np.linalg.LinAlgError:
+        distance = math.nan
+    if not math.isfinite(distance):
+        raise UserError("the distance is not finite: statistics are too large; compute them anew")
     return max(0.0, float(distance))  # rounding can leave -1e-13
 
 
@@ -102,35 +110,41 @@ def bootstrap_error(
     return float(np.std(found, ddof=1))
 
 
-def save_statistics(stats: Statistics, path: Path) -> None:
-    """Write pytorch-fid's layout (`mu`, `sigma`), and besides `count` and `features`."""
+def save_statistics(stats: Statistics, path: Path, *, record: str = "") -> None:
+    """Write pytorch-fid's layout (`mu`, `sigma`), and besides `count`, `features` and `record`."""
     with path.open("wb") as file:  # given a name, numpy would append ".npz" to some
         np.savez(
             file, mu=stats.mu_D, sigma=stats.sigma_DD,
-            count=np.int64(stats.count), features=np.str_(stats.features),
+            count=np.int64(stats.count), features=np.str_(stats.features), record=np.str_(record),
         )  # fmt: skip
 
 
 def load_statistics(path: Path) -> Statistics:
     """Statistics from an .npz of ours or of pytorch-fid. Raises `UserError` on any other file."""
     try:
-        # np.load would also open a bare .npy, which is no table of arrays
-        with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
-            mu_D, sigma_DD = np.float64(file["mu"]), np.float64(file["sigma"])
-            count = int(file["count"]) if "count" in file else 0
-            features = str(file["features"]) if "features" in file else ""
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, BadZipFile) as error:
+        known = keys(path)
+        mu_D, sigma_DD = (_floats(path, key) for key in ("mu", "sigma"))
+        count = int(read_array(path, "count")) if "count" in known else 0
+        features = str(read_array(path, "features")) if "features" in known else ""
+    except (ValueError, TypeError) as error:
         raise UserError(
-            f"{str(path)!r} holds no statistics ({error}); give an .npz with the arrays mu and sigma"
+            f"{shown(path)!r} holds no statistics ({error}); give an .npz with the arrays mu and sigma"
         ) from error
-    if mu_D.ndim != 1 or sigma_DD.shape != (len(mu_D), len(mu_D)):
+    if not mu_D.size or mu_D.ndim != 1 or sigma_DD.shape != (len(mu_D), len(mu_D)):
         raise UserError(
-            f"{str(path)!r}: mu {mu_D.shape} and sigma {sigma_DD.shape} are not (D,) and (D, D); "
+            f"{shown(path)!r}: mu {mu_D.shape} and sigma {sigma_DD.shape} are not (D,) and (D, D); "
             "compute the statistics anew"
         )
     if not (np.isfinite(mu_D).all() and np.isfinite(sigma_DD).all()):
-        raise UserError(f"{str(path)!r} holds NaN or infinity; compute the statistics anew")
+        raise UserError(f"{shown(path)!r} holds NaN or infinity; compute the statistics anew")
     return Statistics(mu_D, sigma_DD, count, features)
+
+
+def _floats(path: Path, key: str) -> np.ndarray:
+    array = read_array(path, key)
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{key} is {array.dtype}")
+    return np.float64(array)
 
 
 def _drawn_distance(

@@ -5,35 +5,35 @@ Lanczos, as training images are. Shapes: N images, C channels, H W pixels.
 """
 
 import math
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from PIL import Image
 
-from prunedm.data import SUFFIXES, ImageSet, load_images
+from prunedm.data import ImageSet, all_images, load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import Statistics, load_statistics
+from prunedm.image_arrays import IMAGES, Damaged, Rows, keys
+from prunedm.image_files import (
+    BROKEN,
+    check_regular,
+    find_images,
+    locate,
+    open_lazily,
+    orientation,
+    reason,
+    shown,
+)
+from prunedm.image_tables import table_files
 from prunedm.record import FILE as RECORD
 
-ARRAYS = ("images", "arr_0")  # keys of an .npz of images
 DIGITS_SIZE = 16  # of the embedded model
-_SHEETS = ("grid.png", "samples.png")  # of our own folders: many images on one
 _SAMPLES = "samples.npz"
 _GREY = ("1", "L", "LA", "La", "I", "F")
-_BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip  # what Pillow raises on files of noise
-
-
-class _SetError(UserError):
-    """A fault of the whole set, which leaving out one image does not mend."""
 
 
 class Images(ImageSet):
@@ -51,8 +51,9 @@ class Images(ImageSet):
         res: int | None = None,
         count: int | None = None,
         skip_bad: bool = False,
+        left_out: str = "",
     ) -> None:
-        super().__init__(source, name=name, size=res or 0, channels=0)
+        super().__init__(source, name=name, size=res or 0, channels=0, left_out=left_out)
         if count is not None and count > len(source):
             raise UserError(
                 f"{name!r} holds {len(source)} images; {count} were asked for with --num-samples"
@@ -102,7 +103,7 @@ class Images(ImageSet):
     def _readable(self, index: int) -> torch.Tensor | None:
         try:
             return self[index]
-        except _SetError:
+        except Damaged:
             raise
         except UserError as error:
             if not self.skip_bad:
@@ -123,23 +124,29 @@ class Images(ImageSet):
     def _headers(self) -> Iterator[tuple[int, tuple[tuple[int, int], str]]]:
         for index in range(self.count):
             try:
-                with Image.open(self.source[index]) as image:
-                    found = image.size, image.mode
-            except _BROKEN as error:
+                found = self._header(index)
+            except UserError as error:
                 if self.skip_bad:
                     continue
-                raise UserError(
-                    f"cannot read {self._label(index)}: {error}; mend it, or --skip-bad to go on "
-                    "without it"
-                ) from error
+                raise UserError(f"{error}; mend it, or --skip-bad to go on without it") from error
             yield index, found
+
+    def _header(self, index: int) -> tuple[tuple[int, int], str]:
+        """Size and mode of a file, upright (a PNG's orientation may stand where only decoding looks)."""
+        path = check_regular(self.source[index])
+        try:
+            with open_lazily(path) as image:
+                turned = "exif" in image.info and orientation(image) > 4
+                return (image.size[::-1] if turned else image.size), image.mode
+        except BROKEN as error:
+            raise UserError(f"cannot read {shown(path)}: {reason(error)}") from error
 
     def _first_readable(self) -> Iterator[tuple[int, tuple[tuple[int, int], str]]]:
         self.channels = 3  # nothing is refused yet
         for index in range(len(self)):
             try:
                 image = self._decode(index)
-            except _SetError:
+            except Damaged:
                 raise
             except UserError:
                 if self.skip_bad:
@@ -152,7 +159,7 @@ class Images(ImageSet):
         image = self._decode(index)
         grey = self._compare(index, image.size, image.mode)
         if not grey and self.channels == 1:
-            raise _SetError(
+            raise Damaged(
                 f"{self._label(index)} has colours, and the first of {self.name!r} is grey; "
                 "give images of one kind"
             )
@@ -163,14 +170,14 @@ class Images(ImageSet):
             return super()._open(index)
         except UserError:
             raise
-        except _BROKEN as error:
-            raise UserError(f"cannot read {self._label(index)}: {error}") from error
+        except BROKEN as error:
+            raise UserError(f"cannot read {self._label(index)}: {reason(error)}") from error
 
     def _compare(self, index: int, size: tuple[int, int], mode: str) -> bool:
         """Whether an image is grey. Raises `UserError` for another size than the first's."""
         first, wanted = self._first = self._first or (self._label(index), size)
         if size != wanted and not self.size:
-            raise _SetError(
+            raise Damaged(
                 f"{first} has {wanted[0]}x{wanted[1]} pixels and {self._label(index)} "
                 f"{size[0]}x{size[1]}; --res N brings all to one size"
             )
@@ -184,101 +191,75 @@ class Images(ImageSet):
 def open_side(
     name: str,
     *,
-    split: str = "test",
+    split: str | None = None,
     res: int | None = None,
     count: int | None = None,
     skip_bad: bool = False,
 ) -> Images | Statistics:
     """Images or statistics by name: a folder, an .npz of either, or a dataset.
 
-    A folder's own images are taken, all of them and in order of their names; a folder without any
-    is a dataset, of which `split` counts. Raises `UserError` for what is none of these.
+    Of a folder all images count, those of subfolders too, in order of their paths, unless a split is
+    asked for; of digits and the hub's datasets, those held out. Raises `UserError` for what is none
+    of these.
     """
-    path = Path(name).expanduser()
-    if path.suffix == ".npz" or path.is_file():
+    path = locate(name) or Path(name)
+    options: dict[str, Any] = {"name": name, "res": res, "count": count, "skip_bad": skip_bad}
+    if path.suffix == ".npz" or (path.suffix != ".zip" and path.is_file() and is_zipfile(path)):
         found = _open_npz(path)
-        if isinstance(found, Statistics):
-            return found
-        return Images(found, name=str(path), res=res, count=count, skip_bad=skip_bad)
-    source: Sequence[Any] = _own_images(path) if path.is_dir() else []
-    if not source:
-        size = res or DIGITS_SIZE  # decides what "digits" are drawn at, and nothing else
-        source = load_images(name, split=split, size=size, channels=3).source
-    return Images(source, name=name, res=res, count=count, skip_bad=skip_bad)
+        return found if isinstance(found, Statistics) else Images(found, **options)
+    if path.is_dir() and not split:
+        source, left_out = _own_images(path)
+        if source:
+            return Images(source, **options, left_out=left_out)
+    size = res or DIGITS_SIZE  # decides what "digits" are drawn at, and nothing else
+    images = (
+        load_images(name, split=split, size=size, channels=3, labels="none")
+        if split
+        else all_images(name, size=size, channels=3)
+    )
+    return Images(images.source, **options, left_out=images.left_out)
 
 
-def _own_images(folder: Path) -> Sequence[Any]:
-    """The folder's images without those of subfolders; of our own folders, the samples."""
+def _own_images(folder: Path) -> tuple[Sequence[Any], str]:
+    """A folder's images, and what it holds besides; none of a dataset's folder.
+
+    Of our own folders these are the samples, and of others all, those of subfolders too.
+    """
     ours = (folder / RECORD).exists()
     if ours and (folder / _SAMPLES).exists():
-        found = _open_npz(folder / _SAMPLES)
-        assert not isinstance(found, Statistics)
-        return found
-    arrays = sorted(path.name for path in folder.glob("*.npz"))
-    sheets = {Path(name).with_suffix(".png").name for name in arrays}  # as `evaluate` draws them
-    others = sorted(path for path in folder.iterdir() if path.name not in {*arrays, *sheets})
-    if arrays and not others:
-        raise UserError(
-            f"{str(folder)!r} holds its images as {', '.join(arrays)}; give one of these files"
-        )
-    return [
-        path
-        for path in others
-        if path.suffix.lower() in SUFFIXES and not (ours and path.name in _SHEETS)
+        rows = _open_npz(folder / _SAMPLES)
+        assert not isinstance(rows, Statistics)
+        return rows, ""
+    found = find_images(folder)
+    if table_files(folder, found.tables):
+        return [], ""
+    arrays = _arrays(folder)
+    sheets = {path.with_suffix(".png") for path in arrays}  # as `evaluate` draws them
+    files = [
+        path for path in found.files if path not in sheets and (path.parent == folder or not ours)
     ]
+    if not files and (arrays or (ours and found.files)):
+        held = ", ".join(path.name for path in arrays) or "subfolders"
+        raise UserError(
+            f"{shown(folder)!r} holds its images as {shown(held)}; give one of these files"
+        )
+    return files, found.rest()
 
 
-def _open_npz(path: Path) -> "Statistics | _Rows":
-    try:
-        with ZipFile(path) as archive:
-            keys = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, BadZipFile) as error:
-        raise UserError(f"cannot read {str(path)!r} as an .npz: {error}") from error
-    if {"mu", "sigma"} <= keys:
+def _arrays(folder: Path) -> list[Path]:
+    """Files of images; not, say, of latents that lie beside the images."""
+    arrays = sorted(folder.glob("*.npz"))
+    return arrays if arrays and set(IMAGES) & keys(arrays[0]) else []
+
+
+def _open_npz(path: Path) -> "Statistics | Rows":
+    held = keys(path)
+    if {"mu", "sigma"} <= held:
         return load_statistics(path)
-    found = [key for key in ARRAYS if key in keys]
+    found = [key for key in IMAGES if key in held]
     if not found:
         raise UserError(
-            f"{str(path)!r} holds {sorted(keys)}; give uint8 NHWC images as 'images' or 'arr_0', "
-            "or statistics as 'mu' and 'sigma'"
+            f"{shown(path)!r} holds {shown(sorted(held))}; give uint8 NHWC images as 'images' or "
+            "'arr_0', or statistics as 'mu' and 'sigma'"
         )
-    return _Rows(path, found[0])
-
-
-class _Rows(Sequence[np.ndarray]):
-    """Images of an array in an .npz, HW or HWC, read one by one: the array is never whole in memory."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.path = path
-        try:
-            self._file = ZipFile(path).open(f"{key}.npy")  # noqa: SIM115 - read row by row later
-            version = np.lib.format.read_magic(self._file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, by_column, dtype = read(self._file)
-        except (OSError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-            raise UserError(f"cannot read {key} of {str(path)!r}: {error}; save it anew") from error
-        single = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
-        coloured = len(shape) == 4 and shape[3] == 3
-        if dtype != np.uint8 or by_column or not (single or coloured):
-            raise UserError(
-                f"{key} of {str(path)!r} is {dtype} {shape}; images are uint8 (N, H, W, 1 or 3)"
-            )
-        self._count: int = shape[0]
-        self.row_shape: tuple[int, ...] = shape[1:3] if single else shape[1:]
-        self._start, self._bytes = self._file.tell(), math.prod(self.row_shape)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            self._file.seek(self._start + index * self._bytes)  # nowhere, where rows follow
-            raw = self._file.read(self._bytes)
-        except (OSError, EOFError, BadZipFile, zlib.error) as error:
-            raise _SetError(f"{str(self.path)!r} is damaged ({error}); save it anew") from error
-        if len(raw) < self._bytes:
-            raise _SetError(f"{str(self.path)!r} ends at image {index}; save it anew")
-        return np.frombuffer(raw, dtype=np.uint8).reshape(self.row_shape)
+    return Rows(path, found[0])

@@ -13,6 +13,7 @@ from prunedm.diffusion import (
     predict,
     problem_losses,
 )
+from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent
 
 BATCH = 100
@@ -56,13 +57,11 @@ def denoising_loss(
     progress: Progress | None = None,
 ) -> LossEstimate:
     """The loss of `denoiser` over these batches, evaluated in its own dtype, without dropout."""
-    was_training = denoiser.training
-    denoiser.eval()
     losses = []
-    with (progress or Silent()).task("denoising loss", len(batches)) as bar:
+    task = (progress or Silent()).task("denoising loss", len(batches))
+    with evaluating(denoiser), task as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
             losses.append(problem_losses(predict(denoiser, batch), batch.target_NCHW).cpu())
             bar.advance()
-    denoiser.train(was_training)
     return LossEstimate.of(torch.cat(losses))

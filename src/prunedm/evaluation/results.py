@@ -33,6 +33,7 @@ class Timing(BaseModel):
     kernel: str = "dense"  # what really ran: "dense", "semi-structured", ...
     median_ms: float
     spread_ms: float  # half the distance between the quartiles
+    others: float = 0.0  # share of the processor that other processes used meanwhile
 
     @computed_field  # type: ignore[prop-decorator]  # in the files too
     @property

@@ -12,6 +12,7 @@ from torch import nn
 from prunedm.errors import UserError
 from prunedm.evaluation.profiling import kernel
 from prunedm.evaluation.results import Timing
+from prunedm.neighbours import Neighbours
 
 WARMUP = 3
 
@@ -76,6 +77,9 @@ def timings(
     alive. Raises `UserError` where nothing was compiled.
     """
     timed = _compiled if way.compiled else _plainly
+    neighbours = Neighbours()
+    found = timed(denoisers, shape, way, repeats, device)
+    others = neighbours.share
     return [
         Timing(
             batch=way.batch,
@@ -83,12 +87,11 @@ def timings(
             threads=torch.get_num_threads(),
             compiled=way.compiled,
             kernel=kernel_name,
-            median_ms=found.median_ms,
-            spread_ms=found.spread_ms,
+            median_ms=latency.median_ms,
+            spread_ms=latency.spread_ms,
+            others=others,
         )
-        for denoiser, (found, kernel_name) in zip(
-            denoisers, timed(denoisers, shape, way, repeats, device), strict=True
-        )
+        for denoiser, (latency, kernel_name) in zip(denoisers, found, strict=True)
     ]
 
 

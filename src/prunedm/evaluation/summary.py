@@ -7,6 +7,7 @@ from prunedm.evaluation.paired import WINDOW, window_for
 from prunedm.evaluation.results import EMA, Asked, Evaluation, Step, Timing
 from prunedm.evaluation.speed import WARMUP
 from prunedm.evaluation.table import header, markdown_table, measured, warnings
+from prunedm.neighbours import disturbance
 
 
 def comparison_text(rows: Sequence[Evaluation]) -> str:
@@ -98,6 +99,11 @@ def _timing(label: str, t: Timing) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def _disturbed(row: Evaluation) -> str:
+    said = disturbance(max((t.others for t in row.figures.timings), default=0.0))
+    return f"; {said}" if said else ""
+
+
 def _condition_lines(rows: Sequence[Evaluation]) -> list[str]:
     """Of the last model, which was measured deepest; `warnings` says where others differ."""
     c, row = rows[-1].conditions, rows[-1]
@@ -105,7 +111,8 @@ def _condition_lines(rows: Sequence[Evaluation]) -> list[str]:
         f"* loss: {c.problems} held-out problems of {c.dataset}, seed {c.seed}; ± is one standard "
         f"error over antithetic pairs{_model(row)}",
         f"* latency: one denoiser call, median of {c.latency_repeats} after {WARMUP} to warm up, ± "
-        f"half the distance between the quartiles; {c.device}, {c.dtype}{_threads(row)}",
+        f"half the distance between the quartiles; {c.device}, {c.dtype}{_threads(row)}"
+        f"{_disturbed(row)}",
     ]
     if row.samples_file:
         spacing = f", {c.spacing} timesteps" if c.spacing else ""

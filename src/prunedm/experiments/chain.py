@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from filelock import Timeout
 
-from prunedm.errors import Changed, UserError, first_line
+from prunedm.errors import Changed, UserError, first_line, masked
 from prunedm.experiments.store import Run, Status, Store, recipe_of
 from prunedm.experiments.workers import BUSY, PATIENCE, SCHEDULER
 from prunedm.folder import load
@@ -27,8 +27,8 @@ from prunedm.messages import one_line
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress
 from prunedm.recipe import Step, describe, steps_of
-from prunedm.stages.compare import yardstick
 from prunedm.stages.evaluating.measure import RESULTS, measure, read_evaluation
+from prunedm.stages.verbs.compare import yardstick
 from prunedm.watching import Watched
 
 FAILED, INTERRUPTED = 2, 130
@@ -116,7 +116,7 @@ def main(out: str, run_id: str) -> int:
             except Exception as error:
                 message = one_line(error)
                 if message is None:
-                    traceback.print_exc()
+                    print(masked(traceback.format_exc()), file=sys.stderr)
                 else:
                     print(message, file=sys.stderr)
                 reason = message or f"{type(error).__name__}: {first_line(error)}"

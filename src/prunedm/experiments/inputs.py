@@ -1,46 +1,54 @@
 """What a sweep's runs read, by the hash of its content: a changed file is another experiment."""
 
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
+from prunedm.errors import UserError
 from prunedm.experiments.plan import Sweep, case_of
-from prunedm.experiments.store import INPUTS, inputs_of
+from prunedm.experiments.store import inputs_of, inputs_of_evaluation, inputs_of_stages
 from prunedm.folder import Model, hash_folder, load
 from prunedm.hub import find
-from prunedm.options import DataOptions
+from prunedm.options import PATH_OPTIONS, DataOptions
+from prunedm.places import expanded
+from prunedm.recipe import STAGES
 from prunedm.record import file_hash
 from prunedm.stages.inputs import data_source, images_for
 
 
 def hashes_of(sweep: Sweep) -> dict[str, str]:
-    """The dense model's, and those of every dataset, teacher and file of masks that is named.
+    """The dense model's, and those of every dataset, model and file that an option names.
 
     Raises `UserError` for one that cannot be read.
     """
     base = case_of(sweep, {}).recipe
     model = load(base.model)
-    names = set(inputs_of(base)) | set(_varied(sweep))
+    names = {*inputs_of_stages(base), *inputs_of_evaluation(base), *_varied(sweep)}
     hashes = {name: _hash(name, model, base) for name in sorted(names)}
     return {"model": model.hash} | hashes
 
 
 def _hash(name: str, model: Model, options: DataOptions) -> str:
-    kind, _, value = name.partition(" ")
-    if kind == "dataset":
+    option, _, value = name.partition(" ")
+    if option == "dataset":
         wanted = options.model_copy(update={"dataset": value})
         images = [images_for(model, wanted, split) for split in ("train", "test")]
         return "-".join(data_source(split).hash for split in images)
-    path = Path(value).expanduser()
+    path = expanded(value)
     return file_hash(path) if path.is_file() else hash_folder(find(value))
 
 
 def _varied(sweep: Sweep) -> Iterable[str]:
     """The same names among the values of a grid or a search."""
     for field, value in _values(sweep):
-        kind = field.rpartition(".")[2]
-        if kind in INPUTS and value and f"{kind} {value}" not in ("teacher auto", "teacher none"):
-            yield f"{kind} {value}"
+        if field.rpartition(".")[2] not in PATH_OPTIONS:
+            continue
+        with suppress(UserError):  # a combination that is impossible fails by itself
+            recipe = case_of(sweep, {field: value}).recipe
+            yield from [*inputs_of_stages(recipe), *inputs_of_evaluation(recipe)]
+            stage = field.replace("-", "_").partition(".")[0]
+            if stage in STAGES:  # that is run only with another varied field
+                yield from inputs_of(recipe.stage_options(stage))
 
 
 def _values(sweep: Sweep) -> Iterable[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import PackageLoader
 
+from prunedm.errors import masked
 from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
@@ -16,7 +17,7 @@ from prunedm.experiments.results import Row, dense_of
 from prunedm.experiments.store import Store, own_name
 from prunedm.experiments.words import word
 from prunedm.experiments.workers import log_tail
-from prunedm.record import read_record
+from prunedm.record import read_record, replace_text
 from prunedm.stages.evaluating.measure import SAMPLES, read_images
 
 FILE = "sweep.html"
@@ -40,9 +41,8 @@ def write_page(rows: Sequence[Row], plan: Sweep, out: Path) -> Path:
     environment = report_environment(PackageLoader("prunedm.experiments"))
     environment.globals["word"] = word
     text = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
-    aside = own_name(out / FILE)
-    aside.write_text(text, encoding="utf-8")
-    return aside.replace(out / FILE)
+    replace_text(out / FILE, masked(text), own_name(out / FILE))
+    return out / FILE
 
 
 def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from prunedm.configuration import combined, nested, read_options, validation_message
-from prunedm.errors import UserError
+from prunedm.errors import UserError, nearest
 from prunedm.options import Options
-from prunedm.recipe import Recipe
+from prunedm.places import expanded
+from prunedm.recipe import STAGES, Recipe
 
 Settings = dict[str, Any]  # "prune.score" -> "taylor"
 Direction = Literal["minimize", "maximize"]
@@ -98,7 +99,7 @@ class Sweep(Options):
     @property
     def base(self) -> dict[str, Any]:
         """The recipe's options. Raises `UserError` for a file that cannot be read."""
-        return read_options(Path(self.recipe)) if isinstance(self.recipe, str) else self.recipe
+        return read_options(expanded(self.recipe)) if isinstance(self.recipe, str) else self.recipe
 
     def fields(self) -> list[str]:
         """Every option that is varied, in the file's order."""
@@ -122,7 +123,7 @@ def read_sweep(path: Path) -> Sweep:
     """Raises `UserError` for a file that is none, naming the first thing that is wrong."""
     table = read_options(path)
     if isinstance(table.get("recipe"), str):
-        table["recipe"] = read_options(path.parent / table["recipe"])
+        table["recipe"] = read_options(path.parent / expanded(table["recipe"]))
     try:
         return Sweep.model_validate(table)
     except ValidationError as error:
@@ -137,6 +138,30 @@ def case_of(sweep: Sweep, settings: Settings, label: str = "") -> Case:
         message = validation_message(error, Recipe)
         raise UserError(f"{label or label_of(settings)}: {message}") from error
     return Case(settings, label or label_of(settings), recipe)
+
+
+def check_fields(sweep: Sweep) -> None:
+    """Raise `UserError` for a field that is varied and that no stage of the recipe has."""
+    varied = "stages" in sweep.fields()
+    ran = set(STAGES) if varied else set(case_of(sweep, {}).recipe.stages)
+    for field in sweep.fields():
+        kind: type[BaseModel] = Recipe
+        *tables, last = field.replace("-", "_").split(".")
+        for number, part in enumerate([*tables, last]):
+            if part not in kind.model_fields:
+                raise UserError(
+                    f"no option {field!r} to vary{nearest(part, list(kind.model_fields))}"
+                )
+            inner = kind.model_fields[part].annotation
+            if number < len(tables):
+                if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+                    raise UserError(f"no option {field!r} to vary: {part} is not a stage")
+                kind = inner
+        if sweep.search and tables and tables[0] in STAGES and tables[0] not in ran:
+            raise UserError(
+                f"{field!r} changes nothing: {tables[0]} is not among the stages "
+                f"({', '.join(sorted(ran, key=list(STAGES).index))})"
+            )
 
 
 def grid_cases(sweep: Sweep) -> list[Case]:

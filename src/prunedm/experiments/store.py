@@ -13,22 +13,23 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from prunedm.errors import UserError
 from prunedm.experiments.plan import Case, Settings
 from prunedm.options import EvaluateOptions, Options
+from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.record import write_json
 from prunedm.stages.frame import identifying
 
 STAGES, RUNS = "stages", "runs"
-INPUTS = ("dataset", "teacher", "masks")  # options that name what is read
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
 
 
@@ -85,8 +86,9 @@ class Store:
         replace_json(self.folder(run.id) / "run.json", run.model_dump(mode="json"))
 
     def read(self, run: str) -> Run:
-        text = (self.folder(run) / "run.json").read_text(encoding="utf-8")
-        return Run.model_validate_json(text)
+        """Raises `UserError` where the file is damaged."""
+        folder = self.folder(run)
+        return read_as(Run, folder / "run.json", f"delete {folder} and start the sweep again")
 
     def set_status(self, run: str, status: Status) -> None:
         replace_json(self.folder(run) / "status.json", status.model_dump(mode="json"))
@@ -94,9 +96,8 @@ class Store:
     def status(self, run: str) -> Status:
         """As it was written; who says "running" may be dead, which `is_alive` knows."""
         try:
-            text = (self.folder(run) / "status.json").read_text(encoding="utf-8")
-            return Status.model_validate_json(text)
-        except (OSError, ValidationError):
+            return read_as(Status, self.folder(run) / "status.json", "")
+        except UserError:  # not there yet, or damaged: then nobody knows
             return Status()
 
     def claim(self, run: str) -> bool:
@@ -159,23 +160,42 @@ class Store:
             yield
 
 
-def inputs_of(recipe: Recipe) -> list[str]:
-    """Names of what the recipe reads beside the dense model: datasets, teachers, masks."""
-    every = [*(step.options for step in steps_of(recipe)), recipe.stage_options("evaluate")]
-    found = [f"{kind} {name}" for o in every for kind in INPUTS if (name := getattr(o, kind, ""))]
-    return sorted({name for name in found if name not in ("teacher auto", "teacher none")})
+def inputs_of(options: Options) -> list[str]:
+    """ "option value" of everything that the options name to be read, by their types."""
+    values = {name: getattr(options, name) for name in options.inputs()}
+    return sorted(
+        f"{name} {values[name]}"
+        for name, mark in options.inputs().items()
+        if values[name] and values[name] not in mark.words
+    )
+
+
+def inputs_of_stages(recipe: Recipe) -> list[str]:
+    """What the stages read beside the dense model, and the images of the evaluation."""
+    evaluate = set(inputs_of(recipe.stage_options("evaluate"))) - set(inputs_of_evaluation(recipe))
+    every = [name for step in steps_of(recipe) for name in inputs_of(step.options)]
+    return sorted({*every, *evaluate})
+
+
+def inputs_of_evaluation(recipe: Recipe) -> list[str]:
+    """Files that only the evaluation reads: features, weights."""
+    options = recipe.stage_options("evaluate")
+    marks = options.inputs()
+    return [name for name in inputs_of(options) if marks[name.partition(" ")[0]].kind == "file"]
 
 
 def run_of(case: Case, hashes: Mapping[str, str]) -> Run:
-    """The folders of a case. hashes: of the contents of the "model" and of `inputs_of`."""
-    contents = {name: hashes[name] for name in inputs_of(case.recipe)}
+    """The folders of a case. hashes: of the contents of the "model" and of all inputs."""
+    contents = {name: hashes[name] for name in inputs_of_stages(case.recipe)}
+    # 0.1.0 did not know these
+    files = [hashes[name] for name in inputs_of_evaluation(case.recipe) if name in hashes]
     model = _digest([hashes["model"], contents])
     stages, address = list[Stage](), model
     for step in steps_of(case.recipe):
         address = _address(step.verb, step.options, address)
         stages.append(Stage(name=step.name, folder=f"{step.name}-{address}"))
     evaluate: EvaluateOptions = case.recipe.stage_options("evaluate")
-    whole = _address("evaluate", evaluate, address)
+    whole = _address("evaluate", evaluate, address, files)
     return Run(
         id=whole,
         label=case.label,
@@ -183,7 +203,7 @@ def run_of(case: Case, hashes: Mapping[str, str]) -> Run:
         recipe=case.recipe.model_dump(mode="json", exclude_unset=True),
         stages=stages,
         evaluation=f"evaluate-{whole}",
-        dense=f"evaluate-{_address('evaluate', evaluate, model)}",
+        dense=f"evaluate-{_address('evaluate', evaluate, model, files)}",
     )
 
 
@@ -191,8 +211,8 @@ def recipe_of(run: Run) -> Recipe:
     return Recipe.model_validate(run.recipe)
 
 
-def _address(verb: str, options: Options, parent: str) -> str:
-    return _digest([verb, identifying(options), parent])
+def _address(verb: str, options: Options, parent: str, files: Sequence[str] = ()) -> str:
+    return _digest([verb, identifying(options), parent, *files])
 
 
 def _digest(content: Any) -> str:
@@ -202,9 +222,7 @@ def _digest(content: Any) -> str:
 
 def replace_json(path: Path, value: Any) -> None:
     """Write aside and rename: whoever reads sees the old one or the new one."""
-    aside = own_name(path)
-    write_json(value, aside)
-    aside.replace(path)
+    write_json(value, path, own_name(path))
 
 
 def own_name(path: Path) -> Path:

@@ -1,16 +1,19 @@
 """Optuna as a sweep uses it: the study in its storage, samplers, pruners, spaces."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunedm.errors import UserError, first_line
+from prunedm.errors import UserError, first_line, is_masked, masked
 from prunedm.experiments.plan import Range, Search, Sweep, case_of
 from prunedm.experiments.store import run_of
 from prunedm.randomness import seed_for
 
+STORAGE = "PRUNEDM_STORAGE"  # the storage's URL, password included, for `sweep show`
+DATABASE = "study.db"
 BASIS = "basis"  # a study's attribute: objectives, recipe and model
 _ATTEMPTS = 4  # to open the database
 
@@ -47,7 +50,7 @@ def _opened(sweep: Sweep, out: Path) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     assert sweep.search is not None
     search, directions = sweep.search, list(sweep.objectives.values())
-    url = search.storage or f"sqlite:///{(out / 'study.db').resolve()}"
+    url = _storage(search) or f"sqlite:///{(out / DATABASE).resolve()}"
     out.mkdir(parents=True, exist_ok=True)
     # several processes write to one SQLite file in turns
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -62,9 +65,24 @@ def _opened(sweep: Sweep, out: Path) -> Any:
             )
         except Exception as error:  # a URL, a driver, a server, rights: whatever the database says
             if attempt + 1 == _ATTEMPTS:
-                raise UserError(f"cannot open storage {url}: {first_line(error)}") from error
+                raise UserError(
+                    f"cannot open storage {masked(url)}: {first_line(error)}; mend search.storage, or "
+                    "delete the file of a damaged database"
+                ) from None  # the cause would print the password
             time.sleep(0.2 * (attempt + 1))  # two that make the tables at once
     raise AssertionError("unreachable")
+
+
+def _storage(search: Search) -> str:
+    """The URL as given; OUT remembers it without its password, which the environment may have."""
+    if not is_masked(search.storage):
+        return search.storage
+    whole = os.environ.get(STORAGE, "")
+    if not whole or masked(whole) != search.storage:
+        raise UserError(
+            f"the password of {search.storage} is not kept: set {STORAGE} to the whole URL"
+        )
+    return whole
 
 
 def suggest(trial: Any, name: str, space: list[Any] | Range) -> Any:

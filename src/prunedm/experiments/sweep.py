@@ -1,23 +1,25 @@
 """sweep: run every case of a grid or a search, several at once, and gather what came out."""
 
 import json
+import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from prunedm.errors import UserError, nearest
+from prunedm.errors import UserError, masked, nearest
 from prunedm.experiments.inputs import hashes_of
-from prunedm.experiments.plan import Settings, Sweep, case_of, grid_cases, label_of
+from prunedm.experiments.plan import Settings, Sweep, case_of, check_fields, grid_cases, label_of
 from prunedm.experiments.results import Row, mark_best, row_of, value_of
 from prunedm.experiments.search import ERROR, RUN, SETTINGS, Searching
 from prunedm.experiments.sources import Grid, Source
-from prunedm.experiments.store import Run, Status, Store, replace_json, run_of
-from prunedm.experiments.study import open_study
+from prunedm.experiments.store import RUNS, STAGES, Run, Status, Store, replace_json, run_of
+from prunedm.experiments.study import DATABASE, open_study
 from prunedm.experiments.workers import (
     BUSY,
     Job,
@@ -28,7 +30,9 @@ from prunedm.experiments.workers import (
     start,
     visible_gpus,
 )
+from prunedm.places import expanded, target
 from prunedm.progress import Progress, Silent
+from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.stages import check_inputs
 
@@ -68,23 +72,55 @@ def sweep(
     Interrupted, it ends its runs; called again, it goes on where they were.
     """
     progress = progress or Silent()
-    out = Path(out)
+    out = target(out)
     if plan.search is not None and (only or retry):
         raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
     _check(plan)
     places = slots(workers, threads, visible_gpus())
-    out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / "lock"):  # two that begin at once
-        kept, store = _kept(plan, out), Store(out)
-        replace_json(out / FILE, kept.model_dump(mode="json"))
-    source: Source
-    if plan.search is None:
-        runs = _chosen(_runs(plan, kept.hashes, progress), only)
-        source = Grid(runs, store, retry=retry)
-    else:
-        source = Searching(plan, store, kept.hashes, kept.place)
+    _check_place(out)
+    hashes = hashes_of(plan)
+    runs = [] if plan.search else _chosen(_runs(plan, hashes, progress), only)
+    store = Store(out)
+    with _made_or_nothing(out):
+        with FileLock(out / "lock"):  # two that begin at once
+            kept = _kept(plan, out, hashes)
+            replace_json(out / FILE, without_secrets(kept).model_dump(mode="json"))
+        source: Source = Grid(runs, store, retry=retry)
+        if plan.search:
+            source = Searching(plan, store, kept.hashes, kept.place)
     _work(source, store, places, progress)
-    return rows_of(out)
+    return _rows(kept, store)
+
+
+def _check_place(out: Path) -> None:
+    """Raise `UserError` where something else lies, which a sweep would be mixed with."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder")
+    own = {FILE, "lock", STAGES, RUNS, DATABASE}
+    if out.exists() and not any((out / name).exists() for name in own) and any(out.iterdir()):
+        raise UserError(f"{out} exists and holds no sweep; give another folder")
+
+
+@contextmanager
+def _made_or_nothing(out: Path) -> Iterator[None]:
+    """A new folder; what fails before the first run leaves none."""
+    was_there = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def without_secrets(kept: "Kept") -> "Kept":
+    """As it may be written: a storage's URL without its password."""
+    search = kept.sweep.search
+    if search is None:
+        return kept
+    told = search.model_copy(update={"storage": masked(search.storage)})
+    return kept.model_copy(update={"sweep": kept.sweep.model_copy(update={"search": told})})
 
 
 def planned(plan: Sweep, out: Path) -> list[Row]:
@@ -92,25 +128,28 @@ def planned(plan: Sweep, out: Path) -> list[Row]:
     _check(plan)
     if plan.search is not None and not (out / FILE).exists():
         return []
-    return _rows(_kept(plan, out), Store(out))
+    out = expanded(out)
+    return _rows(_kept(plan, out, hashes_of(plan)), Store(out))
 
 
 def rows_of(out: Path) -> list[Row]:
     """All runs of the sweep in `out` as they stand, in order. Raises `UserError` where none is."""
+    out = expanded(out)
     return _rows(read_kept(out), Store(out))
 
 
 def _check(plan: Sweep) -> None:
     """Raise `UserError` for what would fail only after hours."""
+    check_fields(plan)
     first = case_of(plan, {})
     check_inputs(first.recipe.model, first.recipe.stage_options("evaluate"))
     _check_objectives(plan, first.recipe)
 
 
-def _kept(plan: Sweep, out: Path) -> Kept:
+def _kept(plan: Sweep, out: Path, hashes: dict[str, str]) -> Kept:
     """What OUT is to remember; its name stays the one it has."""
     place = read_kept(out).place if (out / FILE).exists() else uuid.uuid4().hex
-    return Kept(sweep=plan, hashes=hashes_of(plan), place=place)
+    return Kept(sweep=plan, hashes=hashes, place=place)
 
 
 def _rows(kept: Kept, store: Store) -> list[Row]:
@@ -125,12 +164,10 @@ def _rows(kept: Kept, store: Store) -> list[Row]:
 
 
 def read_kept(out: Path) -> Kept:
-    try:
-        return Kept.model_validate_json((out / FILE).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{out} holds no sweep; make one: prunedm sweep FILE.yaml {out}") from None
-    except ValidationError as error:
-        raise UserError(f"{out / FILE} is damaged: {str(error).splitlines()[0]}") from error
+    """Raises `UserError` where there is no sweep, or its file is damaged."""
+    if not (out / FILE).exists():
+        raise UserError(f"{out} holds no sweep; make one: prunedm sweep FILE.yaml {out}")
+    return read_as(Kept, out / FILE, "delete it and start the sweep again: what is done stays")
 
 
 def _check_objectives(plan: Sweep, recipe: Recipe) -> None:

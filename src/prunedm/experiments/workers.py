@@ -40,6 +40,9 @@ def slots(workers: int, threads: int, gpus: Sequence[str]) -> list[Slot]:
     threads: of each; 0 shares the processor's cores out evenly. Raises `UserError` for more workers
     than there are GPUs, where there are any, or than cores.
     """
+    for name, number in (("workers", workers), ("threads", threads)):
+        if number < 0:
+            raise UserError(f"{name} = {number}: give at least 1, or 0 for as many as there are")
     cores = os.cpu_count() or 1
     count = workers or max(1, len(gpus))
     if gpus and count > len(gpus):

@@ -17,7 +17,7 @@ from prunedm.hub import find
 from prunedm.progress import Progress, Silent
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.inputs import dense_source, device_for, reload
-from prunedm.stages.sample import labels_for
+from prunedm.stages.verbs.sample import labels_for
 
 
 class MaskProEvaluator:

@@ -3,7 +3,9 @@
 from prunedm.options.base import (
     CalibrationOptions,
     DataOptions,
+    Input,
     LoopOptions,
+    ModelName,
     Options,
     Precision,
     ScoreName,
@@ -16,8 +18,19 @@ from prunedm.options.measure import AnalyzeOptions, EvaluateOptions, LossOptions
 from prunedm.options.prune import TARGETS, Mechanism, PruneOptions, parse_target
 from prunedm.options.train import FinetuneOptions, TrainOptions
 
+# names of the options, of any stage, that say what is read
+PATH_OPTIONS = frozenset(
+    name
+    for options in (
+        AnalyzeOptions, EvaluateOptions, ExportOptions, FidOptions, FinetuneOptions, LearnOptions,
+        LossOptions, PruneOptions, SampleOptions, StatsOptions, TrainOptions,
+    )
+    for name in options.inputs()
+)  # fmt: skip
+
 __all__ = [
     "ESTIMATOR_DEFAULTS",
+    "PATH_OPTIONS",
     "PRECISIONS",
     "TARGETS",
     "AnalyzeOptions",
@@ -28,10 +41,12 @@ __all__ = [
     "ExportOptions",
     "FidOptions",
     "FinetuneOptions",
+    "Input",
     "LearnOptions",
     "LoopOptions",
     "LossOptions",
     "Mechanism",
+    "ModelName",
     "Options",
     "Precision",
     "PruneOptions",

@@ -1,8 +1,11 @@
 """What several stages' options share: data, calibration, scores, the training loop."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from prunedm.places import expanded
 
 ScoreName = Literal[
     "random",
@@ -15,6 +18,7 @@ ScoreName = Literal[
     "fluctuation",
 ]
 Precision = Literal["no", "bf16", "fp16"]
+TRUST = "run a TorchScript file of features whatever is written in it: it may do all that you may"
 
 
 def _checked_pattern(text: str) -> str:
@@ -37,18 +41,62 @@ TimeRangeText = Annotated[str, AfterValidator(_checked_time_range)]
 PatternText = Annotated[str, AfterValidator(_checked_pattern)]
 
 
-class Options(BaseModel):
-    """Options cannot be changed once made, and unknown names are errors."""
+LARGEST = 10**9  # of a whole number but a seed: beyond it, memory or patience ends first
+LARGEST_SEED = 2**63 - 1
+LARGEST_LR = 1e3
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+@dataclass(frozen=True)
+class Input:
+    """Marks an option that names what is read, whose content decides the result."""
+
+    kind: Literal["model", "dataset", "file"]
+    words: tuple[str, ...] = ()  # values that name nothing on this machine
+
+
+def _expanded(text: str) -> str:
+    return str(expanded(text)) if text.startswith("~") or "\0" in text else text
+
+
+DatasetName = Annotated[str, AfterValidator(_expanded), Input("dataset")]
+ModelName = Annotated[str, AfterValidator(_expanded), Input("model", ("auto", "none"))]
+FileName = Annotated[
+    str, AfterValidator(_expanded), Input("file", ("auto", "inception", "digits-cnn"))
+]
+
+
+class Options(BaseModel):
+    """Options cannot be changed once made; unknown names and numbers without end are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        largest = LARGEST_SEED if info.field_name == "seed" else LARGEST
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > largest for number in numbers):
+            raise ValueError(f"the largest possible is {largest:,}")
+        return value
+
+    @classmethod
+    def inputs(cls) -> dict[str, Input]:
+        """The options that name what is read."""
+        marks = {
+            name: next((mark for mark in field.metadata if isinstance(mark, Input)), None)
+            for name, field in cls.model_fields.items()
+        }
+        return {name: mark for name, mark in marks.items() if mark is not None}
 
 
 class DataOptions(Options):
     """Where images come from."""
 
-    dataset: str = Field(
+    dataset: DatasetName = Field(
         "digits", description="digits, a hub id, a dataset folder or an image folder"
     )
+    label_column: str = Field("", description="the column of classes, where several could be")
+    image_column: str = Field("", description="the column of images, where several could be")
     flip: bool = Field(False, description="mirror half of the training images")
     convert_channels: bool = Field(False, description="convert images of other channel counts")
     seed: int = Field(0, ge=0, description="decides every random draw")
@@ -91,7 +139,7 @@ class LoopOptions(DataOptions):
     steps: int = Field(400, ge=1, description="optimizer steps")
     batch_size: int = Field(64, ge=1, description="images a step and process")
     accumulation: int = Field(1, ge=1, description="batches a step")
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    lr: float = Field(3e-4, gt=0, le=LARGEST_LR, description="peak learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")

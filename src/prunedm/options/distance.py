@@ -4,23 +4,30 @@ from typing import Literal
 
 from pydantic import Field
 
-from prunedm.options.base import Options
+from prunedm.options.base import (
+    TRUST,
+    FileName,
+    Options,
+)
 
 
 class StatsOptions(Options):
     """`prunedm stats`: mean and covariance of features, in pytorch-fid's file layout."""
 
-    features: str = Field(
+    features: FileName = Field(
         "inception",
         description="inception, digits-cnn, or a file of TorchScript or torch.export "
         "(uint8 NCHW to N x D)",
     )
-    inception_weights: str = Field("", description="local file with the Inception weights")
+    trust_features: bool = Field(False, description=TRUST)
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
     num_samples: int | None = Field(None, ge=2, description="the first so many images; none: all")
     res: int | None = Field(
         None, ge=1, description="crop to the middle square and resize to this side (Lanczos)"
     )
-    split: Literal["train", "test"] = Field("test", description="images of a dataset")
+    split: Literal["train", "test"] | None = Field(
+        None, description="only these; none: all of a folder, what a named dataset holds out"
+    )
     skip_bad: bool = Field(False, description="go on without files that cannot be read; count them")
     force: bool = Field(False, description="go on with fewer images than features: a biased number")
     batch_size: int = Field(64, ge=1, description="images at a time")

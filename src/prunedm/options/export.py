@@ -4,7 +4,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from prunedm.options.base import DataOptions
+from prunedm.options.base import (
+    TRUST,
+    DataOptions,
+    FileName,
+)
 
 ExportFormat = Literal["packed", "onnx", "openvino", "torch", "tensorrt"]
 ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -52,11 +56,13 @@ class ExportOptions(DataOptions):
     )
     sampler: str = Field("ddim", description="of those, as in sample")
     sampling_steps: int = Field(25, ge=1, description="denoiser calls an image")
-    features: str = Field(
+    features: FileName = Field(
         "auto",
-        description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
+        description="auto, digits-cnn, inception, or a file of TorchScript or torch.export "
+        "(uint8 NCHW to N x D)",
     )
-    inception_weights: str = Field("", description="local file with the Inception weights")
+    trust_features: bool = Field(False, description=TRUST)
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
 
     @model_validator(mode="after")
     def _possible(self) -> "ExportOptions":

@@ -4,7 +4,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from prunedm.options.base import LoopOptions, PatternText, ScoreName, ScoreOptions
+from prunedm.options.base import (
+    LARGEST_LR,
+    LoopOptions,
+    ModelName,
+    PatternText,
+    ScoreName,
+    ScoreOptions,
+)
 
 EstimatorName = Literal[
     "relaxed", "straight-through", "policy-gradient", "policy-gradient-classic", "sr-ste"
@@ -29,10 +36,15 @@ class LearnOptions(LoopOptions, ScoreOptions):
     pattern: PatternText = Field(
         "2:4", description="N kept of every M, where the model has no masks yet"
     )
-    masks: str = Field("", description="first masks: a masks file, or a model with masks or zeros")
+    masks: ModelName = Field(
+        "", description="first masks: a masks file, or a model with masks or zeros"
+    )
     score: ScoreName = Field("magnitude", description="first masks, where there are none yet")
     lr: float | None = Field(  # type: ignore[assignment]  # filled() makes it a number
-        None, gt=0, description="of logits; none: 0.3 (relaxed), 50 (classic), by estimator"
+        None,
+        gt=0,
+        le=LARGEST_LR,
+        description="of logits; none: 0.3 (relaxed), 50 (classic), by estimator",
     )
     logits: float | None = Field(
         None, gt=0, description="lead of the first masks' weights; none: 1 (relaxed), 10 (classic)"
@@ -62,7 +74,9 @@ class LearnOptions(LoopOptions, ScoreOptions):
         1.0, ge=0, le=1, description="share of the dense model's output in the target"
     )
     train_weights: bool = Field(False, description="train the weights together with the masks")
-    weight_lr: float = Field(1e-5, gt=0, description="peak learning rate of trained weights")
+    weight_lr: float = Field(
+        1e-5, gt=0, le=LARGEST_LR, description="peak learning rate of trained weights"
+    )
     mask_loss_weight: float = Field(1.0, ge=0, description="of the logits' gradient")
     keep_magnitude: float = Field(
         0.0, ge=0, description="reward for the share of magnitude kept, falling to zero"

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from prunedm.options.base import CalibrationOptions, DataOptions, Options, PatternText
+from prunedm.options.base import (
+    TRUST,
+    CalibrationOptions,
+    DataOptions,
+    FileName,
+    ModelName,
+    Options,
+    PatternText,
+)
 
 
 class SampleOptions(Options):
@@ -42,6 +50,12 @@ class EvaluateOptions(DataOptions):
     samples: int | None = Field(
         None, ge=0, description="images behind FD; none: enough for the features; 0 skips them"
     )
+    middle_samples: int | None = Field(
+        None,
+        ge=0,
+        description="compare: images of the models between the first and the last, for pictures and "
+        "pairs, and no FD of them; none: as many as of the others, with FD",
+    )
     references: int = Field(
         10_000, ge=2, description="held-out images behind FD at most; published FID takes 50000"
     )
@@ -51,11 +65,13 @@ class EvaluateOptions(DataOptions):
     sampler: str = Field("ddim", description="as in sample")
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
     batch_size: int = Field(100, ge=1, description="images at a time")
-    features: str = Field(
+    features: FileName = Field(
         "auto",
-        description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
+        description="auto, digits-cnn, inception, or a file of TorchScript or torch.export "
+        "(uint8 NCHW to N x D)",
     )
-    inception_weights: str = Field("", description="local file with the Inception weights")
+    trust_features: bool = Field(False, description=TRUST)
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(
         (1, 4, 16), description="batches timed besides (full and deeper); repeat it"
@@ -76,7 +92,7 @@ class AnalyzeOptions(CalibrationOptions):
 class LossOptions(DataOptions):
     """`prunedm loss`: the denoising loss on fixed problems, batch by batch."""
 
-    masks: str = Field(
+    masks: ModelName = Field(
         "", description="masks to put on first: a masks file, or a model with masks or zeros"
     )
     targets: tuple[str, ...] = Field(

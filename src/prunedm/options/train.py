@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prunedm.options.base import LoopOptions
+from prunedm.options.base import LARGEST_LR, LoopOptions, ModelName
 
 
 class WeightOptions(LoopOptions):
@@ -18,7 +18,7 @@ class TrainOptions(WeightOptions):
 
     steps: int = Field(10_000, ge=1, description="optimizer steps")
     batch_size: int = Field(128, ge=1, description="images a step and process")
-    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr: float = Field(2e-4, gt=0, le=LARGEST_LR, description="peak learning rate")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="weight averaging; 0 is none")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the residual blocks")
     save_dtype: Literal["float32", "float16", "bfloat16"] = Field(
@@ -35,7 +35,9 @@ class TrainOptions(WeightOptions):
 class FinetuneOptions(WeightOptions):
     """`prunedm finetune`: weights of any model, masks held exactly."""
 
-    teacher: str = Field("auto", description="auto (the record's dense model), none, or a model")
+    teacher: ModelName = Field(
+        "auto", description="auto (the record's dense model), none, or a model"
+    )
     distill: float = Field(
         0.9, ge=0, le=1, description="share of the teacher's output in the target"
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunedm.data import to_uint8
 from prunedm.errors import UserError
+from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent, Task
 from prunedm.randomness import generator_for
 from prunedm.sampling.fast import FastDenoiser, native_types
@@ -43,11 +44,10 @@ def sample_batches(
     starts = range(0, count, batch_size) if starts is None else starts
     set_steps(sampler, steps)
     calls = len(starts) * len(sampler.timesteps)
-    was_training = denoiser.training
-    denoiser.eval().to(device)
+    denoiser.to(device)
     assert speed in ("exact", "fast"), speed
     call: nn.Module = denoiser
-    try:
+    with evaluating(denoiser):
         if speed == "fast":
             call = FastDenoiser(denoiser, calls=calls, say=progress.say)
             made(call)
@@ -74,8 +74,6 @@ def sample_batches(
                 x_NCHW = x_NCHW[: count - start]
                 _check_finite(x_NCHW, start)
                 yield to_uint8(x_NCHW).cpu()
-    finally:
-        denoiser.train(was_training)
 
 
 def _check_finite(x_NCHW: torch.Tensor, start: int) -> None:

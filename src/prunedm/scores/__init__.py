@@ -22,12 +22,7 @@ from prunedm.diffusion import DenoisingProblems, ProblemStream, check_sample_sha
 from prunedm.errors import UserError
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
-from prunedm.scores.diff_pruning import diff_pruning, low_noise_gradients
-from prunedm.scores.fluctuation import fluctuation
-from prunedm.scores.magnitude import magnitude, magnitude_l2
-from prunedm.scores.random import random
-from prunedm.scores.taylor import taylor, taylor_multivariable
-from prunedm.scores.wanda import OVER_TIME, wanda
+from prunedm.scores import diff_pruning, fluctuation, magnitude, random, taylor, wanda
 
 Statistics = dict[str, torch.Tensor]
 
@@ -64,14 +59,14 @@ class Score:
 
 
 SCORES = {
-    "random": Score(random, "noise"),
-    "magnitude": Score(magnitude),
-    "magnitude-l2": Score(magnitude_l2),
-    "taylor": Score(taylor, "gradient"),
-    "taylor-multivariable": Score(taylor_multivariable, "gradient"),
-    "diff-pruning": Score(diff_pruning, "low-noise gradient"),
-    "wanda": Score(wanda, "input norm"),
-    "fluctuation": Score(fluctuation, "input variance"),
+    "random": Score(random.random, "noise"),
+    "magnitude": Score(magnitude.magnitude),
+    "magnitude-l2": Score(magnitude.magnitude_l2),
+    "taylor": Score(taylor.taylor, "gradient"),
+    "taylor-multivariable": Score(taylor.taylor_multivariable, "gradient"),
+    "diff-pruning": Score(diff_pruning.diff_pruning, "low-noise gradient"),
+    "wanda": Score(wanda.wanda, "input norm"),
+    "fluctuation": Score(fluctuation.fluctuation, "input variance"),
 }
 
 
@@ -128,7 +123,8 @@ def _input_norms(
         progress=progress,
     )
     return {
-        n: OVER_TIME[calibration.over_time](squares_B.sqrt()) for n, squares_B in squares.items()
+        n: wanda.OVER_TIME[calibration.over_time](squares_B.sqrt())
+        for n, squares_B in squares.items()
     }
 
 
@@ -149,7 +145,7 @@ def _low_noise_gradients(
     calibration: Calibration,
     progress: Progress | None,
 ) -> Statistics:
-    return low_noise_gradients(
+    return diff_pruning.low_noise_gradients(
         denoiser,
         layers,
         calibration.problems,

@@ -12,6 +12,7 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import one_call
+from prunedm.inference import evaluating
 from prunedm.layers import prunable_layers, replace_module
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
@@ -111,9 +112,7 @@ def use_sparse_kernels(
         progress.say(f"nothing is made sparse: {why}")
         return Selection([_unmeasured(n, layer, dtype) for n, layer in layers.items()])
     call = _steady(denoiser, shape, batch, dtype)
-    was_training = denoiser.training
-    denoiser.eval()
-    try:
+    with evaluating(denoiser):
         before, met = _observed(call, layers)
         choices, faster = [], {}
         with progress.task("timing layers", len(layers)) as bar, _autocast(denoiser, dtype):
@@ -129,8 +128,6 @@ def use_sparse_kernels(
             return Selection(choices)
         error = _replaced(denoiser, layers, faster, call, before, tolerance=tolerance)
         return Selection(choices, error)
-    finally:
-        denoiser.train(was_training)
 
 
 def time_forms(

@@ -2,17 +2,17 @@
 
 from prunedm.options import EvaluateOptions
 from prunedm.sampling import make_sampler
-from prunedm.stages.analyze import analyze
-from prunedm.stages.compare import compare
-from prunedm.stages.evaluate import evaluate, with_features
-from prunedm.stages.export import export
-from prunedm.stages.finetune import finetune
 from prunedm.stages.inputs import images_for
-from prunedm.stages.learn import learn
-from prunedm.stages.loss import loss
-from prunedm.stages.prune import prune
-from prunedm.stages.sample import sample
-from prunedm.stages.train import train
+from prunedm.stages.verbs.analyze import analyze
+from prunedm.stages.verbs.compare import compare
+from prunedm.stages.verbs.evaluate import evaluate, with_features
+from prunedm.stages.verbs.export import export
+from prunedm.stages.verbs.finetune import finetune
+from prunedm.stages.verbs.learn import learn
+from prunedm.stages.verbs.loss import loss
+from prunedm.stages.verbs.prune import prune
+from prunedm.stages.verbs.sample import sample
+from prunedm.stages.verbs.train import train
 
 
 def check_inputs(model: str, options: EvaluateOptions) -> None:

@@ -18,19 +18,18 @@ from prunedm.evaluation.fid import (
     bootstrap_error,
     check_comparable,
     frechet_distance,
-    save_statistics,
     statistics,
 )
 from prunedm.evaluation.image_source import Images, open_side
 from prunedm.evaluation.kid import LEAST_IMAGES, kernel_distance, kernel_unit
 from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import FidOptions, StatsOptions
+from prunedm.places import target
 from prunedm.progress import Progress, Silent
 from prunedm.record import environment
+from prunedm.stages import statistics_file
 from prunedm.stages.distance_lines import comparison_notes, side_notes
 from prunedm.stages.inputs import device_for
-
-PARTIAL = ".partial"
 
 
 @dataclass
@@ -41,6 +40,7 @@ class _Side:
     statistics: Statistics
     features_ND: torch.Tensor | None = None
     skipped: list[str] = field(default_factory=list)
+    left_out: str = ""
 
     def figures(self) -> dict[str, Any]:
         """`images` is None, and `features` "", where a file of statistics does not say."""
@@ -53,6 +53,7 @@ class _Side:
             "dim": stats_of.dim,
             "biased": 0 < stats_of.count <= stats_of.dim,
             "skipped": self.skipped,
+            "left_out": self.left_out,
         }
 
 
@@ -109,31 +110,35 @@ def stats(
 ) -> dict[str, Any]:
     """Write mean and covariance of the features of `source` to `out`, an .npz as pytorch-fid's.
 
-    The file is there when it is whole. Raises `UserError` where it is there already, unless
-    `overwrite`, and for images that are too few or cannot be read.
+    The file is there when it is whole; one of the same images and options is not `made` again.
+    Raises `UserError` where it holds anything else, unless `overwrite`, and for images that are too
+    few or cannot be read.
     """
-    out = check_file(out, ".npz", overwrite=overwrite)
+    out = check_file(out, ".npz", overwrite=True)
     found = _open(source, options)
     if isinstance(found, Statistics):
         raise UserError(f"{source!r} holds statistics already; give images")
     network = _network(options)
     _check_early([found], network, options)
-    partial = out.with_name(out.name + PARTIAL)
-    make_place(out)
-    try:
-        side = _side(source, found, network, options, progress or Silent())
+    basis = statistics_file.made_of(options, network.name)
+    kept = statistics_file.done_already(
+        out, found, basis, batch_size=options.batch_size, overwrite=overwrite
+    )
+    content = statistics_file.Content()
+    if kept is None:
+        make_place(out)
+        side = _side(source, found, network, options, progress or Silent(), content=content)
         _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
-        save_statistics(side.statistics, partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    figures = side.figures()
-    return figures | {"notes": side_notes(figures)}
+        statistics_file.write(side.statistics, out, basis, content)
+    else:
+        side = _Side(source, kept, skipped=found.skipped)
+    figures = side.figures() | {"kind": "images"}
+    return figures | {"notes": side_notes(figures), "made": kept is None}
 
 
 def check_file(out: str | Path, suffix: str, *, overwrite: bool) -> Path:
     """`out`, if it may be written. Raises `UserError` for another suffix, and where it exists."""
-    out = Path(out)
+    out = target(out)
     if out.suffix != suffix:
         raise UserError(f"{str(out)!r} is no {suffix} file; give a name that ends in {suffix}")
     if out.is_dir() or (out.exists() and not overwrite):
@@ -159,7 +164,8 @@ def _open(name: str, options: StatsOptions) -> Images | Statistics:
 
 
 def _network(options: StatsOptions) -> FeatureNetwork:
-    return load_features(options.features, weights=options.inception_weights or None)
+    weights = options.inception_weights or None
+    return load_features(options.features, weights=weights, trust=options.trust_features)
 
 
 def _check_early(
@@ -183,19 +189,22 @@ def _side(
     network: FeatureNetwork | None,
     options: StatsOptions,
     progress: Progress,
+    *,
+    content: statistics_file.Content | None = None,
 ) -> _Side:
     if isinstance(found, Statistics):
         return _Side(name, found)
     assert network is not None
+    batches = found.batches(options.batch_size)
     features_ND = extract(
         network,
-        found.batches(options.batch_size),
+        content.of(batches) if content else batches,
         device=device_for(options.device),
         progress=progress,
         total=found.batch_count(options.batch_size),
     )
     own = statistics(features_ND, features=network.name)
-    return _Side(name, own, features_ND, found.skipped)
+    return _Side(name, own, features_ND, found.skipped, found.left_out)
 
 
 def _check_enough(name: str, count: int, dim: int, force: bool) -> None:

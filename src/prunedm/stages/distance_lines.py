@@ -52,6 +52,8 @@ def side_notes(side: dict[str, Any]) -> list[str]:
         )
     if not (side["images"] and side["features"]):
         notes.append(f"{name} does not say of how many images, or of which features, it is")
+    if side["left_out"]:
+        notes.append(f"not counted of {name}: {side['left_out']}")
     if side["skipped"]:
         notes.append(
             f"left out of {name}: {len(side['skipped']):,} that cannot be read, "

@@ -12,6 +12,7 @@ from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model, load
 from prunedm.hub import EMBEDDED
+from prunedm.image_files import shown
 from prunedm.options import CalibrationOptions, DataOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import Record, Source, file_hash
@@ -70,6 +71,9 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
         size=height,
         channels=channels,
         convert=options.convert_channels,
+        labels="needed" if model.conditional else "none",
+        label_column=options.label_column,
+        image_column=options.image_column,
     )
     if model.conditional:
         _check_labels(model, images, options.dataset)
@@ -78,8 +82,13 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
 
 def _check_labels(model: Model, images: ImageSet, dataset: str) -> None:
     if images.labels is None:
-        raise UserError(f"{dataset!r} has no labels, and the model is class-conditional")
+        why = f": {images.unlabelled}" if images.unlabelled else ""
+        raise UserError(
+            f"the model is class-conditional, and {shown(dataset)!r} has no labels{why}"
+        )
     classes, highest = model.denoiser.config.num_class_embeds, max(images.labels)
+    if (lowest := min(images.labels)) < 0:
+        raise UserError(f"{shown(dataset)!r} has label {lowest}, and labels start at 0")
     if classes is not None and highest >= classes:
         raise UserError(f"{dataset!r} has label {highest}, and the model {classes} classes")
 

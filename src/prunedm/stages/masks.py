@@ -1,5 +1,6 @@
 """Masks from a file, from a model that has them, or from the zeros of one that has not."""
 
+import filecmp
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from prunedm.errors import UserError
 from prunedm.folder import Model, load
 from prunedm.layers import prunable_layers, to_groups
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.places import target
 from prunedm.record import Source
 from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
 from prunedm.stages.inputs import file_source, source_of
@@ -114,20 +116,24 @@ def masks_from(
 
 def extract_to(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     targets: Iterable[str] = (),
     pattern: str | None = None,
     overwrite: bool = False,
-) -> tuple[Masks, Extraction]:
-    """`extract_masks` of the model at `source`, written to the file `out`.
+) -> tuple[Masks, Extraction, bool]:
+    """`extract_masks` of the model at `source`, written to the file `out`; and whether it was.
 
-    Raises `UserError` where `out` is there already, unless `overwrite`, or is no .safetensors name.
+    It is not where `out` holds just these masks. Raises `UserError` where it holds anything else,
+    unless `overwrite`, or has no .safetensors name.
     """
+    out = target(out)
     if out.suffix != SUFFIX:
         raise UserError(f"{out} is no name of a masks file; try {out.name}{SUFFIX}")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} exists; give another file" + ", or --overwrite" * out.is_file())
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} exists and is not a file; give another name")
+    if out.exists() and not overwrite:
+        _refuse_foreign(out)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.m > LARGEST_M:
         raise UserError(f"pattern {pattern!r} has M over {LARGEST_M}; try 2:4")
@@ -136,10 +142,26 @@ def extract_to(
     partial = out.with_name(out.name + ".partial")
     try:
         save_masks(masks, partial)
+        if out.exists() and filecmp.cmp(partial, out, shallow=False):
+            return masks, found, False
+        if out.exists() and not overwrite:
+            raise UserError(
+                f"{out} exists and holds other masks; give another file, or --overwrite"
+            )
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    return masks, found
+    return masks, found, True
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise `UserError` for a file that holds no masks, before any work."""
+    try:
+        load_masks(out)
+    except UserError:
+        raise UserError(
+            f"{out} exists and holds other things; give another file, or --overwrite"
+        ) from None
 
 
 def read_masks(source: str | Path) -> Masks:

@@ -7,7 +7,7 @@ from torchvision.utils import make_grid
 from prunedm.folder import Model
 from prunedm.options import LoopOptions
 from prunedm.sampling import make_sampler, sample_batches
-from prunedm.stages.sample import labels_for
+from prunedm.stages.verbs.sample import labels_for
 
 STEPS = 20  # of DDIM
 SIDE = 64  # pixels that an image has at least in the picture

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from prunedm.errors import UserError
+from prunedm.reading import parse_json
 from prunedm.training.ema import Ema
 
 
@@ -52,6 +54,23 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # of fp16
     run: str = ""  # what the tracker knows this run by
     processes: int = 1  # that share every step
+    threads: int = field(default_factory=torch.get_num_threads)  # on the CPU, of the steps so far
+
+
+class _Facts(BaseModel):
+    """What a checkpoint holds beside tensors; early ones have no `observed`, `processes`, `threads`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    done: int = Field(ge=0)
+    ema_updates: int = Field(ge=0)
+    losses: list[float]
+    held_out: list[tuple[int, float]]
+    observed: dict[str, list[tuple[int, float]]] = {}
+    scaler: dict[str, Any] = {}
+    run: str = ""
+    processes: int | None = None
+    threads: int | None = None
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
@@ -70,6 +89,7 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
         "scaler": state.scaler.state_dict() if state.scaler else {},
         "run": state.run,
         "processes": state.processes,
+        "threads": state.threads,
     }
     _write(path, tensors, {"facts": json.dumps(facts)})
 
@@ -82,18 +102,35 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     """
     if not path.exists():
         return
-    tensors, facts = _read(path)
+    tensors, written = _read(path)
+    try:
+        facts = _Facts.model_validate(written)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     own = {f"module.{name}": tensor for name, tensor in state.module.state_dict().items()}
     if {n: t.shape for n, t in own.items()} != {
         n: t.shape for n, t in tensors.items() if n.startswith("module.")
     }:
         raise UserError(f"checkpoint {path} is of another model; delete it to start again")
-    processes = facts.get("processes", state.processes)  # 0.1.0 wrote none
-    if processes != state.processes:
+    processes = facts.processes
+    if processes not in (None, state.processes):
         raise UserError(
             f"checkpoint {path} is of a run in {processes} processes, this one has "
             f"{state.processes}; launch {processes} again, or delete it to start again"
         )
+    try:
+        _restore(state, own, tensors, facts)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _restore(
+    state: TrainingState,
+    own: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    facts: _Facts,
+) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -103,20 +140,21 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
         if kind == "optimizer":
             index, _, key = rest.partition(".")
             optimizer_state.setdefault(int(index), {})[key] = tensor
+    if len({frozenset(values) for values in optimizer_state.values()}) > 1:
+        raise KeyError("the optimizer's state is not whole")
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": optimizer_state})
     if state.ema is not None:
         shadow = {n.removeprefix("ema."): t for n, t in tensors.items() if n.startswith("ema.")}
-        state.ema.load(shadow, facts["ema_updates"])
-    state.history.losses[:] = facts["losses"]
-    state.history.held_out[:] = [(int(step), loss) for step, loss in facts["held_out"]]
-    state.history.observed = {
-        name: [(int(step), value) for step, value in pairs]
-        for name, pairs in facts.get("observed", {}).items()  # 0.1.0 wrote none
-    }
-    state.done = int(facts["done"])
-    state.run = facts.get("run", "")
-    if state.scaler is not None and facts.get("scaler"):
-        state.scaler.load_state_dict(facts["scaler"])
+        if shadow.keys() != state.ema.shadow.keys():
+            raise KeyError("the averaged weights are not whole")
+        state.ema.load(shadow, facts.ema_updates)
+    state.history.losses[:] = facts.losses
+    state.history.held_out[:] = facts.held_out
+    state.history.observed = facts.observed
+    state.done, state.run = facts.done, facts.run
+    state.threads = facts.threads or state.threads
+    if state.scaler is not None and facts.scaler:
+        state.scaler.load_state_dict(facts.scaler)
 
 
 def save_parameters(path: Path, module: nn.Module) -> None:
@@ -127,9 +165,12 @@ def save_parameters(path: Path, module: nn.Module) -> None:
 def load_parameters(path: Path, module: nn.Module) -> None:
     """Restore in place what `save_parameters` wrote."""
     tensors, _ = _read(path)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(tensors[name])
+    try:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(tensors[name])
+    except (KeyError, RuntimeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -140,13 +181,15 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
     aside.replace(path)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+            facts = parse_json((file.metadata() or {})["facts"], "facts")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({error}); delete it to start again"
-        ) from error
+        raise _damaged(path, error) from error
     return tensors, facts
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"checkpoint {path} is damaged ({reason}); delete it to start again")

@@ -80,6 +80,7 @@ def fit(
         processes=accelerator.num_processes,
     )
     load_checkpoint(checkpoint, state)
+    _compare_threads(state, label, progress)
     state.run = state.run or new_run()
     take_step = partial(
         _step,
@@ -141,6 +142,17 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
         # weights' memory (masks) would go on with what the network no longer uses
         accelerator.state.device = torch.device("cpu")
     return accelerator
+
+
+def _compare_threads(state: TrainingState, label: str, progress: Progress) -> None:
+    """Another number of threads cuts sums elsewhere, so that their last bits differ."""
+    here = torch.get_num_threads()
+    if state.threads != here:
+        progress.say(
+            f"{label}: began with {state.threads} threads and continues with {here}, which gives other "
+            f"last bits; OMP_NUM_THREADS={state.threads} gives those of an unbroken run"
+        )
+        state.threads = here
 
 
 @dataclass

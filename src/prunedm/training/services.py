@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def settings_for(options: LoopOptions, *, folder: Path, run: str, done: int) -> 
 
     Files on this machine lie in `folder`, but for Trackio's, which has one place for all runs.
     """
-    name, title = options.tracker, folder.name.removesuffix(".partial")
+    name, title = options.tracker, folder.name.removesuffix(".partial") or folder.parent.name
     if name == "tensorboard":
         # hides what an interrupted run wrote after its last checkpoint: it is written again
         return {"logging_dir": folder / "tensorboard", "purge_step": done + 1 if done else 0}
@@ -104,6 +105,16 @@ def _limits(name: str) -> dict[str, Any]:
         if limit in known and f"WANDB_{limit.upper()}" not in os.environ
     }
     return {"settings": limits}
+
+
+def finish(name: str, tracker: Any) -> None:
+    """End the run. Trackio says that it uploads also where it writes a file on this machine."""
+    elsewhere = any(os.environ.get(f"TRACKIO_{place}") for place in ("SPACE_ID", "SERVER_URL"))
+    with nullcontext() if name != "trackio" or elsewhere else redirect_stdout(StringIO()):
+        tracker.finish()
+        if name == "trackio" and "trackio" in sys.modules:  # it would end the run again at exit
+            with suppress(RuntimeError):  # it has no run
+                sys.modules["trackio"].finish()
 
 
 @contextmanager

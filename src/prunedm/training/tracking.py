@@ -21,6 +21,7 @@ from prunedm.training.services import (
     OFFLINE,
     Histogram,
     check_usable,
+    finish,
     log_histogram,
     log_image,
     settings_for,
@@ -87,7 +88,7 @@ class Tracking:
         self._try(lambda tracker: tracker.store_init_configuration(kept))
 
     def finish(self) -> None:
-        self._try(lambda tracker: tracker.finish())
+        self._try(partial(finish, self._name))
 
     def _try(self, act: Callable[[Any], object]) -> None:
         if self._tracker is None:

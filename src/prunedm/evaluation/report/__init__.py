@@ -18,7 +18,7 @@ from markupsafe import Markup
 from prunedm.errors import UserError
 from prunedm.evaluation import table
 from prunedm.evaluation.pictures import Curve, curve_of, loss_curves
-from prunedm.evaluation.report.checks import checks, shown
+from prunedm.evaluation.report.checks import check_lines, shown
 from prunedm.evaluation.report.conditions import conditions_in_words
 from prunedm.evaluation.report.figures import header, key_figures, meaning, rows, warnings
 from prunedm.evaluation.report.front import panels, quality_column
@@ -78,7 +78,7 @@ def page(
         "columns": [(c, header(c, evaluations), meaning(c)) for c in table.measured(evaluations)],
         "rows": rows(evaluations),
         "warnings": warnings(evaluations),
-        "checks": checks(evaluations),
+        "checks": check_lines(evaluations),
         "sheets": sheets(evaluations, samples),
         "gap": GAP,
         "quality": quality,

@@ -21,7 +21,7 @@ class Check:
     asked: list[Asked]  # what this model's own pruning was asked for, not its ancestors'
 
 
-def checks(evaluations: Sequence[Evaluation]) -> list[Check]:
+def check_lines(evaluations: Sequence[Evaluation]) -> list[Check]:
     """A line for every model; none where nothing of all this was measured."""
     lines, seen = [], list[Asked]()
     for e in evaluations:

@@ -9,6 +9,7 @@ from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.report.figures import header
 from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import EMA, Evaluation
+from prunedm.neighbours import disturbance
 
 _OPTIONAL = ("fd", "psnr_db", "latency_ms")  # figures with a sentence of their own
 
@@ -34,6 +35,7 @@ def _sentences(group: Sequence[Evaluation]) -> list[Markup]:
         *([text("conditions.model", **values)] if values["prediction"] else []),
         *_weights(group),
         *(text(f"conditions.{key}", **values) for key in _OPTIONAL if key not in missing),
+        *_disturbed(group),
         *([text("conditions.spacing", **values)] if drawn and values["spacing"] else []),
         text("conditions.size"),
         text("conditions.device", **values),
@@ -50,6 +52,11 @@ def _sentences(group: Sequence[Evaluation]) -> list[Markup]:
             else []
         ),
     ]
+
+
+def _disturbed(group: Sequence[Evaluation]) -> list[Markup]:
+    others = max((t.others for e in group for t in e.figures.timings), default=0.0)
+    return [text("conditions.disturbed", others=f"{others:.0%}")] if disturbance(others) else []
 
 
 def _weights(group: Sequence[Evaluation]) -> list[Markup]:

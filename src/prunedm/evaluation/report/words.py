@@ -191,6 +191,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "延迟：在 {device} 上以 {dtype}、批大小 {latency_batch} 执行一次去噪网络前向；取中位数，"
         "± 为四分位距的一半。同机的其他任务会影响结果。",
     ),
+    "conditions.disturbed": (
+        "Other processes used {others} of the processor meanwhile: these times are too long.",
+        "测速期间其他进程占用了 {others} 的处理器：所列耗时偏长。",
+    ),
     "conditions.size": (
         "Packed: weights in half precision; layers with N:M masks as their kept values and one bit "
         "a weight. MACs: of one image through the denoiser once, attention included.",

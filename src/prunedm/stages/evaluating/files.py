@@ -1,7 +1,6 @@
 """The files of `evaluate` and `compare`."""
 
 import csv
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from prunedm.evaluation.results import Evaluation, LayerSparsity, Timing
 from prunedm.evaluation.summary import comparison_text, ssim_note, summary_text
 from prunedm.evaluation.table import csv_text
 from prunedm.options import EvaluateOptions
+from prunedm.reading import RECORD_LIMIT, read_object
 from prunedm.record import write_json
 from prunedm.stages.evaluating.steps import Steps
 
@@ -85,8 +85,7 @@ def write_comparison(found: Comparison, folder: Path, steps: Steps) -> None:
 
 def without_failures(folder: Path) -> bool:
     """Whether every step of a finished folder was done."""
-    workflow = json.loads((folder / WORKFLOW).read_text(encoding="utf-8"))
-    return not workflow["failed"]
+    return not read_object(folder / WORKFLOW, limit=RECORD_LIMIT).get("failed", True)
 
 
 def _workflow(found: Comparison, steps: Steps) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """measure: one model by itself. `evaluate` and `compare` are made of these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from prunedm.evaluation.speed import dtype_in_words, one_call
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
+from prunedm.places import bare
 from prunedm.progress import Progress
-from prunedm.record import Source, device_name, write_json
+from prunedm.reading import read_as, validated
+from prunedm.record import Source, bare_paths, device_name, write_json
 from prunedm.sampling import make_sampler
 from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, features_of
@@ -37,7 +39,7 @@ from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import data_source, device_for, problems_on, source_of
-from prunedm.stages.sample import sample_resumably
+from prunedm.stages.verbs.sample import sample_resumably
 
 RESULTS = "evaluation_results.json"
 STEPS = "steps.json"
@@ -61,6 +63,16 @@ class Yardstick:
     def inputs(self) -> dict[str, Source]:
         """What decides the figures beside the model and the options."""
         return {"dataset": data_source(self.reference), **self.files}
+
+    def lighter(self) -> "Yardstick":
+        """For models between the first and the last: `middle_samples` images, and no FD of them."""
+        fewer = self.options.middle_samples
+        if fewer is None or not self.options.samples:
+            return self
+        samples = min(fewer, self.options.samples)
+        return replace(
+            self, options=self.options.model_copy(update={"samples": samples}), network=None
+        )
 
 
 def measure(
@@ -92,12 +104,12 @@ def measure(
 
 def read_evaluation(folder: Path) -> Evaluation:
     """What `measure` or `evaluate` wrote of one model."""
-    return Evaluation.model_validate_json((folder / RESULTS).read_text(encoding="utf-8"))
+    return read_as(Evaluation, folder / RESULTS, f"delete {folder} and measure again")
 
 
 def read_steps(folder: Path) -> list[Step]:
     """How each step of `measure` ended."""
-    return _Steps.validate_json((folder / STEPS).read_text(encoding="utf-8"))
+    return validated(_Steps, folder / STEPS, f"delete {folder} and measure again")
 
 
 def read_images(path: Path) -> np.ndarray | None:
@@ -146,11 +158,11 @@ class _Measuring:
             drawn = self._samples()
         return Evaluation(
             label=self.label,
-            model=model.name,
+            model=bare(model.name),
             hash=model.hash,
             figures=Figures.model_validate(self.figures),
             conditions=self._conditions(),
-            record=model.record,
+            record=bare_paths(model.record),
             layers=layers or [],
             asked=asked(model.record),
             reloads=reloads,
@@ -212,7 +224,7 @@ class _Measuring:
             return False
         images = self.steps.take("samples", self._draw)
         if self.network is None:
-            self.steps.skip("fd", "skip_fid")
+            self.steps.skip("fd", "skip_fid" if self.options.skip_fid else "between first and last")
         elif images is not None:
             self._distances(self.network, images)
         return images is not None
@@ -250,7 +262,7 @@ class _Measuring:
         options, network, reference = self.options, self.network, self.yard.reference
         sampler = make_sampler(self.model.scheduler, options.sampler)
         return Conditions(
-            dataset=reference.name,
+            dataset=bare(reference.name),
             problems=options.problems,
             samples=options.samples or 0,
             sampler=f"{options.sampler}-{options.sampling_steps}",

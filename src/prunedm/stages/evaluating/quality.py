@@ -43,9 +43,9 @@ def with_features(
     if name == "auto":
         embedded = reference.name == "digits" and (reference.channels, reference.size) == (1, 16)
         name = "digits-cnn" if embedded else "inception"
-    files = _feature_files(name, options.inception_weights)
+    files = feature_files(name, options.inception_weights)
     hashes = tuple(file.hash for file in files.values())
-    network = _features(name, options.inception_weights, hashes)
+    network = _features(name, options.inception_weights, options.trust_features, hashes)
     # `extract` moves the network, which an earlier evaluation may have left on a GPU
     dim = extract(network, [reference[0][None]]).shape[1]
     options = options.model_copy(update={"features": name})
@@ -102,7 +102,7 @@ def distances(
     return {"fd": fd, "kid": kid, "precision and recall": manifold}
 
 
-def _feature_files(features: str, inception_weights: str) -> dict[str, Source]:
+def feature_files(features: str, inception_weights: str) -> dict[str, Source]:
     """The files that a feature network is read from, by role."""
     names = {"features file": features, "Inception weights file": inception_weights}
     named = {"digits-cnn", "inception", ""}
@@ -111,9 +111,9 @@ def _feature_files(features: str, inception_weights: str) -> dict[str, Source]:
 
 
 @lru_cache(maxsize=4)
-def _features(name: str, weights: str, hashes: tuple[str, ...]) -> FeatureNetwork:
+def _features(name: str, weights: str, trust: bool, hashes: tuple[str, ...]) -> FeatureNetwork:
     """`hashes` of its files: one that was written anew is read anew."""
-    return load_features(name, weights=weights or None)
+    return load_features(name, weights=weights or None, trust=trust)
 
 
 _references: dict[tuple[str, torch.nn.Module, int], torch.Tensor] = {}

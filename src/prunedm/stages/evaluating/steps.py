@@ -6,7 +6,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import TypeVar
 
-from prunedm.errors import UserError
+from prunedm.errors import UserError, masked, shortened
 from prunedm.evaluation.results import Step
 
 Found = TypeVar("Found")
@@ -62,9 +62,9 @@ def failures(steps: Sequence[Step]) -> list[str]:
 
 def _in_words(error: Exception) -> str:
     """One line; of what is no mistake of the user's, also the type and the place."""
-    text = " ".join(str(error).split())
+    text = shortened(masked(str(error)))
     if isinstance(error, UserError):
         return text
     places = extract_tb(error.__traceback__)
     where = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
-    return f"{type(error).__name__}: {text[:500]}{where}"
+    return f"{type(error).__name__}: {text}{where}"

@@ -113,7 +113,8 @@ def pair_with_dense(
             row.figures.loss_change = change.mean
             row.figures.loss_change_se = change.standard_error
         if dense in samples and row.label in samples:
-            pair = samples[row.label], samples[dense]
+            count = min(len(samples[row.label]), len(samples[dense]))
+            pair = samples[row.label][:count], samples[dense][:count]
             own = Steps(row.label)
             taken = own.take("paired", lambda pair=pair: Paired(psnr(*pair), ssim(*pair)))  # type: ignore[misc]
             steps.taken += own.taken

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
+from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
-from prunedm.export.inference_graph import HalfInside, InferenceDenoiser
-from prunedm.export.runtimes import ExportedDenoiser
 from prunedm.folder import Model
 from prunedm.options import ExportOptions
 from prunedm.packed import FLOATS

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.evaluation.paired import psnr
-from prunedm.export.runtimes import ExportedDenoiser
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.evaluating.quality import distances, features_of
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.inputs import device_for
-from prunedm.stages.sample import labels_for
+from prunedm.stages.verbs.sample import labels_for
 
 
 def before_and_after(job: Job, exported: ExportedDenoiser) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
+from prunedm.deployment import int8, onnx_file, openvino_file, tensorrt, torch_program
+from prunedm.deployment.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
+from prunedm.deployment.zeros import check_zeros
 from prunedm.errors import UserError
-from prunedm.export import int8, onnx_file, openvino_file, tensorrt, torch_program
-from prunedm.export.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
-from prunedm.export.zeros import check_zeros
 from prunedm.folder import PACKED_FILE, load
 from prunedm.packed import FLOATS, save_packed
 from prunedm.stages.exporting.job import Job, Written

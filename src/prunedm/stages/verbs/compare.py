@@ -12,7 +12,9 @@ from prunedm.evaluation.results import Evaluation
 from prunedm.folder import Model, load
 from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
+from prunedm.places import bare
 from prunedm.progress import Progress, Silent
+from prunedm.reading import validated
 from prunedm.record import Record, Source
 from prunedm.sampling import make_sampler, set_steps
 from prunedm.stages.evaluating.files import (
@@ -78,9 +80,13 @@ def compare(
     inputs |= {"held-out images": data_source(yard.reference)} | yard.files
 
     def make(folder: Path) -> dict[str, Any]:
-        entries = [Entry(label, model, yard) for label, model in loaded.items()]
+        middle = [*loaded][1:-1]
+        entries = [
+            Entry(label, model, yard.lighter() if label in middle else yard)
+            for label, model in loaded.items()
+        ]
         name = title or "prunedm: dense and pruned models"
-        paths = ", ".join(map(str, models.values()))
+        paths = ", ".join(bare(str(path)) for path in models.values())
         rows = study(entries, folder, Steps(), title=name, checkpoint=paths)
         return {"models": list(models), "failed": {r.label: r.failed for r in rows if r.failed}}
 
@@ -97,7 +103,7 @@ def compare(
 
 def read_comparison(folder: Path) -> list[Evaluation]:
     """The rows that `compare` or `evaluate` wrote; the first is the dense model."""
-    return _Rows.validate_json((folder / ROWS).read_text(encoding="utf-8"))
+    return validated(_Rows, folder / ROWS, "make the report again with --overwrite")
 
 
 def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yardstick:

@@ -21,11 +21,13 @@ from prunedm.stages.frame import Overwrite, run_stage
 from prunedm.stages.inputs import data_source, device_for, held_out_problems, images_for, source_of
 from prunedm.stages.pruning.job import Job, check_options
 from prunedm.stages.pruning.mechanisms import MECHANISMS
-from prunedm.stages.sample import labels_for
+from prunedm.stages.verbs.sample import labels_for
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
-HELD_OUT = 500  # problems behind the loss before and after
+HELD_OUT = 500  # problems behind the loss before and after, where they are cheap
+HELD_OUT_MACS = 6e11  # of one pass over them; at least FEWEST, whatever a problem costs
+FEWEST = 16
 
 
 def prune(
@@ -64,7 +66,9 @@ def prune(
 def _prune(
     model: Model, images: ImageSet, options: PruneOptions, folder: Path, *, progress: Progress
 ) -> dict[str, Any]:
-    held_out = held_out_problems(model, options, HELD_OUT)
+    macs = count_macs(model.denoiser, model.sample_shape)
+    affordable = max(FEWEST, int(HELD_OUT_MACS / macs))  # the loss is given with its standard error
+    held_out = held_out_problems(model, options, min(HELD_OUT, affordable))
     before = _summary(model, held_out, options)
     _picture(model, options, folder / "vis" / "before_pruning.png")
     details = MECHANISMS[options.mechanism](Job(model, options, images, progress))

@@ -13,10 +13,10 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from prunedm.deployment.description import Description
+from prunedm.deployment.extras import require
 from prunedm.diffusion import sample_shape
 from prunedm.errors import UserError, first_line
-from prunedm.export.description import Description
-from prunedm.export.extras import require
 
 
 class ExportedDenoiser(nn.Module):

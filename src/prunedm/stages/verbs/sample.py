@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from prunedm.deployment.opening import open_model
+from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
-from prunedm.export.opening import open_model
-from prunedm.export.runtimes import ExportedDenoiser
 from prunedm.folder import Model
 from prunedm.options import SampleOptions
 from prunedm.progress import Progress, Silent

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from prunedm.export.description import read_description
-from prunedm.export.runtimes import open_file
+from prunedm.deployment.description import read_description
+from prunedm.deployment.runtimes import open_file
 from prunedm.folder import EXPORT_FILE, Model, hash_folder, load, load_scheduler, read_config
 from prunedm.record import read_record
 

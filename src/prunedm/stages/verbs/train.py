@@ -69,10 +69,15 @@ def _new_model(options: TrainOptions) -> Model:
 
 
 def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
-    """diffusers would skip an option that it does not know."""
+    """diffusers would skip an option that it does not know, and a class that it is not."""
+    wanted = config.get("_class_name", cls.__name__)
+    if wanted != cls.__name__:
+        raise UserError(
+            f"{what}._class_name = {wanted!r}: train takes {cls.__name__}; leave it out"
+        )
     known = list(inspect.signature(cls.__init__).parameters)[1:]
     for name in config:
-        if name not in known and not name.startswith("_"):
+        if name not in (*known, "_class_name", "_diffusers_version"):
             raise UserError(f"unknown option '{what}.{name}'{nearest(name, known)}")
     try:
         return cls.from_config(config)

@@ -1,6 +1,5 @@
 """export.json: what an exported folder holds, for whoever runs it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunedm.errors import UserError
 from prunedm.folder import EXPORT_FILE as FILE
+from prunedm.places import located, portable
+from prunedm.reading import read_object
 from prunedm.record import Source, file_hash, write_json
 
 VERSION = 1
@@ -41,16 +42,21 @@ class Description(BaseModel):
 
 
 def write_description(description: Description, folder: Path) -> None:
-    write_json(description.model_dump(mode="json"), folder / FILE)
+    """`source` becomes relative to `folder`, or to what a working folder will be."""
+    source = description.source
+    told = source.model_copy(update={"path": portable(source.path, folder)})
+    write_json(
+        description.model_copy(update={"source": told}).model_dump(mode="json"), folder / FILE
+    )
 
 
 def read_description(folder: Path) -> Description:
     """Raises `UserError` where it is damaged, of another version, or its files are not those."""
     path = folder / FILE
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_object(path)
         version = content.get("version")
-    except (OSError, ValueError, AttributeError) as error:
+    except UserError as error:
         raise UserError(
             f"{path} is missing or damaged ({error}); export the model again"
         ) from error
@@ -65,6 +71,7 @@ def read_description(folder: Path) -> Description:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg']}; export the model again") from error
+    description.source.path = located(description.source.path, folder)
     for name, due in description.files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from prunedm.deployment.description import Description, write_description
+from prunedm.deployment.extras import require
 from prunedm.errors import UserError
-from prunedm.export.description import Description, write_description
-from prunedm.export.extras import require
 from prunedm.folder import Model, load, save_config
 from prunedm.masks import Masks
 from prunedm.options import ExportOptions

@@ -20,6 +20,7 @@ from prunedm.layers import to_groups
 from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
+from prunedm.places import target
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, read_record
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
@@ -57,7 +58,7 @@ def finetune(
     inputs: dict[str, Source] = {"model": source_of(model), "dataset": data_source(images)}
     teacher, known = (
         None,
-        None if overwrite is True else _teacher_of_result(Path(out), model, options),
+        None if overwrite is True else _teacher_of_result(target(out), model, options),
     )
     if known is None:
         teacher = find_teacher(model, options.teacher, progress)

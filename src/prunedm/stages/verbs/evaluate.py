@@ -7,9 +7,9 @@ import numpy as np
 
 from prunedm.folder import Model, load, save
 from prunedm.options import EvaluateOptions
+from prunedm.places import bare
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source, write_json
-from prunedm.stages.compare import Entry, check_labels, study, yardstick
 from prunedm.stages.evaluating.files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.evaluating.first_masks import is_learned, under_first_masks
 from prunedm.stages.evaluating.measure import RESULTS, Yardstick, read_evaluation, read_images
@@ -17,6 +17,7 @@ from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import reload, source_of
+from prunedm.stages.verbs.compare import Entry, check_labels, study, yardstick
 from prunedm.training import processes
 
 __all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]
@@ -51,7 +52,7 @@ def evaluate(
             folder,
             steps,
             title=f"prunedm evaluate: {label}",
-            checkpoint=str(source),
+            checkpoint=bare(str(source)),
             dense=any((s.step, s.status) == ("dense model", "done") for s in steps.taken),
         )
         write_json(rows[-1].model_dump(mode="json"), folder / RESULTS)
@@ -101,7 +102,7 @@ def _relatives(
         first = steps.take("first masks", lambda: _first(model, yard, folder))
         if first is not None:
             taken = {label, *(entry.label for entry in entries)}
-            shown = f"{model.name}, under the first masks"
+            shown = f"{bare(model.name)}, under the first masks"
             entries.append(Entry(_free(FIRST, taken), first, yard, shown, first_masks=True))
     return entries
 

@@ -1,0 +1,191 @@
+"""Classes of images: from folders of classes, metadata files or a table's column.
+
+Texts are numbered 0..n-1 in their sorted order, as `datasets` and torchvision do; integers stay.
+"""
+
+import csv
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from prunedm.errors import UserError, first_line, nearest
+from prunedm.image_files import METADATA, check_regular, shown
+from prunedm.reading import parse_json, read_text
+from prunedm.splits import split_of
+
+_METADATA_LIMIT = 1 << 28  # bytes; some 100 a row
+_NAMES = {"label", "labels", "class", "classes", "category", "target"}  # words of a column's name
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One class an image, or why there are none; `absent` where not a single image has one."""
+
+    values: Sequence[int] | None = None
+    why: str = ""
+    absent: bool = False
+
+
+def number(values: Sequence[Any], training: Iterable[Any], name_of: Callable[[int], str]) -> Labels:
+    """Classes of raw `values`; those of texts are the texts in `training`."""
+    plain = [_plain(value) for value in values]
+    kinds = {type(value) for value in plain}
+    classes = sorted({text for text in map(_plain, training) if isinstance(text, str)})
+    numbers = {text: index for index, text in enumerate(classes)}
+    faults = [i for i, value in enumerate(plain) if not _is_class(value, numbers)]
+    if kinds == {int, str}:
+        return Labels(why="some labels are numbers and some are texts")
+    if faults:
+        value = plain[faults[0]]
+        said = (
+            "is not labelled" if value is None
+            else f"has label {value}, and labels start at 0" if isinstance(value, int)
+            else f"is of class {shown(value)!r}, which no training image has"
+            if isinstance(value, str)
+            else f"has a label that is neither an integer nor a text: {shown(value)}"
+        )  # fmt: skip
+        return Labels(why=f"{name_of(faults[0])} {said}", absent=len(faults) == len(plain))
+    return Labels([numbers.get(value, value) for value in plain])
+
+
+def _is_class(value: Any, numbers: Mapping[str, int]) -> bool:
+    return value in numbers if isinstance(value, str) else isinstance(value, int) and value >= 0
+
+
+def _plain(value: Any) -> Any:
+    """pandas writes integers beside gaps as floats."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else int(value) if value.is_integer() else value
+    return int(value) if isinstance(value, bool) else value
+
+
+def label_column(
+    declared: Sequence[str], possible: Sequence[str], columns: Sequence[str], wanted: str
+) -> tuple[str, str]:
+    """A table's column of labels, or "" and why: `declared` classes, else `possible` ones by name.
+
+    Where there is none, the reason is "". Raises `UserError` where the `wanted` one is not there.
+    """
+    if wanted and wanted not in columns:
+        raise UserError(f"--label-column: no column {wanted!r}{nearest(wanted, columns)}")
+    by_name = [c for c in possible if _NAMES & set(re.split(r"\W|_", c.lower()))]
+    found = [wanted] if wanted else declared or by_name
+    if len(found) > 1:
+        return "", f"{shown(', '.join(found))} could all be labels; name one with --label-column"
+    return found[0] if found else "", ""
+
+
+def file_labels(
+    root: Path, groups: Mapping[str, Sequence[Path]], training: str, wanted: str
+) -> Callable[[str], Labels]:
+    """Labels of a group of files: of metadata files where they name some, else of class folders."""
+    found, why = _described(root, groups, wanted)
+    if found is None and not why:
+        found, why = _class_folders(root, groups, training)
+    if found is None:
+        return lambda _: Labels(why=why)
+    raw = {group: [found.get(_key(path)) for path in files] for group, files in groups.items()}
+    return lambda group: number(
+        raw[group], raw[training], lambda i: shown(groups[group][i].relative_to(root))
+    )
+
+
+def _key(path: Path) -> str:
+    return os.path.normpath(path)
+
+
+def _class_folders(
+    root: Path, groups: Mapping[str, Sequence[Path]], training: str
+) -> tuple[dict[str, str] | None, str]:
+    """Each file's class: the one folder that it lies in, below those that all training files share."""
+    depth = len(root.parts)
+    folders = {
+        _key(path): _without_split(path.parts[depth:-1])
+        for files in groups.values()
+        for path in files
+    }
+    own = {folders[_key(path)] for path in groups[training]}
+    if len(own) == 1:
+        return None, "they lie in one folder; a folder for each class gives labels"
+    shared = next(
+        (i for i, names in enumerate(zip(*own, strict=False)) if len(set(names)) > 1),
+        min(map(len, own)),
+    )
+    if any(len(parts) > shared + 1 for parts in own):
+        return None, "they lie in folders of folders; classes are folders side by side"
+    return {path: parts[shared] for path, parts in folders.items() if len(parts) == shared + 1}, ""
+
+
+def _without_split(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The topmost folder that names a split is not a class."""
+    named = next((i for i, part in enumerate(parts) if split_of(part)), len(parts))
+    return parts[:named] + parts[named + 1 :]
+
+
+def _described(
+    root: Path, groups: Mapping[str, Sequence[Path]], wanted: str
+) -> tuple[dict[str, Any] | None, str]:
+    """Each file's label by metadata files, where these have labels: else None, and why if known."""
+    folders = {path.parent for files in groups.values() for path in files}
+    folders |= {above for folder in folders for above in folder.parents if root in above.parents}
+    paths = [folder / name for folder in sorted(folders | {root}) for name in METADATA]
+    rows = [(path.parent, row) for path in paths if os.path.lexists(path) for row in _rows(path)]
+    kinds: dict[str, set[type]] = {}
+    for _, row in rows:
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add(type(_plain(value)))
+    columns = [key for key in kinds if key != "file_name"]
+    possible = [key for key in columns if kinds[key] - {type(None)} <= {int, str}]
+    if wanted and not rows:
+        raise UserError(f"--label-column {wanted}: {shown(root)!r} has no metadata file")
+    column, why = label_column([], possible, columns, wanted)
+    if not column:
+        return None, why
+    return {
+        _key(folder / row["file_name"]): row.get(column)
+        for folder, row in rows
+        if isinstance(row.get("file_name"), str)
+    }, ""
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            table: list[dict[str, Any]] = pyarrow.parquet.read_table(
+                check_regular(path)
+            ).to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"cannot read {shown(path)}: {first_line(error)}") from error
+        return table
+    text = read_text(path, limit=_METADATA_LIMIT)
+    if path.suffix == ".csv":
+        return _integers(_csv(text, path))
+    rows = [parse_json(line, path) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{shown(path)}: a line is not a JSON object")
+    return rows
+
+
+def _csv(text: str, path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = list(csv.DictReader(StringIO(text)))
+    except csv.Error as error:
+        raise UserError(f"cannot read {shown(path)}: {error}") from error
+    return [{key: value for key, value in row.items() if key} for row in lines]
+
+
+def _integers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Columns of a CSV whose every text is an integer become so."""
+    for key in {key for row in rows for key in row}:
+        texts = [row.get(key) or "" for row in rows]
+        if all(isinstance(text, str) and re.fullmatch(r"-?\d{1,18}", text) for text in texts):
+            for row, text in zip(rows, texts, strict=True):
+                row[key] = int(text)
+    return rows

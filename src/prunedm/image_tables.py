@@ -1,0 +1,209 @@
+"""Images in tables of `datasets`: saved ones, parquet files of anyone, or the hub's."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunedm.errors import UserError, first_line, nearest
+from prunedm.image_files import BROKEN, check_regular, open_lazily, shown
+from prunedm.image_labels import Labels, label_column, number
+from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MARKERS = ("dataset_dict.json", "state.json")  # of what `save_to_disk` wrote
+_PROBE_S = 5.0  # the hub answers in less, or counts as out of reach
+
+
+class Column(Sequence[Any]):
+    """A table's images as they are stored, read row by row: bytes of a file, or its path."""
+
+    def __init__(self, table: "Dataset", column: str, name: str) -> None:
+        self.table, self.column, self.name = table.select_columns([column]), column, name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self.table[int(index)][self.column]
+        if isinstance(item, dict):
+            path = item.get("path")
+            item = item.get("bytes") or (Path(path) if path else None)
+        if item is None:
+            raise UserError(f"cannot read image {index} of {self.name!r}: the row has none")
+        return item
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One table a split, by the split's name; columns are named where they are not to be guessed."""
+
+    name: str
+    splits: Mapping[str, "Dataset"]
+    image_column: str = ""
+    label_column: str = ""
+
+    def images(self, split: str) -> Column:
+        import datasets
+
+        table = self.splits[split]
+        column = self._image_column(table)
+        if isinstance(table.features[column], datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        return Column(table, column, self.name)
+
+    def labels(self, split: str) -> Labels:
+        """Classes of the split's images, by the training split's texts."""
+        import datasets
+
+        table = self.splits[split]
+        scalars = {key: kind for key, kind in table.features.items() if hasattr(kind, "dtype")}
+        declared = [key for key, kind in scalars.items() if isinstance(kind, datasets.ClassLabel)]
+        possible = [
+            key
+            for key, kind in scalars.items()
+            if isinstance(kind, datasets.Value) and kind.dtype.startswith(_LABEL_TYPES)
+        ]
+        column, why = label_column(declared, possible, table.column_names, self.label_column)
+        if not column:
+            columns = shown(", ".join(table.column_names))
+            absent = f"no column of labels among {columns}; name one with --label-column"
+            return Labels(why=why or absent, absent=not why)
+        first = next(
+            (
+                s
+                for s, other in self.splits.items()
+                if s not in HELD_OUT and column in other.features
+            ),
+            split,
+        )
+        values = self._values(split, column)
+        training = values if first == split else self._values(first, column)
+        return number(values, training, lambda i: f"image {i}")
+
+    def _values(self, split: str, column: str) -> list[Any]:
+        found: list[Any] = self.splits[split].select_columns([column]).to_dict()[column]
+        return found
+
+    def _image_column(self, table: "Dataset") -> str:
+        import datasets
+
+        columns = table.column_names
+        if self.image_column and self.image_column not in columns:
+            wanted = self.image_column
+            raise UserError(f"--image-column: no column {wanted!r}{nearest(wanted, columns)}")
+        declared = [c for c in columns if isinstance(table.features[c], datasets.Image)]
+        found = declared or [c for c in columns if _holds_images(table, c)]
+        if self.image_column:
+            found = [c for c in columns if c == self.image_column and _holds_images(table, c)]
+        usual = [c for c in found if c in ("image", "img")]
+        if not found:
+            raise UserError(
+                f"dataset {self.name!r} has no image column; its columns are {shown(columns)}"
+            )
+        if len(found) > 1 and len(usual) != 1:
+            raise UserError(
+                f"dataset {self.name!r} has images in {shown(', '.join(found))}; name one with "
+                "--image-column"
+            )
+        return (usual or found)[0]
+
+
+_FIRST_ROWS = 10
+_LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "float")
+
+
+def _holds_images(table: "Dataset", column: str) -> bool:
+    """Whether one of a column's first rows is an image: pandas does not declare it."""
+    import datasets
+
+    kind = table.features[column]
+    if isinstance(kind, datasets.Image):
+        return True
+    binary = isinstance(kind, datasets.Value) and "binary" in kind.dtype
+    if not (binary or (isinstance(kind, dict) and "bytes" in kind)) or not len(table):
+        return False
+    rows = Column(table, column, "")
+    return any(_is_image(rows, index) for index in range(min(_FIRST_ROWS, len(rows))))
+
+
+def _is_image(rows: Column, index: int) -> bool:
+    try:
+        item = rows[index]
+        open_lazily(item if isinstance(item, bytes) else check_regular(item))
+    except BROKEN:
+        return False
+    return True
+
+
+def table_files(folder: Path, parquet: Sequence[Path]) -> list[Path]:
+    """What makes a folder a dataset: a marker of `save_to_disk`, or parquet files that hold images."""
+    marked = [folder / name for name in MARKERS if (folder / name).is_file()]
+    return marked or [path for path in parquet if _may_hold_images(path)]
+
+
+def _may_hold_images(path: Path) -> bool:
+    """A table of captions beside images is not the dataset."""
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(check_regular(path))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {shown(path)}: {first_line(error)}") from error
+    return any(
+        pyarrow.types.is_struct(kind) or "binary" in str(kind) or pyarrow.types.is_nested(kind)
+        for kind in schema.types
+    )
+
+
+def open_folder(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Dataset"]:
+    """The splits of a folder for which `table_files` gave `files`."""
+    import datasets
+
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            check_regular(path)
+    with reading(name):
+        if files[0].name in MARKERS:
+            return named_splits(datasets.load_from_disk(str(folder)))
+        if (folder / "README.md").exists():  # as the hub's repositories, it may name the splits
+            return named_splits(datasets.load_dataset(str(folder)))
+        return open_parquet(folder, files, name)
+
+
+def open_parquet(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Dataset"]:
+    """Parquet files below `folder`, their splits by the names of folders or files."""
+    import datasets
+
+    groups: dict[str, list[str]] = {}
+    for path in files:
+        inner = path.parts[len(folder.parts) : -1]
+        split = split_of_path(inner) or split_of_file(path.stem) or "train"
+        groups.setdefault(split, []).append(str(check_regular(path)))
+    with reading(name):
+        return named_splits(datasets.load_dataset("parquet", data_files=groups))
+
+
+def named_splits(loaded: Any) -> dict[str, "Dataset"]:
+    """Tables by "train", "test", "validation", or by their own name where it is none of these."""
+    tables = loaded if isinstance(loaded, dict) else {"train": loaded}
+    named: dict[str, Dataset] = {}
+    for raw, table in tables.items():
+        split = split_of(str(raw))
+        named[str(raw) if not split or split in named else split] = table
+    return named
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever `datasets` raises, of a dozen types, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"cannot read dataset {shown(name)!r}: {shown(reason)}") from error

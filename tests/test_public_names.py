@@ -1,0 +1,62 @@
+"""A name is one thing: whatever is imported first, and however often it is asked for."""
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import prunedm
+
+SUBMODULES = [
+    module.name
+    for module in pkgutil.walk_packages(prunedm.__path__, "prunedm.")
+    if not module.name.endswith("__main__")
+]
+# a fresh interpreter: what other tests have imported must not decide
+LOOK_TWICE = """
+import importlib, json, sys
+import prunedm
+
+def seen():
+    return {name: getattr(prunedm, name) for name in prunedm.__all__}
+
+before = seen() if sys.argv[1] == "names" else {}
+for module in sys.argv[2:]:
+    importlib.import_module(module)
+after, again = seen(), seen()
+same = {n: before.get(n, value) is value is again[n] and callable(value) for n, value in after.items()}
+json.dump(same, sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("first", ["names", "modules"])
+def test_a_public_name_is_the_same_callable_after_every_import(first):
+    command = [sys.executable, "-c", LOOK_TWICE, first, *SUBMODULES]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    assert found.keys() == set(prunedm.__all__)
+    assert all(found.values()), [name for name, same in found.items() if not same]
+
+
+def test_no_name_of_a_package_hides_a_module():
+    hidden = []
+    for module in [prunedm, *map(importlib.import_module, SUBMODULES)]:
+        for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
+            value = getattr(module, child.name, None)
+            hidden += [f"{module.__name__}.{child.name}"] * (not isinstance(value, ModuleType))
+    assert [name for name in hidden if not name.endswith("__main__")] == ["prunedm.export"]
+
+
+def test_the_one_module_of_a_public_name_is_the_function():
+    export = prunedm.export
+    assert importlib.import_module("prunedm.export") is export is prunedm.stages.export
+    assert callable(export)
+
+
+def test_export_is_called_twice(tmp_path):
+    for name in ("first", "second"):
+        prunedm.export("digits", tmp_path / name, prunedm.options.ExportOptions(format="packed"))
