@@ -44,7 +44,7 @@ READERS = [
     Reader("scheduler_config.json", "model/scheduler/scheduler_config.json",
            f"loss model out {QUICK}", "any json config"),
     Reader("scheduler_config.json, sampled", "model/scheduler/scheduler_config.json",
-           f"sample model out {DRAW}", "config"),
+           f"sample model out {DRAW}", "keys"),
     Reader("model_index.json", "model/model_index.json", f"loss model out {QUICK}", "any json config"),
     Reader("weights", "model/unet/diffusion_pytorch_model.safetensors", f"loss model out {QUICK}",
            "any torn safetensors tensors bin"),
@@ -59,12 +59,12 @@ READERS = [
     Reader("config.json, packed", "packed/config.json", f"loss packed out {QUICK}", "any json"),
     Reader("export.json", "onnx/export.json", f"sample onnx out {DRAW}", "any json config"),
     Reader("export.json, packed", "packed/export.json", f"loss packed out {QUICK}", "any json"),
-    Reader("config.json, exported", "onnx/config.json", f"sample onnx out {DRAW}", "any json config"),
+    Reader("config.json, exported", "onnx/config.json", f"sample onnx out {DRAW}", "any json keys"),
     Reader("model.onnx", "onnx/model.onnx", f"sample onnx out {DRAW}", "any torn"),
     Reader("record.json of the input", "masked/record.json", f"loss masked out {QUICK}",
            "any json config"),
     Reader("record.json of the output", "masked/record.json",
-           f"prune {{model}} masked --mechanism nm --score magnitude {SCORE}", "any json config"),
+           f"prune {{model}} masked --mechanism nm --score magnitude {SCORE}", "any json keys"),
     *(
         Reader(f"{name} of an unfinished run", f"unfinished/out.partial/{file}",
                f"finetune {{masked}} unfinished/out {TUNE}", kinds)

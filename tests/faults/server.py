@@ -1,5 +1,6 @@
 """Work in forked children: torch is imported once, and a child has its own limits and its own end."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -63,6 +64,8 @@ def prepare(home: Path, more: Sequence[str] = ()) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # or the children's collectors would copy every page
 
 
 def prunedm(command: Sequence[str]) -> None:
