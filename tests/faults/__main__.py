@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.faults import inputs, kills, server, things
+from tests.faults import inputs, kills, sample, server, things
 
 
 def main() -> int:
@@ -21,9 +21,11 @@ def main() -> int:
     made = (home / "base" / "made").exists()
     began = time.monotonic()
     try:
-        server.prepare(home, server.EXPORTS if options.kills or not made else ())
+        if options.sample:
+            options.kills, options.inputs = sample.KILLS, sample.INPUTS
+        server.prepare(home, () if options.sample or (made and not options.kills) else server.EXPORTS)
         if not made:
-            things.make(home / "base")
+            things.make(home / "base", but=("onnx",) if options.sample else ())
         found = {
             "kills": _kill(options, home) if options.kills else {},
             "inputs": _damage(options, home) if options.inputs else {},
@@ -41,26 +43,29 @@ def main() -> int:
 
 
 def _kill(options: argparse.Namespace, home: Path) -> dict[str, Any]:
-    count = None if options.kills == "all" else int(options.kills)
-    names = [name for name in kills.VERBS if options.only in name]
+    wanted = options.kills
+    if not isinstance(wanted, dict):
+        count = None if wanted == "all" else int(wanted)
+        wanted = {name: count for name in kills.VERBS if options.only in name}
     place, base = home / "kills", home / "base"
-    refer = partial(kills.refer, base=base, place=place, count=count)
-    references = list(server.in_parallel(refer, names, options.jobs))
+    refer = partial(kills.refer, base=base, place=place)
+    tasks = list(wanted.items())
+    references = list(server.in_parallel(lambda task: refer(*task), tasks, options.jobs))
     for reference in references:
         if reference.error:
             print(f"{reference.verb}: cannot be tried: {reference.error}", flush=True)
-    tasks = [(r, moment) for r in references for moment in r.moments]
+    moments = [(r, moment) for r in references for moment in r.moments]
     attempts = []
-    for found in server.in_parallel(partial(_attempt, base, place), tasks, options.jobs):
+    attempt = partial(kills.attempt, base=base, place=place)
+    for found in server.in_parallel(lambda task: attempt(*task), moments, options.jobs):
         attempts.append(found)
         if not found.good:
             twice = f"; made twice: {', '.join(found.twice[:3])}" if found.twice else ""
             print(f"{found.verb}: {found.change}: {found.error}{twice}", flush=True)
     untried = [{"verb": r.verb, "error": r.error} for r in references if r.error]
-    moments = {r.verb: len(r.changes) for r in references}
     return {
         "counts": kills.counts(attempts),
-        "changes": moments,
+        "changes": {r.verb: len(r.changes) for r in references},
         "faults": untried + kills.as_rows(attempts),
     }
 
@@ -68,11 +73,13 @@ def _kill(options: argparse.Namespace, home: Path) -> dict[str, Any]:
 def _damage(options: argparse.Namespace, home: Path) -> dict[str, Any]:
     base = home / "base"
     table = [case for case in inputs.cases(base) if options.only in case.name]
-    if options.inputs != "all":
+    if isinstance(options.inputs, tuple):
+        table = [case for case in table if case.name in options.inputs]
+    elif options.inputs != "all":
         table = kills.spread(table, int(options.inputs), ends=0)
-    judge = partial(_judge, table, base, home / "inputs")
+    judge = partial(inputs.judge, base=base, place=home / "inputs")
     found = []
-    for one in server.in_parallel(judge, range(len(table)), options.jobs):
+    for one in server.in_parallel(judge, table, options.jobs):
         found.append(one)
         if one.outcome != "clean":
             print(f"{one.outcome}: {one.name}: {one.line[:200]}", flush=True)
@@ -91,18 +98,11 @@ def _by_kind(found: list[inputs.Found]) -> dict[str, dict[str, int]]:
     return kinds
 
 
-def _judge(table: list[inputs.Case], base: Path, place: Path, number: int) -> inputs.Found:
-    return inputs.judge(table[number], base, place)
-
-
-def _attempt(base: Path, place: Path, task: tuple[Any, tuple[int, bool]]) -> kills.Attempt:
-    return kills.attempt(*task, base=base, place=place)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--kills", default="", help="kills of each verb, or all")
     parser.add_argument("--inputs", default="", help="all, or a number, evenly spaced")
+    parser.add_argument("--sample", action="store_true", help="what every test run tries")
     parser.add_argument("--only", default="", help="verbs and inputs with this in their name")
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
     parser.add_argument("--home", type=Path, help="keep the sound files here, and use them again")

@@ -174,7 +174,7 @@ class Changes:
 _BEGIN = os.O_WRONLY | os.O_CREAT
 
 
-def refer(verb: str, base: Path, place: Path, count: int | None) -> Reference:
+def refer(verb: str, count: int | None, base: Path, place: Path) -> Reference:
     """Run a verb twice, undisturbed; `count` moments to kill at, None for all."""
     found: list[dict[str, str]] = []
     for number in range(2):

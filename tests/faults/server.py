@@ -20,6 +20,7 @@ from typing import Any
 SECONDS = 20.0
 MEMORY = 1 << 30  # bytes more than the server has
 _LOOK_EVERY = 0.01
+_SHARED: list[Any] = []  # work and tasks of `in_parallel`
 _PAGE = resource.getpagesize()
 _IMPORTS = (
     "datasets", "diffusers", "onnxruntime", "PIL.Image", "sklearn.datasets", "scipy.linalg",
@@ -123,8 +124,14 @@ def in_parallel(work: Callable[[Any], Any], tasks: Sequence[Any], jobs: int) -> 
     if jobs == 1:
         yield from map(work, tasks)
         return
+    _SHARED[:] = work, tasks  # forked along: neither need be picklable
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from pool.imap_unordered(work, tasks)
+        yield from pool.imap_unordered(_shared_task, range(len(tasks)))
+
+
+def _shared_task(number: int) -> Any:
+    work, tasks = _SHARED
+    return work(tasks[number])
 
 
 def _live(work: Callable[[], Any], folder: Path, notes: Path, seconds: float) -> None:

@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +68,14 @@ def words(command: str, base: Path) -> list[str]:
     return [word.format_map(places) for word in shlex.split(command)]
 
 
-def make(base: Path) -> None:
-    """Everything, into `base`."""
+def make(base: Path, but: Collection[str] = ()) -> None:
+    """Everything, into `base`, but what takes long and is not wanted."""
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
     _child(_by_hand, base)
     for name, command in MADE.items():
+        if name in but:
+            continue
         _child(lambda command=command: prunedm(words(command, base)), base)
         if name == "set.npz":
             (base / "drawn" / "samples.npz").rename(base / name)
