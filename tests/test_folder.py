@@ -1,6 +1,7 @@
 """Model folders: what was saved comes back to the bit, what is damaged is refused, nothing is run."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -10,19 +11,31 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from helpers import output, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prunedm.errors import UserError
-from prunedm.folder import Model, hash_folder, load, save, size_on_disk
+from prunedm.folder import (
+    PACKED_FILE,
+    Model,
+    hash_folder,
+    load,
+    save,
+    save_config,
+    size_on_disk,
+)
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.packed import save_packed
 from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
 from prunedm.record import Record
 from prunedm.removal.channel_groups import channel_groups
 from prunedm.removal.channels import plan_channels, remove_channels
 from prunedm.removal.nm import nm_masks
+from prunedm.stages.evaluating.reload import check_reload
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -181,11 +194,240 @@ def test_the_hubs_old_layout_without_subfolders_loads(folder, form):
     assert size_on_disk(folder) > 0
 
 
-def test_a_bare_denoiser_folder_loads_with_the_papers_scheduler(folder):
-    loaded = load(folder / "unet")
+def test_a_bare_denoiser_folder_loads_with_the_papers_scheduler_and_says_so(folder, tmp_path):
+    shutil.copytree(folder / "unet", tmp_path / "a" / "b" / "bare")
+    loaded = load(tmp_path / "a" / "b" / "bare")
     assert torch.equal(output(loaded.denoiser), output(tiny_model().denoiser))
     assert settings(loaded.scheduler) == settings(tiny_model().scheduler)
     assert loaded.record is None
+    assert loaded.scheduler_assumed
+    (note,) = loaded.notes
+    assert "linear, epsilon, 1,000 steps" in note
+    assert "--scheduler" in note
+    assert load(folder).notes == ()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of diffusers' train_unconditional that ends in v-prediction, with one checkpoint."""
+    place, model = tmp_path_factory.mktemp("training") / "run", tiny_model()
+    model.scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", num_train_timesteps=400
+    )
+    save(model, place)
+    model.denoiser.save_pretrained(place / "checkpoint-500" / "unet")
+    averaged = EMAModel(
+        model.denoiser.parameters(), model_cls=UNet2DModel, model_config=model.denoiser.config
+    )
+    averaged.shadow_params[0].add_(1)
+    averaged.save_pretrained(place / "checkpoint-500" / "unet_ema")
+    (place / "checkpoint-500" / "optimizer.bin").write_bytes(b"other")
+    return place
+
+
+@pytest.mark.parametrize("part", ["", "unet", "checkpoint-500", "checkpoint-500/unet"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_parts_of_a_training_run_have_its_noise_schedule(run, part, linked, tmp_path, monkeypatch):
+    source = run / part
+    if linked:
+        (tmp_path / "run").symlink_to(run)
+        monkeypatch.chdir(tmp_path / "run")
+        source = Path(part or ".")
+    loaded = load(source)
+    config = loaded.scheduler.config
+    assert (config.prediction_type, config.num_train_timesteps) == ("v_prediction", 400)
+    assert not loaded.scheduler_assumed
+    said = "squaredcos_cap_v2, v_prediction, 400 steps" in " ".join(loaded.notes)
+    assert said == (part != "")
+
+
+def test_the_averaged_weights_of_a_checkpoint_are_loaded_and_named(run):
+    loaded = load(run / "checkpoint-500")
+    weights = load_file(run / "checkpoint-500" / "unet_ema" / WEIGHTS)
+    assert torch.equal(loaded.denoiser.conv_in.weight, weights["conv_in.weight"])
+    assert not torch.equal(loaded.denoiser.conv_in.weight, tiny_model().denoiser.conv_in.weight)
+    assert "unet_ema" in loaded.notes[0]
+    assert str(run / "checkpoint-500" / "unet") in loaded.notes[0]
+    assert size_on_disk(run / "checkpoint-500") == size_on_disk(run / "checkpoint-500" / "unet_ema")
+    assert loaded.hash == load(run / "checkpoint-500" / "unet_ema").hash
+
+
+def test_a_checkpoint_with_another_schedule_is_another_model(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    before = load(tmp_path / "copy" / "checkpoint-500").hash
+    file = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("400", "300"))
+    assert load(tmp_path / "copy" / "checkpoint-500").hash != before
+
+
+@pytest.mark.parametrize("named", ["", "scheduler", "scheduler/scheduler_config.json"])
+def test_a_schedule_can_be_given(run, folder, named):
+    loaded = load(folder, scheduler=run / named)
+    assert loaded.scheduler.config.prediction_type == "v_prediction"
+    assert loaded.scheduler_file == run / "scheduler" / "scheduler_config.json"
+    assert loaded.hash == load(folder).hash
+    assert "v_prediction" in loaded.notes[-1]
+    with pytest.raises(UserError, match=r"--scheduler .*no scheduler_config.json there"):
+        load(folder, scheduler=folder / "unet")
+
+
+def test_a_run_that_has_saved_no_model_yet_names_its_checkpoint(run, tmp_path):
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        shutil.copytree(run / "checkpoint-500", tmp_path / "young" / name)
+    refused(tmp_path / "young", "has saved no model yet", "checkpoint-1000")
+
+
+@pytest.mark.parametrize("named", ["model.pt", "imgs.zip", "x.safetensors", "notes"])
+def test_a_file_is_named_for_what_it_is(tmp_path, named, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(named).touch()
+    refused(named, named, "not a model folder", "give the folder")
+
+
+def test_a_file_of_a_model_names_its_folder(folder):
+    refused(folder / "unet" / WEIGHTS, f"give {folder}")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-of-this-name/x", "\udcff/x"])
+def test_names_that_cannot_be_are_refused(name):
+    with pytest.raises(UserError) as error:
+        load(name)
+    assert len(str(error.value)) < 400
+
+
+def test_near_names_are_suggested(folder):
+    refused("digit", "did you mean 'digits'?")
+    refused(folder.parent / "modle" / "..", "no model at")
+    refused(folder.parent / "modle", f"did you mean '{folder}'?")
+
+
+def test_an_unreachable_hub_is_asked_once_and_says_so_in_one_line(folder):
+    code = (
+        "from prunedm import load\ntry: load('someone/nothing')\nexcept ValueError as e: print(e)"
+    )
+    own = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len((done.stdout + done.stderr).splitlines()) == 1
+    assert "cannot get model 'someone/nothing': no such folder, and the hub says" in done.stdout
+
+
+VARIANTS = ["fp16", "non_ema"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shards", [False, True])
+def test_variants_of_weights_load(folder, variant, shards):
+    denoiser = tiny_model().denoiser.half()
+    shutil.rmtree(folder / "unet")
+    size = "20KB" if shards else "1GB"
+    denoiser.save_pretrained(folder / "unet", variant=variant, max_shard_size=size)
+    files = [path for path in (folder / "unet").iterdir() if path.suffix == ".safetensors"]
+    assert all(variant in path.name for path in files)
+    assert (len(files) > 1) == shards
+    loaded = load(folder)
+    assert loaded.dtype == torch.float16
+    assert torch.equal(output(loaded.denoiser), output(denoiser.float()))
+    assert variant in loaded.notes[0]
+    assert size_on_disk(folder) == sum(path.stat().st_size for path in files)
+    assert check_reload(loaded)
+
+
+def test_the_plain_weights_come_before_a_variant(folder):
+    tiny_model().denoiser.half().save_pretrained(folder / "unet", variant="fp16")
+    loaded = load(folder)
+    assert loaded.dtype == torch.float32
+    assert loaded.notes == ()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "inner"])
+def test_weights_of_wrapped_networks_load(folder, prefix, form):
+    path = folder / "unet" / WEIGHTS
+    weights = load_file(path)
+    if prefix == "inner":  # one block was compiled
+        weights = {
+            name.replace("mid_block.", "mid_block._orig_mod."): w for name, w in weights.items()
+        }
+    else:
+        weights = {prefix + name: weight for name, weight in weights.items()}
+    save_file(weights, path)
+    if form == "bin":
+        to_bin(folder / "unet")
+    loaded = load(folder)
+    assert torch.equal(output(loaded.denoiser), output(tiny_model().denoiser))
+    assert check_reload(loaded)
+
+
+def test_a_weight_that_is_there_twice_is_refused(folder):
+    path = folder / "unet" / WEIGHTS
+    weights = load_file(path)
+    save_file(weights | {"module.conv_in.bias": weights["conv_in.bias"].clone()}, path)
+    refused(folder, "conv_in.bias twice")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "float64", "packed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, tmp_path, value, form):
+    name, path = "mid_block.resnets.0.conv1.weight", folder / "unet" / WEIGHTS
+    weights = load_file(path)
+    if form == "float64":  # finite there, and no float32
+        weights[name] = weights[name].double()
+        value = 1e300
+    weights[name][3, 2, 1, 0] = value
+    save_file(weights, path)
+    if form == "bin":
+        to_bin(folder / "unet")
+    if form == "packed":
+        model = tiny_model()
+        model.denoiser.load_state_dict(weights)
+        place = tmp_path / "packed"
+        save_config(model, place)
+        save_packed(model.denoiser, None, place / PACKED_FILE, precision="fp32")
+        folder = place
+    refused(folder, name, "NaN or infinite")
+
+
+@pytest.mark.parametrize("kind", ["int", "not a tensor", "a list"])
+def test_states_of_something_else_are_refused(folder, kind):
+    to_bin(folder / "unet")
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    weights["conv_in.weight"] = torch.ones(16, 1, 3, 3).long() if kind == "int" else "text"
+    torch.save([weights] if kind == "a list" else weights, path)
+    refused(folder, str(folder / "unet"))
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_it_is_made(folder):
+    to_bin(folder / "unet")
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    weights["conv_in.weight"] = torch.zeros(1).expand(1 << 40)  # 4 TiB of one number
+    torch.save(weights, path)
+    refused(folder, "conv_in.weight is (1099511627776,)")
+
+
+@pytest.mark.parametrize(
+    "header", [b"\xff" * 8, (1 << 40).to_bytes(8, "little"), b"\x02" + bytes(7) + b"{}", b""]
+)
+@pytest.mark.parametrize("file", ["unet/" + WEIGHTS, "masks.safetensors", "packed.safetensors"])
+def test_headers_with_absurd_sizes_are_refused(tmp_path, file, header):
+    save(masked(tiny_model()), tmp_path / "m")
+    if file == "packed.safetensors":
+        shutil.copy(tmp_path / "m" / "unet" / "config.json", tmp_path / "m")
+    (tmp_path / "m" / file).write_bytes(header)
+    refused(tmp_path / "m", str((tmp_path / "m" / file).parent))
+
+
+def test_a_pipe_in_the_place_of_weights_is_refused(folder):
+    (folder / "unet" / WEIGHTS).unlink()
+    os.mkfifo(folder / "unet" / WEIGHTS)
+    refused(folder, "is not a file")
 
 
 def test_the_shape_and_condition_are_those_of_the_config():
@@ -350,17 +592,24 @@ def test_a_hub_id_without_network_is_named_in_one_line(monkeypatch, message):
     def unreachable(*_, **__):
         raise ConnectionError(message)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     refused("someone/nothing", "'someone/nothing'", message.split("\n")[0] or "ConnectionError")
 
 
-def test_a_hub_snapshot_falls_back_to_bin_weights(folder, monkeypatch):
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_snapshot_falls_back_to_bin_weights(folder, monkeypatch, offline):
     asked = []
 
-    def snapshot(hub_id, allow_patterns):
+    def snapshot(hub_id, allow_patterns, local_files_only=False):
+        assert local_files_only == offline
         asked.append((hub_id, tuple(allow_patterns)))
         return str(folder)
 
+    def info(*_, **__):
+        if offline:
+            raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     load("someone/model")
     assert asked == [("someone/model", ("*.json", "*.safetensors"))]

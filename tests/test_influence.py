@@ -64,8 +64,6 @@ def test_guided_grams_weigh_each_position(kind, chunk, guidance, monkeypatch):
     size = 3 if kind == "strided" else 5
     factor = torch.linspace(-2, 3, size * size, dtype=torch.float64).reshape(size, size)
     some = batch()
-    if kind == "strided":  # the signs are of the output's shape
-        monkeypatch.setattr(grams_module, "random_signs", lambda b, _: torch.ones(3, 4, 3, 3))
     denoiser = Scaled(layer, factor, 4)
     gram = input_grams(
         denoiser, {"layer": layer}, [some], weigh=lambda t: 1 + t.double() / 1000, guidance=guidance
@@ -95,13 +93,15 @@ def test_batches_change_nothing():
 
 
 def test_signs_are_those_of_a_problem_wherever_it_is_read():
-    stream = problems()
-    whole = random_signs(stream.batch(range(6)), 0)
-    assert torch.equal(random_signs(stream.batch(range(4, 6)), 0), whole[4:])
+    stream, like_NCHW = problems(), torch.zeros(1, 1, 8, 8)
+    whole = random_signs(stream.batch(range(6)), 0, like_NCHW)
+    assert torch.equal(random_signs(stream.batch(range(4, 6)), 0, like_NCHW), whole[4:])
     assert set(whole.unique().tolist()) == {-1.0, 1.0}
     assert abs(float(whole.mean())) < 0.1
     unnumbered = ProblemBatch(*(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2)))
-    assert not torch.equal(random_signs(unnumbered, 0), random_signs(unnumbered, 2))
+    assert not torch.equal(
+        random_signs(unnumbered, 0, like_NCHW), random_signs(unnumbered, 2, like_NCHW)
+    )
 
 
 def test_a_frozen_model_has_the_same_grams_and_nothing_is_left_behind():

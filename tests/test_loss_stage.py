@@ -15,9 +15,9 @@ from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
 from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, save_masks
-from prunedm.options import LossOptions
+from prunedm.options import FinetuneOptions, LossOptions
 from prunedm.record import read_record
-from prunedm.stages import loss
+from prunedm.stages import finetune, loss
 from prunedm.stages.inputs import held_out_problems
 
 QUICK = {"problems": 22, "batch_size": 4, "device": "cpu"}
@@ -74,6 +74,34 @@ def test_it_is_the_loss_of_a_hand_masked_copy(masks, file, tmp_path):
     dense, _ = loss(tiny_folder(), tmp_path / "dense", LossOptions(**QUICK))
     assert dense.figures["loss"] != record.figures["loss"]
     assert (dense.figures["masked_layers"], dense.figures["kept"]) == (0, 1.0)
+
+
+def overflowing(folder, value: float = 1e30):
+    """A model of finite weights whose output is not."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.fill_(value)
+    save(model, folder)
+    return folder
+
+
+def test_a_loss_that_is_not_finite_is_an_error_of_the_stage(tmp_path, capsys):
+    overflowing(tmp_path / "m")
+    words = ["loss", str(tmp_path / "m"), str(tmp_path / "o"), "--problems", "4", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    out = "".join(capsys.readouterr())
+    assert "the denoising loss is nan on 4 of 4 problems" in " ".join(out.split())
+    assert not (tmp_path / "o").exists()
+
+
+def test_finetune_of_such_a_model_does_not_advise_another_learning_rate(tmp_path):
+    overflowing(tmp_path / "m")
+    options = FinetuneOptions(steps=2, batch_size=2, validation_problems=4, device="cpu")
+    with pytest.raises(UserError, match="weights or its noise schedule are broken") as error:
+        finetune(tmp_path / "m", tmp_path / "o", options)
+    assert "--lr" not in str(error.value)
 
 
 def test_targets_narrow_the_masks(masks, file, tmp_path):

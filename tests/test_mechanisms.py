@@ -156,6 +156,32 @@ def test_channels_meet_their_target_or_say_why(target):
     assert near != ("multiples of 16" in coarse.get("reason", ""))
 
 
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("widths", [(24, 40), (36, 60)])
+def test_odd_widths_are_rounded_as_finely_as_the_target_asks_for(kind, widths):
+    listener = Listener()
+    odd = {"block_out_channels": widths, "norm_num_groups": 4, "attention_head_dim": 4}
+    options = {"mechanism": "channels", "score": "magnitude", "target": f"{kind}=0.3"}
+    model = tiny_model(**odd)
+    job = Job(model, PruneOptions(**options, device="cpu"), noise_images(), listener)
+    details = MECHANISMS["channels"](job)
+    assert details["achieved"][kind] == pytest.approx(0.3, rel=0.1)
+    assert details["round_to"] < 8
+    (said,) = listener.said
+    assert f"multiples of {details['round_to']}" in said
+    asked = Job(tiny_model(**odd), PruneOptions(**options, round_to=16), noise_images(), Silent())
+    with pytest.raises(UserError, match="round"):
+        MECHANISMS["channels"](asked)
+
+
 def test_layers_that_cannot_get_narrower_say_so():
     _, fine = pruned(**WAYS["channels"], score="random")
     assert fine["dense"] == {}

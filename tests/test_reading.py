@@ -33,10 +33,10 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
     ],
 )
 def test_yaml_that_is_no_document_of_ours_is_refused_at_once(text, reason):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(UserError, match=reason):
         parse_yaml(text, "f.yaml")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_aliases_and_merges_within_bounds_are_read():

@@ -172,7 +172,7 @@ def test_compiling_has_to_pay_for_itself():
 
 @pytest.fixture
 def layer_seconds(request, monkeypatch) -> None:
-    monkeypatch.setattr(fast, "SECONDS_PER_LAYER", request.param)
+    monkeypatch.setattr(fast, "SECONDS_PER_LAYER", {"cpu": request.param})
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def test_it_is_compiled_once_and_only_if_wanted(compiled, denoiser, compiling, t
 
 
 def test_the_last_calls_are_not_compiled_for(monkeypatch, denoiser, compiled):
-    monkeypatch.setattr(fast, "SECONDS_PER_LAYER", 0.0)
+    monkeypatch.setattr(fast, "SECONDS_PER_LAYER", {"cpu": 0.0})
     quick = FastDenoiser(denoiser, calls=2)
     for _ in range(2):
         answer(quick, noise())
@@ -227,7 +227,7 @@ def test_where_compiling_fails_it_says_so_once_and_goes_on(monkeypatch, denoiser
     monkeypatch.setattr(
         torch, "compile", failing if fails == "at once" else lambda module, **options: failing
     )
-    monkeypatch.setattr(fast, "SECONDS_PER_LAYER", 0.0)
+    monkeypatch.setattr(fast, "SECONDS_PER_LAYER", {"cpu": 0.0})
     plain = drawn(denoiser, 6, speed="fast")
     heard = Heard()
     assert torch.equal(drawn(denoiser, 6, speed="fast", progress=heard), plain)

@@ -14,6 +14,7 @@ from torch import nn
 
 from prunedm.diffusion import ProblemBatch, predict, problem_losses
 from prunedm.errors import UserError
+from prunedm.layers import padded_inputs
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
 
@@ -141,9 +142,7 @@ def tap_means(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, nn.Linear):
         return values.reshape(len(values), -1, values.shape[-1]).mean(1)
     assert isinstance(layer, nn.Conv2d)
-    assert isinstance(layer.padding, tuple)
-    pad_h, pad_w = layer.padding
-    padded_NIHW = nn.functional.pad(values, (pad_w, pad_w, pad_h, pad_h))
+    padded_NIHW = padded_inputs(layer, values)
     rows, columns = (_windows(layer, padded_NIHW, axis) for axis in (0, 1))
     # columns first: each tap then sums over rows of one number
     by_column = [padded_NIHW[..., window].mean(3) for window in columns]  # kw x (N, I, H)

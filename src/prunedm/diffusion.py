@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import schedulers
+from diffusers import ConfigMixin, schedulers
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -199,20 +199,34 @@ def check_sample_shape(denoiser: Any, problems: ProblemBatch) -> None:
 def scheduler_class(name: str) -> Any:
     """The diffusers noise scheduler of this class name, or None where there is none."""
     cls = getattr(schedulers, name, None)
-    known = isinstance(cls, type) and issubclass(cls, schedulers.SchedulerMixin)
+    bases = (schedulers.SchedulerMixin, ConfigMixin)
+    known = isinstance(cls, type) and all(issubclass(cls, base) for base in bases)
     return cls if known else None
 
 
 def check_scheduler(scheduler: Any) -> None:
     """Raise `UserError` for noise that is not variance preserving, or an unknown prediction."""
-    name = type(scheduler).__name__
-    if not hasattr(scheduler, "alphas_cumprod"):
+    name, steps = type(scheduler).__name__, scheduler.config.get("num_train_timesteps")
+    abar_T = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(abar_T, torch.Tensor):
         raise UserError(
             f"{name} has no alphas_cumprod; supported: variance-preserving noise (DDPM)"
         )
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type")
     if kind not in PREDICTIONS:
         raise UserError(f"prediction_type {kind!r} is none of {', '.join(PREDICTIONS)}")
+    if abar_T.shape != (steps,):
+        raise UserError(f"{len(abar_T)} betas for num_train_timesteps = {steps}; give one for each")
+    betas_T = getattr(scheduler, "betas", None)
+    betas_T = betas_T if isinstance(betas_T, torch.Tensor) else torch.zeros(1)
+    whole = abar_T.isfinite().all() and betas_T.isfinite().all()
+    falls = (abar_T.diff() <= 0).all() and 0 <= abar_T[-1] < 1 and 0 < abar_T[0] <= 1
+    if not (whole and falls and (betas_T >= 0).all() and (betas_T <= 1).all()):
+        raise UserError(
+            f"betas go from {float(betas_T.min()):.4g} to {float(betas_T.max()):.4g} and leave "
+            f"{float(abar_T[-1]):.4g} of the signal's variance: that is not a noise schedule "
+            "(betas in 0..1, not all 0)"
+        )
 
 
 def add_noise(
@@ -247,15 +261,29 @@ def _rates(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def predict(denoiser: torch.nn.Module, problems: ProblemBatch) -> torch.Tensor:
-    """The denoiser's output for a batch of problems, NCHW."""
+    """The denoiser's prediction for a batch of problems, NCHW, without a learned variance."""
+    return without_variance(whole_output(denoiser, problems), problems.target_NCHW)
+
+
+def whole_output(denoiser: torch.nn.Module, problems: ProblemBatch) -> torch.Tensor:
+    """All channels of the denoiser's output, those of a learned variance behind the prediction."""
     output: torch.Tensor = denoiser(
         problems.noisy_NCHW, problems.timesteps_N, problems.labels_N, return_dict=False
     )[0]
     return output
 
 
+def without_variance(output_NCHW: torch.Tensor, like_NCHW: torch.Tensor) -> torch.Tensor:
+    """The prediction in an output: of twice the image's channels the first half.
+
+    The rest interpolates the logarithm of the sampler's variance (Nichol & Dhariwal 2021).
+    `like_NCHW`: the image or the target.
+    """
+    channels = like_NCHW.shape[1]
+    return output_NCHW[:, :channels] if output_NCHW.shape[1] == 2 * channels else output_NCHW
+
+
 def problem_losses(output_NCHW: torch.Tensor, target_NCHW: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each problem, in float32: (N,)."""
-    return F.mse_loss(output_NCHW.float(), target_NCHW.float(), reduction="none").mean(
-        dim=(1, 2, 3)
-    )
+    """Mean squared error of each problem, in float32: (N,). A target has no variance, or both do."""
+    prediction_NCHW = without_variance(output_NCHW, target_NCHW).float()
+    return F.mse_loss(prediction_NCHW, target_NCHW.float(), reduction="none").mean(dim=(1, 2, 3))

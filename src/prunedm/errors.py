@@ -27,6 +27,10 @@ class Changed(UserError):
         self.difference = difference
 
 
+class NotFinite(UserError):
+    """A loss or figure is NaN or infinite."""
+
+
 class NotDone(Exception):
     """A stage that was only looked at is not done: why."""
 

@@ -6,37 +6,35 @@ are looked up in the short tables below, weights are safetensors (or `.bin` read
 """
 
 import hashlib
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from safetensors import safe_open
 
-from prunedm.diffusion import check_scheduler, sample_shape, scheduler_class
-from prunedm.errors import UserError, first_line
+from prunedm.diffusion import sample_shape
+from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
+from prunedm.model_files.configs import read_unet_config
+from prunedm.model_files.schedule import find_scheduler
+from prunedm.model_files.weights import check_state, filled, load_network, weight_files
 from prunedm.packed import load_packed
-from prunedm.pruned_unet import PrunedUNet2DModel
 from prunedm.reading import read_object
 from prunedm.record import Record, read_record, write_json, write_record
 
 MASKS_FILE = "masks.safetensors"
 PACKED_FILE = "packed.safetensors"  # weights and masks in one, as `export` writes them
 EXPORT_FILE = "export.json"
-DENOISERS = {"UNet2DModel": UNet2DModel, "PrunedUNet2DModel": PrunedUNet2DModel}
-_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin")
+_DIFFUSERS = "DDPMPipeline"
 
 
 @dataclass
 class Model:
     """A trained diffusion model: the denoiser, its noise scheduler, masks if any, and its record."""
 
-    denoiser: Any  # a diffusers model, of a class in DENOISERS
+    denoiser: Any  # a UNet2DModel or PrunedUNet2DModel
     scheduler: Any
     masks: Masks | None = None
     record: Record | None = None
@@ -44,6 +42,9 @@ class Model:
     hash: str = ""
     pipeline: str = "DDPMPipeline"
     dtype: torch.dtype = torch.float32  # of the weights on disk; in memory they are float32
+    notes: tuple[str, ...] = ()  # what was found, chosen or assumed besides what the folder says
+    scheduler_file: Path | None = None  # where it was given, instead of the folder's
+    scheduler_assumed: bool = False
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -61,46 +62,74 @@ class Model:
         return getattr(self.denoiser, "class_embedding", None) is not None
 
 
-def load(source: str | Path) -> Model:
+def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     """A model from a folder, a hub id, or the embedded 'digits'.
 
-    Raises `UserError` where it is no model, of an unsupported class, or its weights are damaged.
+    A diffusers training folder's checkpoint-N will do, and its unet or unet_ema: the noise schedule is
+    then the run's. `scheduler`: a folder or scheduler_config.json to take instead. `Model.notes` says
+    what was chosen or assumed. Raises `UserError` where it is no model, of an unsupported class, or
+    its files are damaged.
     """
-    folder = find(source)
-    index, exported = (
-        read_object(folder / name) if (folder / name).exists() else {}
-        for name in ("model_index.json", EXPORT_FILE)
-    )
-    if not index and not (folder / "config.json").exists():
-        raise UserError(
-            f"{source} is no model folder (no model_index.json or config.json); "
-            "give a diffusers pipeline folder, a hub id, or digits"
-        )
+    folder, notes = model_folder(source)
+    index, exported = (_description(folder / name) for name in ("model_index.json", EXPORT_FILE))
     _refuse_other_components(index, folder)
-    if (folder / PACKED_FILE).exists():
-        denoiser, masks, dtype = _load_packed(folder)
-    elif exported:
+    if not (folder / PACKED_FILE).exists() and exported:
         raise UserError(
             f"{source} is an exported file, which only `sample` takes; give the model folder that it "
             "was made from, or a packed export"
         )
+    found = find_scheduler(folder, scheduler)
+    if (folder / PACKED_FILE).exists():
+        denoiser, masks, dtype = _load_packed(folder)
     else:
-        denoiser, dtype = _load_denoiser(where := _component(folder, "unet")), _stored_dtype(where)
+        where = _component(folder, "unet")
+        denoiser, dtype, variant = load_network(read_unet_config(where), where)
         masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
+        notes += [f"weights of the variant {variant}"] if variant else []
     model = Model(
         denoiser=denoiser,
-        scheduler=load_scheduler(folder),
+        scheduler=found.scheduler,
         masks=masks,
         record=read_record(folder),
         name=str(source),
-        hash=hash_folder(folder),
-        pipeline=index.get("_class_name") or exported.get("pipeline", "DDPMPipeline"),
+        hash=hash_folder(folder, *[found.file] * bool(found.file and not scheduler)),
+        pipeline=str(index.get("_class_name") or exported.get("pipeline") or _DIFFUSERS),
         dtype=dtype,
+        notes=(*notes, *[found.note] * bool(found.note)),
+        scheduler_file=found.file if scheduler else None,
+        scheduler_assumed=found.assumed,
     )
     if masks is not None:
         masks.check_pattern()
         _refuse_violations(model, str(source))
     return model
+
+
+def model_folder(source: str | Path) -> tuple[Path, list[str]]:
+    """The folder with a model_index.json or config.json, and what was chosen to come to it.
+
+    Of a training checkpoint the averaged weights: those that the run itself saves and samples from.
+    """
+    folder = find(source)
+    names = ("model_index.json", "config.json", EXPORT_FILE)
+    if any((folder / name).exists() for name in names):
+        return folder, []
+    unets = [name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
+    if unets:
+        other = f"; give {folder / unets[1]} for the unaveraged ones" if unets[1:] else ""
+        return folder / unets[0], [f"weights of {folder / unets[0]}{other}"]
+    checkpoints = [p.parent for p in folder.glob("checkpoint-*/unet*/") if p.is_dir()]
+    if checkpoints:
+        last = max(checkpoints, key=lambda p: (len(p.name), p.name))
+        raise UserError(f"{source} is a training run that has saved no model yet; give {last}")
+    raise UserError(
+        f"{source} is no model folder (no model_index.json or config.json); "
+        "give a diffusers pipeline folder, a hub id, or digits"
+    )
+
+
+def _description(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.exists() else {}
 
 
 def save(model: Model, folder: Path) -> None:
@@ -130,11 +159,12 @@ def save(model: Model, folder: Path) -> None:
         write_record(model.record, folder)
 
 
-def hash_folder(folder: Path) -> str:
-    """A hash of weights, masks and configuration files, whatever the folder is called."""
+def hash_folder(folder: Path, *others: Path) -> str:
+    """A hash of weights, masks, configurations and `others`, whatever the folder is called."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if _is_part_of_model(path, folder)):
-        digest.update(str(path.relative_to(folder)).encode())
+    parts = sorted(path for path in folder.rglob("*") if _is_part_of_model(path, folder))
+    for path in (*parts, *others):
+        digest.update((path.name if path in others else str(path.relative_to(folder))).encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -150,27 +180,16 @@ def _is_part_of_model(path: Path, folder: Path) -> bool:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of the denoiser's weight files."""
+    folder, _ = model_folder(folder)
     if (folder / PACKED_FILE).exists():
         return (folder / PACKED_FILE).stat().st_size
-    where = _component(folder, "unet")
-    return sum(path.stat().st_size for kind in _WEIGHTS for path in where.glob(kind))
+    files, _ = weight_files(_component(folder, "unet"))
+    return sum(path.stat().st_size for path in files)
 
 
 def _set_dtype(denoiser: Any, dtype: torch.dtype) -> None:
     for parameter in denoiser.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type that most of the stored numbers have; float32 for `.bin` files."""
-    sizes: Counter[str] = Counter()
-    for path in folder.glob(_WEIGHTS[0]):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_slice(name)
-                sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
-    most = sizes.most_common(1)[0][0] if sizes else ""
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
 
 
 def _forget_origin(config: Path) -> None:
@@ -205,49 +224,14 @@ def _component(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _load_denoiser(folder: Path) -> Any:
-    name = _class_name(read_config(folder), folder)
-    if not any(next(folder.glob(kind), None) for kind in _WEIGHTS):
-        raise UserError(
-            f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing; "
-            "copy or download the whole folder"
-        )
-    try:
-        denoiser, loading = DENOISERS[name].from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # diffusers wraps the reader's errors in several types
-        reason = first_line(error)
-        raise UserError(f"cannot load weights in {folder}: {reason}; download it again?") from error
-    # diffusers would leave missing tensors at random values, and drop unexpected ones
-    for problem in ("missing_keys", "unexpected_keys"):
-        if loading[problem]:
-            kind, first = problem.replace("_keys", ""), sorted(loading[problem])[0]
-            raise UserError(
-                f"weights in {folder} are not those of its config.json: "
-                f"{len(loading[problem])} {kind} tensors, first {first}"
-            )
-    return denoiser.eval()
-
-
 def _load_packed(folder: Path) -> tuple[Any, Masks | None, torch.dtype]:
     """A denoiser from one file of weights and masks; its arithmetic is float32 as everywhere."""
-    config = read_config(folder)
-    denoiser = DENOISERS[_class_name(config, folder)].from_config(config)
-    state, masks = load_packed(folder / PACKED_FILE)
-    dtype = max(Counter(t.dtype for t in state.values()).items(), key=lambda kind: kind[1])[0]
-    try:
-        denoiser.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{folder / PACKED_FILE} is not of its config.json: {str(error).splitlines()[1].strip()}"
-        ) from error
-    return denoiser.eval(), masks, dtype
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A denoiser's config.json."""
-    return read_object(folder / "config.json")
+    config, path = read_unet_config(folder), folder / PACKED_FILE
+    state, masks = load_packed(path)
+    types = Counter(tensor.dtype for tensor in state.values())
+    dtype = max(types.items(), key=lambda kind: kind[1], default=(torch.float32, 0))[0]
+    check_state(config, state, path)
+    return filled(config, state), masks, dtype
 
 
 def save_config(model: Model, folder: Path) -> None:
@@ -255,28 +239,3 @@ def save_config(model: Model, folder: Path) -> None:
     model.denoiser.save_config(folder)
     _forget_origin(folder / "config.json")
     model.scheduler.save_pretrained(folder / "scheduler")
-
-
-def _class_name(config: dict[str, Any], folder: Path) -> str:
-    name = str(config.get("_class_name"))
-    if name not in DENOISERS:
-        raise UserError(f"{folder} holds a {name}; supported denoisers: {', '.join(DENOISERS)}")
-    return name
-
-
-def load_scheduler(folder: Path) -> Any:
-    """The noise scheduler of a model folder, or the paper's where it has none."""
-    where = _component(folder, "scheduler")
-    path = where / "scheduler_config.json"
-    if not path.exists():
-        return DDPMScheduler()  # a bare denoiser folder: the paper's 1,000 linear steps
-    config = read_object(path)
-    cls = scheduler_class(str(config.get("_class_name")))
-    if cls is None:
-        raise UserError(f"{path} names no diffusers scheduler: {config.get('_class_name')!r}")
-    try:
-        scheduler = cls.from_config(config)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} describes no {cls.__name__}: {first_line(error)}") from error
-    check_scheduler(scheduler)
-    return scheduler

@@ -1,36 +1,106 @@
 """Where a model is: a folder, the embedded one, or the hub's snapshot."""
 
+import difflib
+import threading
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 
-from prunedm.errors import UserError, first_line
+from prunedm.errors import UserError, first_line, shortened
+from prunedm.places import expanded
 
 EMBEDDED = ("digits",)
+PROBE_SECONDS = 5.0
+_KINDS = {
+    "PyTorch weights": (".pt", ".pth", ".bin", ".ckpt", ".pkl"),
+    "weights without a config.json": (".safetensors",),
+    "an archive": (".zip", ".tar", ".gz", ".tgz", ".7z"),
+    "an exported network": (".onnx", ".pt2", ".engine", ".xml"),
+    "a configuration": (".json", ".yaml", ".yml"),
+    "images": (".npz", ".npy", ".png", ".jpg", ".jpeg", ".parquet"),
+}
 
 
 def find(source: str | Path) -> Path:
     """The local folder of a model: itself, the embedded one, or the hub's snapshot."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if str(source) in EMBEDDED:
-        return Path(str(resources.files("prunedm") / "assets" / str(source)))
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    name = str(source)
+    try:
+        path = expanded(source)
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except OSError as error:  # too long
+        raise UserError(f"no model at {shortened(name)!r}: {error.strerror}") from error
+    if name in EMBEDDED:
+        return Path(str(resources.files("prunedm") / "assets" / name))
+    if exists:
+        raise UserError(_about_file(path))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"no model at {str(source)!r}: give a folder, a hub id like owner/name, or digits"
+            f"no model at {shortened(name)!r}: give a folder, a hub id like owner/name, or digits"
+            + _meant(path)
         )
-    return _snapshot(str(source))
+    return _snapshot(name, path)
 
 
-def _snapshot(hub_id: str) -> Path:
+def _about_file(path: Path) -> str:
+    suffix, above = path.suffix.lower(), path.parent
+    kind = next((kind for kind, suffixes in _KINDS.items() if suffix in suffixes), "a file")
+    around = [above, above.parent]
+    model = next((f for f in around if (f / "model_index.json").exists()), None)
+    model = model or next((f for f in around if (f / "config.json").exists()), None)
+    way = f"give {model}" if model else "give the folder with model_index.json, or unet/config.json"
+    return f"{shortened(str(path))} is {kind}, and not a model folder; {way}"
+
+
+def _meant(path: Path) -> str:
+    """The end of a message: the folder beside it, or the embedded model, whose name is near."""
+    try:
+        beside = [p for p in islice(path.parent.iterdir(), 1000) if p.is_dir()]
+    except OSError:
+        beside = []
+    known = {p.name: str(p) for p in beside} | {name: name for name in EMBEDDED}
+    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.6)
+    return f"; did you mean {known[near[0]]!r}?" if near else ""
+
+
+def _snapshot(hub_id: str, path: Path) -> Path:
     from huggingface_hub import snapshot_download
 
+    problem = _probe(hub_id)
+    local = {"local_files_only": True} if problem else {}  # what an earlier call has left
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **local)
+        )
         if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.bin"]))
+            binary = ["*.json", "*.bin"]
+            folder = Path(snapshot_download(hub_id, allow_patterns=binary, **local))
     except Exception as error:  # network, authentication, no such repository
         raise UserError(
-            f"cannot get model {hub_id!r}: no such folder, and the hub says: {first_line(error)}"
+            f"cannot get model {hub_id!r}: no such folder, and the hub says: "
+            f"{problem or first_line(error)[:160]}{_meant(path)}"
         ) from error
     return folder
+
+
+def _probe(hub_id: str) -> str:
+    """Why the hub does not give this model, "" where it would: one question, answered in seconds.
+
+    Asked in a thread, since no timeout holds for the look-up of the hub's name.
+    """
+    from huggingface_hub import HfApi
+
+    found = [f"no answer in {PROBE_SECONDS:g} s"]
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(hub_id, timeout=PROBE_SECONDS)
+            found[0] = ""
+        except Exception as error:
+            found[0] = first_line(error)[:160]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return found[0]

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from prunedm.errors import UserError
 
@@ -69,6 +70,12 @@ def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         out, inputs, height, width = shape
         return groups_GM.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
     return groups_GM.reshape(shape)
+
+
+def padded_inputs(layer: nn.Conv2d, inputs_NIHW: torch.Tensor) -> torch.Tensor:
+    """Inputs of a convolution with its own padding around them, whatever its mode, "same" too."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs_NIHW, layer._reversed_padding_repeated_twice, mode=mode)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

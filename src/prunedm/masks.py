@@ -6,15 +6,17 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from prunedm.errors import UserError
+from prunedm.errors import UserError, first_line
 from prunedm.layers import to_groups
+from prunedm.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -193,20 +195,39 @@ def sorted_header(file: bytes) -> bytes:
 
 def load_masks(path: Path) -> Masks:
     """Masks written by `save_masks`. Raises `UserError` where the file is damaged or none of ours."""
+    if not path.is_file():
+        raise UserError(f"{path} is no masks file: it is not a file at all")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            shapes = json.loads(metadata["shapes"])
-            by_layer = {name: _unpack(file.get_tensor(name), shapes[name]) for name in file.keys()}  # noqa: SIM118
-            claimed = json.loads(metadata["patterns"])
-            patterns = {name: Pattern.parse(claimed[name]) for name in by_layer if name in claimed}
-    except (SafetensorError, KeyError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no masks file or is damaged ({error})") from error
+            shapes, claimed = (_table(metadata, key) for key in ("shapes", "patterns"))
+            names = set(file.keys())
+            for kind, table in (("shape", shapes), ("pattern", claimed)):
+                if not table.keys() <= names:
+                    raise ValueError(
+                        f"a {kind} for {min(table.keys() - names)[:60]}, without a mask"
+                    )
+            by_layer = {n: _unpack(file.get_tensor(n), shapes[n], n) for n in sorted(names)}
+        patterns = {name: Pattern.parse(str(claimed[name])) for name in claimed}
+    except Exception as error:  # safetensors and torch raise whatever they like
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)[:160]
+        raise UserError(f"{path} is no masks file or is damaged ({reason})") from error
     return Masks(by_layer, patterns)
 
 
-def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
+def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    table = parse_json(metadata[key], key)
+    if not isinstance(table, dict):
+        raise ValueError(f"{key} is not a table")
+    return table
+
+
+def _unpack(bits: torch.Tensor, shape: Any, name: str) -> torch.Tensor:
+    whole = isinstance(shape, list) and 0 < len(shape) <= 8
+    if not (whole and all(type(size) is int and size > 0 for size in shape)):
+        raise ValueError(f"{name} has shape {str(shape)[:60]}")
     count = math.prod(shape)
-    if len(bits) != -(-count // 8):  # numpy would fill the rest with zeros
-        raise ValueError(f"{len(bits)} bytes for a mask of shape {shape}")
+    # before anything of that size is made; and numpy would fill the rest with zeros
+    if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
+        raise ValueError(f"{bits.numel()} bytes for a mask of shape {shape}")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool).reshape(shape))

@@ -11,13 +11,14 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from prunedm.errors import UserError
+from prunedm.errors import UserError, first_line
 from prunedm.layers import from_groups, to_groups
 from prunedm.masks import Masks, Pattern, sorted_header
+from prunedm.reading import parse_json
 
 FORMAT, VERSION = "prunedm-packed", "1"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -69,12 +70,14 @@ def load_packed(path: Path) -> tuple[dict[str, torch.Tensor], Masks | None]:
     Floats have the type they are stored in; int8 weights come back as float32, q times scale.
     Raises `UserError` where the file is damaged, none of ours, or of another version.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is no packed file: it is not a file at all")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no packed file or is damaged ({error})") from error
+    except Exception as error:  # safetensors and torch raise whatever they like
+        raise UserError(f"{path} is no packed file or is damaged ({first_line(error)})") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no packed file: its metadata has no format {FORMAT}")
     if metadata.get("version") != VERSION:
@@ -239,7 +242,7 @@ def _dequantise(name: str, q: torch.Tensor, scale_O: torch.Tensor) -> torch.Tens
 
 
 def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    table = json.loads(_take(metadata, key))
+    table = parse_json(_take(metadata, key), key)
     if not isinstance(table, dict):
         raise ValueError(f"{key} is no JSON object")
     return table

@@ -7,6 +7,7 @@ Raises `UserError` for what is not a regular file, is longer than `limit` bytes,
 import json
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -85,6 +86,8 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, where: object) -> Any:
     """A YAML 1.2 document; None where it is empty."""
+    if _brackets(text) > 4 * DEPTH:  # PyYAML takes seconds to run into its recursion limit
+        raise UserError(f"{where} is nested too deeply")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -100,6 +103,12 @@ def parse_yaml(text: str, where: object) -> Any:
         raise UserError(f"{where} is nested too deeply") from error
     finally:
         loader.dispose()
+
+
+def _brackets(text: str) -> int:
+    """How many flow brackets are open at once, those in quotes counted too."""
+    steps = accumulate(1 if c in "[{" else -1 for c in text if c in "[]{}")
+    return max(steps, default=0)
 
 
 class _Loader(yaml.SafeLoader):

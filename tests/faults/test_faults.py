@@ -26,21 +26,14 @@ def found(folder: Path, *options: str, patience: int) -> Any:
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory) -> Any:
-    return found(tmp_path_factory.mktemp("faults"), "--sample", patience=300)
-
-
-def test_of_a_sample_of_kills_every_one_is_survived_and_nothing_is_made_twice(sample):
-    counts = sample["kills"]["counts"]
-    assert sample["kills"]["faults"] == []
-    assert counts["survived"] == counts["bit_exact"] == counts["kills"] == sum(KILLS.values())
-
-
-@pytest.mark.parametrize("name", INPUTS)
-def test_a_damaged_input_is_answered_in_one_line_or_used(sample, name):
-    assert sample["inputs"]["counts"]["inputs"] == len(INPUTS)
-    assert [fault for fault in sample["inputs"]["faults"] if fault["name"] == name] == []
+def test_a_sample_of_kills_is_survived_and_of_inputs_answered_in_one_line(tmp_path):
+    """One test: what is slow is the server's start."""
+    sample = found(tmp_path, "--sample", patience=300)
+    kills, inputs = sample["kills"], sample["inputs"]
+    assert kills["faults"] == []
+    assert kills["counts"]["bit_exact"] == kills["counts"]["kills"] == sum(KILLS.values())
+    assert inputs["faults"] == []
+    assert inputs["counts"]["inputs"] == len(INPUTS)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from prunedm.diffusion import (
     predict,
     problem_losses,
 )
+from prunedm.errors import NotFinite
 from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent
 
@@ -56,7 +57,10 @@ def denoising_loss(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> LossEstimate:
-    """The loss of `denoiser` over these batches, evaluated in its own dtype, without dropout."""
+    """The loss of `denoiser` over these batches, evaluated in its own dtype, without dropout.
+
+    Raises `NotFinite` where it is not.
+    """
     losses = []
     task = (progress or Silent()).task("denoising loss", len(batches))
     with evaluating(denoiser), task as bar:
@@ -64,4 +68,16 @@ def denoising_loss(
             batch = cpu_batch.to(device)
             losses.append(problem_losses(predict(denoiser, batch), batch.target_NCHW).cpu())
             bar.advance()
-    return LossEstimate.of(torch.cat(losses))
+    losses_N = torch.cat(losses)
+    _check_finite(losses_N)
+    return LossEstimate.of(losses_N)
+
+
+def _check_finite(losses_N: torch.Tensor) -> None:
+    broken = (~losses_N.isfinite()).nonzero().flatten()
+    if len(broken):
+        first = int(broken[0])
+        raise NotFinite(
+            f"the denoising loss is {float(losses_N[first])} on {len(broken)} of {len(losses_N)} "
+            f"problems, first number {first}: the model's weights or its noise schedule are broken"
+        )

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prunedm.diffusion import DenoisingProblems, ProblemBatch, predict
+from prunedm.diffusion import DenoisingProblems, ProblemBatch, whole_output
 from prunedm.learning import make_estimator
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
@@ -129,7 +129,7 @@ def make_learner(
         denoiser,
         logits.to(device),
         make_estimator(options),
-        wanted=lambda batch: outputs(batch, partial(predict, teacher)),
+        wanted=lambda batch: outputs(batch, partial(whole_output, teacher)),
         share=options.distill,
         train_weights=options.train_weights,
         mask_loss_weight=options.mask_loss_weight,

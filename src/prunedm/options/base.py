@@ -89,6 +89,15 @@ class Options(BaseModel):
         return {name: mark for name, mark in marks.items() if mark is not None}
 
 
+class ModelOptions(Options):
+    """How a model is read."""
+
+    scheduler: FileName = Field(
+        "",
+        description="noise schedule in the place of the model's: a folder or scheduler_config.json",
+    )
+
+
 class DataOptions(Options):
     """Where images come from."""
 

@@ -8,6 +8,7 @@ from prunedm.options.base import (
     TRUST,
     DataOptions,
     FileName,
+    ModelOptions,
 )
 
 ExportFormat = Literal["packed", "onnx", "openvino", "torch", "tensorrt"]
@@ -25,7 +26,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "int8": 0.2}
 
 
-class ExportOptions(DataOptions):
+class ExportOptions(DataOptions, ModelOptions):
     """`prunedm export`: one file for another runtime, checked against the model by running it."""
 
     format: ExportFormat = Field("packed", description="what is written")

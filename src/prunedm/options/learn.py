@@ -8,6 +8,7 @@ from prunedm.options.base import (
     LARGEST_LR,
     LoopOptions,
     ModelName,
+    ModelOptions,
     PatternText,
     ScoreName,
     ScoreOptions,
@@ -26,7 +27,7 @@ ESTIMATOR_DEFAULTS: dict[str, dict[str, float]] = {
 }
 
 
-class LearnOptions(LoopOptions, ScoreOptions):
+class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
     """`prunedm learn`: which N of every M weights to keep, with the weights frozen or trained too."""
 
     estimator: EstimatorName = Field("relaxed", description="how masks learn")

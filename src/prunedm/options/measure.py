@@ -10,12 +10,12 @@ from prunedm.options.base import (
     DataOptions,
     FileName,
     ModelName,
-    Options,
+    ModelOptions,
     PatternText,
 )
 
 
-class SampleOptions(Options):
+class SampleOptions(ModelOptions):
     """`prunedm sample`: images; image i depends on the seed and i alone."""
 
     count: int = Field(64, ge=1, description="images")
@@ -36,7 +36,7 @@ class SampleOptions(Options):
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
 
 
-class EvaluateOptions(DataOptions):
+class EvaluateOptions(DataOptions, ModelOptions):
     """`prunedm evaluate` and `compare`: quality, size, speed, sparsity, to a chosen depth."""
 
     depth: Literal["quick", "full", "compare", "comprehensive"] = Field(
@@ -79,7 +79,7 @@ class EvaluateOptions(DataOptions):
     latency_repeats: int = Field(20, ge=1, description="timed calls")
 
 
-class AnalyzeOptions(CalibrationOptions):
+class AnalyzeOptions(CalibrationOptions, ModelOptions):
     """`prunedm analyze`: activation statistics of every layer and time bin."""
 
     outlier: float = Field(
@@ -89,7 +89,7 @@ class AnalyzeOptions(CalibrationOptions):
     problems: int = Field(500, ge=2, description="held-out problems of that trial; see the report")
 
 
-class LossOptions(DataOptions):
+class LossOptions(DataOptions, ModelOptions):
     """`prunedm loss`: the denoising loss on fixed problems, batch by batch."""
 
     masks: ModelName = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat
 
-from prunedm.options.base import PatternText, ScoreOptions
+from prunedm.options.base import ModelOptions, PatternText, ScoreOptions
 
 Mechanism = Literal["channels", "weights", "nm", "obs-weights", "obs-nm"]
 TARGETS = ("params", "macs", "channels", "weights")
@@ -33,7 +33,7 @@ def _checked_target(text: str) -> str:
 TargetText = Annotated[str, AfterValidator(_checked_target)]
 
 
-class PruneOptions(ScoreOptions):
+class PruneOptions(ScoreOptions, ModelOptions):
     """`prunedm prune`: remove channels, single weights, or N:M weights."""
 
     mechanism: Mechanism = Field(

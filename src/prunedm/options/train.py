@@ -4,7 +4,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from prunedm.options.base import LARGEST_LR, LoopOptions, ModelName
+from prunedm.options.base import (
+    LARGEST_LR,
+    LoopOptions,
+    ModelName,
+    ModelOptions,
+)
 
 
 class WeightOptions(LoopOptions):
@@ -32,7 +37,7 @@ class TrainOptions(WeightOptions):
     )
 
 
-class FinetuneOptions(WeightOptions):
+class FinetuneOptions(WeightOptions, ModelOptions):
     """`prunedm finetune`: weights of any model, masks held exactly."""
 
     teacher: ModelName = Field(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import ProblemBatch, predict, problem_losses, whole_output
 from prunedm.errors import UserError
 from prunedm.recovery.features import BlockOutputs, block_names, feature_losses
 from prunedm.recovery.sensitivity import (
@@ -62,7 +62,9 @@ def recovery_objective(
     to be matched between networks of other blocks.
     """
     if not (mixture.features or mixture.sensitivity):
-        yield partial(_plain, outputs=outputs or partial(predict, teacher), share=mixture.output)
+        yield partial(
+            _plain, outputs=outputs or partial(whole_output, teacher), share=mixture.output
+        )
         return
     if mixture.features and block_names(student) != block_names(teacher):
         raise UserError("match_features: the teacher has other blocks; give --match-features 0")
@@ -78,7 +80,7 @@ def _plain(
     student: nn.Module, batch: ProblemBatch, _: int, *, outputs: Outputs, share: float
 ) -> torch.Tensor:
     """One pass of the student; the teacher's output alone."""
-    output_NCHW = predict(student, batch)
+    output_NCHW = whole_output(student, batch)
     data = problem_losses(output_NCHW, batch.target_NCHW).mean()
     if share == 0:
         return data
@@ -101,8 +103,8 @@ def _mixed(
     rows = perturbed_rows(batch, mixture.every) if mixture.sensitivity else []
     joined = with_perturbed(batch, rows, seed=mixture.seed, size=mixture.size)
     with torch.no_grad():
-        wanted_NCHW = predict(teacher, joined)
-    output_NCHW = predict(student, joined)
+        wanted_NCHW = whole_output(teacher, joined)
+    output_NCHW = whole_output(student, joined)
     data = problem_losses(output_NCHW[:count], batch.target_NCHW).mean()
     copy = problem_losses(output_NCHW[:count], wanted_NCHW[:count]).mean()
     loss = (1 - mixture.output) * data + mixture.output * copy

@@ -20,6 +20,10 @@ Cost = Callable[[Removed], int]
 NEAR = 0.005  # of the target: near enough to stop looking
 
 
+class OutOfReach(UserError):
+    """No choice of these blocks removes about what was asked for; smaller blocks might."""
+
+
 def lowest_blocks(
     groups: Sequence[ChannelGroup],
     importances: Sequence[torch.Tensor],
@@ -41,7 +45,7 @@ def lowest_blocks(
     most = share(ranked)
     if most < ratio * (1 - NEAR):
         reachable = math.floor(1000 * most) / 1000
-        raise UserError(
+        raise OutOfReach(
             f"a ratio of {ratio:g} cannot be reached: {reachable:g} is the largest here; "
             "a smaller --round-to or a larger --max-layer-ratio gives more"
         )
@@ -52,7 +56,7 @@ def lowest_blocks(
         chosen = _filled(ranked, k, share=share, ratio=ratio)
     if not chosen:
         step = share(ranked[:1])
-        raise UserError(
+        raise OutOfReach(
             f"a ratio of {ratio:g} is less than one block, which is {step:.2g}; ask for more"
         )
     return chosen
@@ -84,7 +88,7 @@ def same_share(
             counts[g] += 1
             missing -= step
     if not any(counts):
-        raise UserError(f"a ratio of {ratio:g} is less than one block of any layer; ask for more")
+        raise OutOfReach(f"a ratio of {ratio:g} is less than one block of any layer; ask for more")
     return [(g, b) for g, count in enumerate(counts) for b in order[g][:count]]
 
 

@@ -28,7 +28,14 @@ from prunedm.pruned_unet import (
 )
 from prunedm.removal.channel_costs import Side, count_macs, count_params, width
 from prunedm.removal.channel_groups import ChannelGroup
-from prunedm.removal.channel_target import Block, Cost, lowest_blocks, removed_positions, same_share
+from prunedm.removal.channel_target import (
+    Block,
+    Cost,
+    OutOfReach,
+    lowest_blocks,
+    removed_positions,
+    same_share,
+)
 
 TargetKind = Literal["params", "macs", "channels"]
 Reduction = Literal["sum", "mean", "max", "first"]
@@ -97,7 +104,7 @@ def plan_channels(
     No group loses more than `max_ratio` of its blocks. Raises if `ratio` cannot be reached.
     """
     if not groups:
-        raise UserError(
+        raise OutOfReach(
             "channels: no layer has two blocks to choose from; a smaller round_to helps"
         )
     _check_targets(ratio, target_kind, max_ratio, positions)

@@ -20,17 +20,17 @@ from prunedm.randomness import generator_for
 FLOOR = 1e-30  # of g^2: where no position is heard, all count alike
 
 
-def random_signs(batch: ProblemBatch, first: int) -> torch.Tensor:
-    """+1 or -1, of the shape of the noisy images; a function of each problem's number alone.
+def random_signs(batch: ProblemBatch, first: int, output_NCHW: torch.Tensor) -> torch.Tensor:
+    """+1 or -1, of the shape of the network's output; a function of each problem's number alone.
 
     `first`: number of the first problem where the batch does not say.
     """
     numbers = batch.numbers or range(first, first + len(batch))
     bits = [
-        torch.randint(0, 2, batch.noisy_NCHW.shape[1:], generator=generator_for(0, "signs", number))
+        torch.randint(0, 2, output_NCHW.shape[1:], generator=generator_for(0, "signs", number))
         for number in numbers
     ]
-    return (2 * torch.stack(bits) - 1).to(batch.noisy_NCHW)
+    return (2 * torch.stack(bits) - 1).to(output_NCHW)
 
 
 def influence(

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from prunedm.diffusion import ProblemBatch, predict
+from prunedm.layers import padded_inputs
 from prunedm.progress import Task
 from prunedm.removal.influence import influence, random_signs
 
@@ -107,7 +107,7 @@ def input_grams(
             weights_N = weigh(batch.timesteps_N)
             output = predict(denoiser, batch)
             if guidance:
-                signs = random_signs(cpu_batch, done).to(device)
+                signs = random_signs(cpu_batch, done, output)
                 names, inputs, outputs = zip(*seen, strict=True)
                 energies = influence(output, signs, [layers[name] for name in names], outputs)
                 seen.clear()
@@ -138,9 +138,7 @@ def _unfolded(layer: nn.Module, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
         return
     assert isinstance(layer, nn.Conv2d)
     assert layer.groups == 1
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    view_NYXrsI = padded.permute(0, 2, 3, 1)
+    view_NYXrsI = padded_inputs(layer, inputs).permute(0, 2, 3, 1)
     for axis in (0, 1):
         reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
         view_NYXrsI = view_NYXrsI.unfold(1 + axis, reach, layer.stride[axis])

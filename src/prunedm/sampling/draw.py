@@ -14,7 +14,7 @@ from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent, Task
 from prunedm.randomness import generator_for
 from prunedm.sampling.fast import FastDenoiser, native_types
-from prunedm.sampling.schedule import set_steps
+from prunedm.sampling.schedule import for_sampler, set_steps
 
 
 def sample_batches(
@@ -122,6 +122,7 @@ def _sample(
     for t in sampler.timesteps:
         model_input = sampler.scale_model_input(x_NCHW, t)
         output = denoiser(model_input, t.to(device), labels, return_dict=False)[0]
+        output = for_sampler(sampler, output, x_NCHW)
         x_NCHW = sampler.step(output, t, x_NCHW, **arguments).prev_sample
         bar.advance()
     return x_NCHW

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from prunedm.diffusion import scheduler_class
+from prunedm.diffusion import scheduler_class, without_variance
 from prunedm.errors import UserError
 
 SAMPLERS = {
@@ -44,6 +44,8 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
         cls = _at_given_timesteps(cls)
     # diffusers would take the other class's own defaults, betas too, for what the trained one left out
     config = {k: v for k, v in trained.config.items() if k != "_use_default_values"}
+    if not _takes_variance(cls):  # some would take the first three channels for an image's
+        config.pop("variance_type", None)
     try:
         sampler = cls.from_config(config, timestep_spacing=spacing)
     except (AttributeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
@@ -74,6 +76,27 @@ def _unfit(name: str, why: str) -> UserError:
     return UserError(
         f"sampler {name!r} cannot sample from this model: {why}; try {', '.join(SAMPLERS)}"
     )
+
+
+def _takes_variance(cls: Any) -> bool:
+    """Whether its steps make use of a variance that the denoiser has learned."""
+    return issubclass(cls, DDPMScheduler | DDPMParallelScheduler)
+
+
+def for_sampler(sampler: Any, output_NCHW: torch.Tensor, x_NCHW: torch.Tensor) -> torch.Tensor:
+    """The output as the sampler's steps want it: with a learned variance, or without.
+
+    Raises `UserError` where the sampler wants one that the denoiser does not give.
+    """
+    learned = sampler.config.get("variance_type") in ("learned", "learned_range")
+    if not (learned and _takes_variance(type(sampler))):
+        return without_variance(output_NCHW, x_NCHW)
+    if output_NCHW.shape[1] == x_NCHW.shape[1]:
+        raise UserError(
+            "the scheduler says that the variance is learned, and the denoiser makes none; give "
+            "--sampler ddim, or set variance_type to fixed_large in scheduler_config.json"
+        )
+    return output_NCHW
 
 
 def set_steps(sampler: Any, steps: int) -> None:

@@ -13,7 +13,7 @@ from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model, load
 from prunedm.hub import EMBEDDED
 from prunedm.image_files import shown
-from prunedm.options import CalibrationOptions, DataOptions, ScoreOptions
+from prunedm.options import CalibrationOptions, DataOptions, ModelOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import Record, Source, file_hash
 from prunedm.scores import Calibration, score_layers
@@ -27,6 +27,20 @@ def source_of(model: Model) -> Source:
     return Source(path=str(path.resolve()) if local else model.name, hash=model.hash)
 
 
+def given_model(source: str | Path, options: ModelOptions, progress: Progress) -> Model:
+    """The model under the noise schedule of the options; what was chosen or assumed for it is said."""
+    model = load(source, scheduler=options.scheduler)
+    for note in model.notes:
+        progress.say(note)
+    return model
+
+
+def model_sources(model: Model) -> dict[str, Source]:
+    """The model as an input, and the noise schedule where another one was given."""
+    given = model.scheduler_file
+    return {"model": source_of(model)} | ({"scheduler": file_source(given)} if given else {})
+
+
 def file_source(path: Path) -> Source:
     return Source(path=str(path.resolve()), hash=file_hash(path))
 
@@ -35,9 +49,14 @@ def data_source(images: ImageSet) -> Source:
     return Source(path=images.name, hash=images.fingerprint())
 
 
-def reload(source: Source) -> Model:
-    """The model that a record names. Raises `UserError` if it is gone or is no longer the same."""
+def reload(source: Source, *, like: Model | None = None) -> Model:
+    """The model that a record names. Raises `UserError` if it is gone or is no longer the same.
+
+    like: the model made from it, whose noise schedule is its own where none lies beside it.
+    """
     model = load(source.path)
+    if like is not None and model.scheduler_assumed:
+        model.scheduler = like.scheduler
     if model.hash != source.hash:
         raise UserError(f"{source.path} has changed since it was used (hash {source.hash})")
     return model
@@ -65,6 +84,11 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
     channels, height, width = model.sample_shape
     if height != width:
         raise UserError(f"the model takes {height}x{width} images; only square ones are supported")
+    if options.convert_channels and channels not in (1, 3):
+        raise UserError(
+            f"the model takes images of {channels} channels, and --convert-channels makes 1 or 3; "
+            "give images that have them (RGBA is 4, gray with alpha 2), and leave it out"
+        )
     images = load_images(
         options.dataset,
         split=split,

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from prunedm.diffusion import DenoisingProblems, ProblemBatch
-from prunedm.errors import UserError
+from prunedm.errors import NotFinite, UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Progress, Task
 from prunedm.randomness import seed_for
@@ -205,7 +205,10 @@ class _Run:
         state = self.state
         mode = state.module.training
         with _averaged(state.module, state.ema):
-            held_out, figures = self.validate(state.module), self.observe(state.module)
+            try:
+                held_out, figures = self.validate(state.module), self.observe(state.module)
+            except NotFinite:  # what to do about it depends on the step
+                held_out, figures = math.nan, {}
             _check_finite(held_out, "held-out loss", state.done - 1, self.checkpoint)
             state.history.held_out.append((state.done, held_out))
             for name, value in figures.items():
@@ -267,6 +270,12 @@ def _index_lists(options: LoopOptions, done: int, accelerator: Accelerator) -> l
 
 def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
     if not math.isfinite(loss):
+        if (
+            step <= 0 and what == "loss"
+        ):  # no weight has moved yet: the learning rate is not to blame
+            raise UserError(
+                f"{what} is {loss} at the first step: give another model, masks or data"
+            )
         if step < 0:
             raise UserError(f"{what} is {loss} before the first step: give another model or masks")
         kept = f"; the last good state is in {checkpoint}" if checkpoint.exists() else ""

@@ -38,7 +38,7 @@ from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, featu
 from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import data_source, device_for, problems_on, source_of
+from prunedm.stages.inputs import data_source, device_for, model_sources, problems_on
 from prunedm.stages.verbs.sample import sample_resumably
 
 RESULTS = "evaluation_results.json"
@@ -94,7 +94,7 @@ def measure(
         "measure",
         out,
         options=yard.options,
-        inputs={"model": source_of(model), **yard.inputs},
+        inputs={**model_sources(model), **yard.inputs},
         parent=model.record,
         make=make,
         overwrite=overwrite,

@@ -6,8 +6,9 @@ import torch
 from diffusers import UNet2DModel
 
 from prunedm.errors import UserError
-from prunedm.folder import DENOISERS, PACKED_FILE, Model, load
-from prunedm.hub import find
+from prunedm.folder import PACKED_FILE, Model, load, model_folder
+from prunedm.model_files.configs import DENOISERS
+from prunedm.model_files.weights import weight_files
 from prunedm.randomness import generator_for
 
 DIFFERS = "gives another output"
@@ -19,7 +20,7 @@ def check_reload(model: Model) -> bool:
 
     Unnarrowed networks are loaded by diffusers alone, without any of our code.
     """
-    folder = find(model.name)
+    folder, _ = model_folder(model.name)
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     again = _load_again(place, type(model.denoiser).__name__)
     before, now = (_outputs(denoiser, model) for denoiser in (model.denoiser, again))
@@ -34,7 +35,15 @@ def _load_again(place: Path, name: str) -> torch.nn.Module:
         packed: torch.nn.Module = load(place).denoiser
         return packed
     cls = UNet2DModel if name == "UNet2DModel" else DENOISERS[name]
-    denoiser: torch.nn.Module = cls.from_pretrained(place, local_files_only=True)
+    _, variant = weight_files(place)
+    denoiser: torch.nn.Module
+    denoiser, loading = cls.from_pretrained(
+        place, local_files_only=True, variant=variant or None, output_loading_info=True
+    )
+    if loading["missing_keys"]:  # diffusers does not know the names of wrapped weights
+        denoiser = load(place).denoiser
+    for parameter in denoiser.parameters():
+        parameter.data = parameter.data.clone()  # aligned like the model's, not like the file
     return denoiser.eval()
 
 

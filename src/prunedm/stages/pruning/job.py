@@ -38,10 +38,15 @@ class Job:
         return prunable_layers(self.model.denoiser, self.options.targets)
 
     @cached_property
-    def round_to(self) -> int:
-        """Kernels work in blocks of 16 channels; narrow models need finer steps."""
+    def roundings(self) -> list[int]:
+        """Multiples that widths may be rounded to, best first: the one asked for, or all that do.
+
+        Kernels work in blocks of 16 channels; narrow models need finer steps, odd widths the finest.
+        """
+        if self.options.round_to:
+            return [self.options.round_to]
         widest = max(widths(layer)[1] for layer in self.layers.values())
-        return self.options.round_to or (16 if widest > 64 else 8)
+        return [step for step in (16, 8, 4, 2, 1) if step <= (16 if widest > 64 else 8)]
 
     @cached_property
     def sample(self) -> torch.Tensor:

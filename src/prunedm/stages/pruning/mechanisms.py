@@ -21,8 +21,9 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
-from prunedm.removal.channel_groups import channel_groups
-from prunedm.removal.channels import plan_channels, remove_channels
+from prunedm.removal.channel_groups import ChannelGroup, channel_groups
+from prunedm.removal.channel_target import OutOfReach
+from prunedm.removal.channels import ChannelPlan, plan_channels, remove_channels
 from prunedm.removal.nm import eligible_layers, nm_mask
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import find_permutation, permute_, permuted
@@ -40,6 +41,7 @@ from prunedm.stages.pruning.job import (
 
 RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
 PATTERNS = ("2:4", "1:4")  # and of N:M
+SHORT = 0.9  # of the target: less is tried with finer steps
 TIED = "its channels are tied to protected layers, or form one block that cannot be split"
 STEPS = "layers take only the candidates; more --candidates make finer steps"
 
@@ -49,23 +51,7 @@ def remove_by_channels(job: Job) -> Details:
     options, denoiser = job.options, job.model.denoiser
     kind, ratio = parse_target(options.target)
     before = {name: widths(layer) for name, layer in job.layers.items()}
-    groups = channel_groups(
-        denoiser,
-        job.sample,
-        class_labels=job.labels,
-        protect=[n for n in PROTECTED if not (options.narrow_ends and n in ENDS)],
-        round_to=job.round_to,
-    )
-    plan = plan_channels(
-        denoiser,
-        groups,
-        scores=job.scores(),
-        ratio=ratio,
-        target_kind=kind,  # type: ignore[arg-type]
-        positions=job.positions,
-        reduction=options.reduction,
-        max_ratio=options.max_layer_ratio,
-    )
+    plan, groups, round_to = _channel_plan(job, kind, ratio)
     remove_channels(denoiser, plan)
     job.model.denoiser = from_resized(denoiser)
     if options.reinitialise:
@@ -73,12 +59,53 @@ def remove_by_channels(job: Job) -> Details:
     changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
     free = {coupling.layer for group in groups for coupling in group.couplings}
     achieved = float(plan.figures[f"{kind}_removed"])
-    return requested(kind, ratio, achieved, _why_channels(job.round_to)) | {
-        "round_to": job.round_to,
+    return requested(kind, ratio, achieved, _why_channels(round_to)) | {
+        "round_to": round_to,
         "norms_regrouped": len(plan.regrouped),
         "layers": changes,
         "dense": {name: TIED for name in before if name not in free},
     }
+
+
+def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[ChannelGroup], int]:
+    """The plan at the coarsest of the job's roundings that reaches the target, and that rounding.
+
+    Raises `OutOfReach` where none does.
+    """
+    options, denoiser, scores = job.options, job.model.denoiser, None
+    for round_to in job.roundings:
+        groups = channel_groups(
+            denoiser,
+            job.sample,
+            class_labels=job.labels,
+            protect=[n for n in PROTECTED if not (options.narrow_ends and n in ENDS)],
+            round_to=round_to,
+        )
+        scores = scores or job.scores()
+        try:
+            plan = plan_channels(
+                denoiser,
+                groups,
+                scores=scores,
+                ratio=ratio,
+                target_kind=kind,  # type: ignore[arg-type]
+                positions=job.positions,
+                reduction=options.reduction,
+                max_ratio=options.max_layer_ratio,
+            )
+        except OutOfReach:
+            if round_to == job.roundings[-1]:
+                raise
+            continue
+        # channels= takes what there is and raises nothing
+        if plan.figures[f"{kind}_removed"] >= SHORT * ratio or round_to == job.roundings[-1]:
+            break
+    if round_to != job.roundings[0]:
+        job.progress.say(
+            f"{kind}={ratio:g} is out of reach with widths in multiples of {job.roundings[0]}: "
+            f"they are multiples of {round_to}"
+        )
+    return plan, groups, round_to
 
 
 def remove_weights(job: Job) -> Details:

@@ -17,7 +17,7 @@ from prunedm.evaluation.activations import (
     verdict,
 )
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
-from prunedm.folder import Model, load
+from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import AnalyzeOptions, ScoreOptions
@@ -29,10 +29,11 @@ from prunedm.stages.inputs import (
     calibration_problems,
     data_source,
     device_for,
+    given_model,
     held_out_problems,
     images_for,
+    model_sources,
     score_weights,
-    source_of,
 )
 
 STATISTICS = "activations.json"
@@ -50,7 +51,7 @@ def analyze(
 ) -> tuple[Record, bool]:
     """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
     progress = progress or Silent()
-    model = load(source)
+    model = given_model(source, options, progress)
     images = images_for(model, options, "train")
     eligible_layers(
         prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
@@ -76,7 +77,7 @@ def analyze(
         "analyze",
         out,
         options=options,
-        inputs={"model": source_of(model), "dataset": data_source(images)},
+        inputs={**model_sources(model), "dataset": data_source(images)},
         parent=model.record,
         make=make,
         overwrite=overwrite,

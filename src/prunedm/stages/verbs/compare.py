@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from prunedm.errors import UserError
 from prunedm.evaluation.results import Evaluation
-from prunedm.folder import Model, load
+from prunedm.folder import Model
 from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
 from prunedm.places import bare
@@ -39,7 +39,7 @@ from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Entry, pair_with_dense, set_beside, time_in_turns
 from prunedm.stages.frame import RESUME, Overwrite, run_stage
-from prunedm.stages.inputs import data_source, images_for, source_of
+from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
 from prunedm.training import processes
 
 __all__ = [
@@ -73,9 +73,10 @@ def compare(
         raise UserError("compare needs at least one model; the first is the one to compare with")
     check_labels(models)
     progress = progress or Silent()
-    loaded = {label: load(path) for label, path in models.items()}
+    loaded = {label: given_model(path, options, progress) for label, path in models.items()}
     _check_shapes(loaded)
     inputs: dict[str, Source] = {label: source_of(model) for label, model in loaded.items()}
+    inputs |= model_sources(next(iter(loaded.values()))) if options.scheduler else {}
     yard = yardstick(next(iter(loaded.values())), options, progress)
     inputs |= {"held-out images": data_source(yard.reference)} | yard.files
 

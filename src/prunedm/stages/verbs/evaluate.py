@@ -16,7 +16,7 @@ from prunedm.stages.evaluating.measure import RESULTS, Yardstick, read_evaluatio
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import reload, source_of
+from prunedm.stages.inputs import given_model, model_sources, reload
 from prunedm.stages.verbs.compare import Entry, check_labels, study, yardstick
 from prunedm.training import processes
 
@@ -39,10 +39,11 @@ def evaluate(
     those of `compare`. Where the dense model is gone, or no record names one, nothing is measured
     against it, and the steps say so. Where a step has failed, `overwrite` measures again.
     """
-    model = load(source)
+    progress = progress or Silent()
+    model = given_model(source, options, progress)
     label = label or Path(str(source)).resolve().name
     check_labels({label: source})
-    yard = yardstick(model, options, progress or Silent())
+    yard = yardstick(model, options, progress)
 
     def make(folder: Path) -> dict[str, Any]:
         steps = Steps()
@@ -62,7 +63,7 @@ def evaluate(
         "evaluate",
         out,
         options=yard.options,
-        inputs={"model": source_of(model), **yard.inputs},
+        inputs={**model_sources(model), **yard.inputs},
         parent=model.record,
         make=make,
         overwrite=overwrite,
@@ -93,7 +94,7 @@ def _relatives(
     entries: list[Entry] = []
     for number, source in enumerate(sources if depth == "comprehensive" else sources[:1]):
         name = "earlier model" if number else "dense model"
-        found = steps.take(name, lambda source=source: reload(source))  # type: ignore[misc]
+        found = steps.take(name, lambda source=source: reload(source, like=model))  # type: ignore[misc]
         if found is not None:
             taken = {label, *(entry.label for entry in entries)}
             wanted = Path(source.path).name if number else DENSE

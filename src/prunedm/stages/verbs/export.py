@@ -6,7 +6,7 @@ from typing import Any
 from prunedm.deployment.description import Description, write_description
 from prunedm.deployment.extras import require
 from prunedm.errors import UserError
-from prunedm.folder import Model, load, save_config
+from prunedm.folder import Model, save_config
 from prunedm.masks import Masks
 from prunedm.options import ExportOptions
 from prunedm.progress import Progress, Silent
@@ -17,7 +17,7 @@ from prunedm.stages.exporting.quality import before_and_after
 from prunedm.stages.exporting.quiet import quiet
 from prunedm.stages.exporting.writers import WRITERS
 from prunedm.stages.frame import run_stage
-from prunedm.stages.inputs import source_of
+from prunedm.stages.inputs import given_model, model_sources, source_of
 
 SPARSE = (2, 4)  # the one pattern that NVIDIA's sparse tensor cores take
 
@@ -38,7 +38,7 @@ def export(
     """
     options, progress = options.filled(), progress or Silent()
     require(options.format, precision=str(options.precision))
-    model = load(source)
+    model = given_model(source, options, progress)
     _check_masks(model.masks, options)
     data = (
         Data.of(model, options)
@@ -87,7 +87,7 @@ def _make(job: Job) -> dict[str, Any]:
 
 
 def _inputs(model: Model, data: Data | None) -> dict[str, Source]:
-    return {"model": source_of(model)} | (data.sources if data else {})
+    return model_sources(model) | (data.sources if data else {})
 
 
 def _check_masks(masks: Masks | None, options: ExportOptions) -> None:

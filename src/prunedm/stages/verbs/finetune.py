@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import predict
+from prunedm.diffusion import whole_output
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
@@ -28,8 +28,10 @@ from prunedm.stages.frame import RESUME, Overwrite, run_stage
 from prunedm.stages.inputs import (
     data_source,
     dense_source,
+    given_model,
     held_out_problems,
     images_for,
+    model_sources,
     reload,
     source_of,
     training_problems,
@@ -52,10 +54,10 @@ def finetune(
 ) -> tuple[Record, bool]:
     """Train `source`'s weights and write a model folder of the same shape and masks."""
     progress = progress or Silent()
-    model = load(source)
+    model = given_model(source, options, progress)
     _check_dropout(model, options)
     images = images_for(model, options, "train")
-    inputs: dict[str, Source] = {"model": source_of(model), "dataset": data_source(images)}
+    inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     teacher, known = (
         None,
         None if overwrite is True else _teacher_of_result(target(out), model, options),
@@ -71,7 +73,7 @@ def finetune(
     def make(folder: Path) -> dict[str, Any]:
         network = teacher
         if network is None and known is not None:  # of `out`, which an unfinished redo will replace
-            network = reload(known)
+            network = reload(known, like=model)
         figures = _finetune(
             model,
             teacher=network,
@@ -123,6 +125,7 @@ def _check_teacher(model: Model, teacher: Model) -> None:
     """Raise `UserError` where the teacher's outputs are no targets for the model."""
     for what, own, other in (
         ("images of", model.sample_shape, teacher.sample_shape),
+        ("output channels:", *(m.denoiser.config.out_channels for m in (model, teacher))),
         ("classes:", *(_classes(m) for m in (model, teacher))),
         *((f"{name} =", *(m.scheduler.config.get(name) for m in (model, teacher)))
           for name in ("prediction_type", "num_train_timesteps")),
@@ -162,13 +165,16 @@ def find_teacher(model: Model, wanted: str, progress: Progress) -> Model | None:
     if wanted == "none":
         return None
     if wanted != "auto":
-        return load(wanted)
+        teacher = load(wanted)
+        if teacher.scheduler_assumed:
+            teacher.scheduler = model.scheduler
+        return teacher
     source = dense_source(model.record)
     if source is None:
         progress.say("no dense parent on record: training on the data loss alone")
         return None
     try:
-        return reload(source)
+        return reload(source, like=model)
     except UserError as error:
         progress.say(f"no teacher ({error}): training on the data loss alone")
         return None
@@ -243,7 +249,7 @@ def _objective(
             seed=options.seed,
             reordered=_reorderings(model) != _reorderings(teacher),
         ),
-        outputs=lambda batch: known(batch, partial(predict, network)),
+        outputs=lambda batch: known(batch, partial(whole_output, network)),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.folder import Model, load, save
+from prunedm.folder import Model, save
 from prunedm.layers import prunable_layers
 from prunedm.learning.logits import MaskLogits, groups_changed
 from prunedm.learning.trainer import learn_masks
@@ -24,11 +24,12 @@ from prunedm.stages.frame import RESUME, Overwrite, run_stage
 from prunedm.stages.inputs import (
     data_source,
     dense_source,
+    given_model,
     held_out_problems,
     images_for,
+    model_sources,
     reload,
     score_weights,
-    source_of,
     training_problems,
 )
 from prunedm.stages.learned import write_learned
@@ -53,9 +54,9 @@ def learn(
     weight that was zeroed cannot come back.
     """
     progress, options = progress or Silent(), options.filled()
-    given = load(source)
+    given = given_model(source, options, progress)
     images = images_for(given, options, "train")
-    inputs: dict[str, Source] = {"model": source_of(given), "dataset": data_source(images)}
+    inputs: dict[str, Source] = {**model_sources(given), "dataset": data_source(images)}
     first, said = _given_masks(given, options, inputs)
     before = before_masks(given)
     model = unmasked(given, before)

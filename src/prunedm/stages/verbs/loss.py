@@ -11,13 +11,13 @@ from prunedm.data import ImageSet
 from prunedm.diffusion import DenoisingProblems, ProblemStream
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
-from prunedm.folder import Model, load
+from prunedm.folder import Model
 from prunedm.masks import Masks
 from prunedm.options import LossOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
 from prunedm.stages.frame import run_stage
-from prunedm.stages.inputs import data_source, device_for, images_for, source_of
+from prunedm.stages.inputs import data_source, device_for, given_model, images_for, model_sources
 from prunedm.stages.masks import masks_from
 
 BATCHES = "losses.npy"
@@ -38,9 +38,9 @@ def loss(
     Raises `UserError` where the masks are of another model.
     """
     progress = progress or Silent()
-    model = load(source)
+    model = given_model(source, options, progress)
     images = images_for(model, options, options.split)
-    inputs: dict[str, Source] = {"model": source_of(model), "dataset": data_source(images)}
+    inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     masks = model.masks
     if options.masks:
         masks, found = masks_from(options.masks, model.denoiser, targets=options.targets)

@@ -12,13 +12,20 @@ from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.size import count_macs, count_nonzero, count_parameters
-from prunedm.folder import Model, load, save
+from prunedm.folder import Model, save
 from prunedm.options import PruneOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, write_json
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages.frame import Overwrite, run_stage
-from prunedm.stages.inputs import data_source, device_for, held_out_problems, images_for, source_of
+from prunedm.stages.inputs import (
+    data_source,
+    device_for,
+    given_model,
+    held_out_problems,
+    images_for,
+    model_sources,
+)
 from prunedm.stages.pruning.job import Job, check_options
 from prunedm.stages.pruning.mechanisms import MECHANISMS
 from prunedm.stages.verbs.sample import labels_for
@@ -40,12 +47,12 @@ def prune(
 ) -> tuple[Record, bool]:
     """Prune `source` and write a model folder, `pruning_stats.json` and `vis/`."""
     progress = progress or Silent()
-    model = load(source)
+    model = given_model(source, options, progress)
     if model.masks is not None:
         raise UserError(f"{source} has masks already; prune the model that they were made from")
     check_options(options, model.scheduler.config.num_train_timesteps)
     images = images_for(model, options, "train")
-    inputs = {"model": source_of(model), "dataset": data_source(images)}
+    inputs = {**model_sources(model), "dataset": data_source(images)}
 
     def make(folder: Path) -> dict[str, Any]:
         figures = _prune(model, images, options, folder, progress=progress)

@@ -19,7 +19,7 @@ from prunedm.progress import Progress, Silent
 from prunedm.record import Record
 from prunedm.sampling import FastDenoiser, class_labels, make_sampler, sample_batches, set_steps
 from prunedm.stages.frame import RESUME, run_stage
-from prunedm.stages.inputs import device_for, source_of
+from prunedm.stages.inputs import device_for, model_sources
 from prunedm.training import processes
 
 GRID = 64  # images on grid.png
@@ -38,7 +38,10 @@ def sample(
     Several processes share the batches; one batch of images is in memory at a time. An exported
     model runs in its own runtime.
     """
-    model = open_model(source)
+    progress = progress or Silent()
+    model = open_model(source, scheduler=options.scheduler)
+    for note in model.notes:
+        progress.say(note)
     _check_speed(model, options)
     # what is impossible fails before any work
     set_steps(
@@ -48,7 +51,7 @@ def sample(
 
     def make(folder: Path) -> dict[str, Any]:
         used: list[FastDenoiser] = []
-        files = _draw(model, options, folder / RESUME, progress or Silent(), used.append)
+        files = _draw(model, options, folder / RESUME, progress, used.append)
         if processes.rank() == 0:
             _assemble(files, folder, options)
         runs = model.denoiser
@@ -59,7 +62,7 @@ def sample(
         "sample",
         out,
         options=options,
-        inputs={"model": source_of(model)},
+        inputs=model_sources(model),
         parent=model.record,
         make=make,
         overwrite=overwrite,

@@ -1,0 +1,1 @@
+"""What stands in a model folder, read without trust: configurations, weights, the noise schedule."""

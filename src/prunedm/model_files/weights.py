@@ -1,0 +1,161 @@
+"""A denoiser's weight files: which they are, and a network filled from them, whole and finite.
+
+Tensors are looked at by name, shape and type before any is read, and copied one by one into memory
+of their own: nothing then depends on how the file is aligned, or on the file staying as it is.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+
+from prunedm.errors import UserError, first_line
+from prunedm.model_files.configs import DENOISERS, describe_network, shown
+
+STEM = "diffusion_pytorch_model"
+# .fp16 stands before the shard's number in some repositories, behind it in others
+_NAME = re.compile(STEM + r"(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.(safetensors|bin)")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DDP and of torch.compile
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def weight_files(folder: Path) -> tuple[list[Path], str]:
+    """The files to read, all shards of one variant, and that variant ("" is the plain one).
+
+    safetensors before .bin, the plain variant before fp16, fp16 before others.
+    """
+    found: dict[tuple[bool, bool, bool, str], list[Path]] = {}
+    for path in sorted(folder.glob(f"{STEM}*")):
+        if match := _NAME.fullmatch(path.name):
+            variant = match[1] or match[2] or ""
+            rank = (match[3] == "bin", variant != "", variant != "fp16", variant)
+            found.setdefault(rank, []).append(path)
+    if not found:
+        raise UserError(
+            f"{folder} has no weights: {STEM}.safetensors is missing; "
+            "copy or download the whole folder"
+        )
+    best = min(found)
+    return found[best], best[-1]
+
+
+def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, torch.dtype, str]:
+    """The network of a checked config with the folder's weights; the type stored, and the variant.
+
+    Raises `UserError` where config and files disagree, a file is damaged, or a weight not finite.
+    """
+    shapes = describe_network(config, folder / "config.json")
+    files, variant = weight_files(folder)
+    with ExitStack() as open_files:
+        try:
+            stored = _Stored(files, open_files)
+            names = _current_names(shapes, stored.shapes, folder)
+            _check_shapes(shapes, {n: stored.shapes[old] for n, old in names.items()}, folder)
+            state = {name: _whole(stored.take(old), name, folder) for name, old in names.items()}
+        except UserError:
+            raise
+        except Exception as error:  # damaged files make safetensors and torch raise a dozen types
+            raise UserError(
+                f"cannot load weights in {folder}: {first_line(error)[:160]}; download it again?"
+            ) from error
+    return filled(config, state), stored.dtype, variant
+
+
+def filled(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
+    """A network of these very tensors, for evaluation."""
+    with init_empty_weights():  # buffers that no file holds are real
+        network = DENOISERS[config["_class_name"]].from_config(dict(config))
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def check_state(config: Mapping[str, Any], state: dict[str, torch.Tensor], path: Path) -> None:
+    """Make the floats of a whole `state` float32, one by one. Raises `UserError` as `load_network`."""
+    shapes = describe_network(config, path.with_name("config.json"))
+    _check_shapes(shapes, {n: tuple(t.shape) for n, t in state.items()}, path)
+    for name, tensor in state.items():
+        state[name] = _whole(tensor, name, path)
+
+
+class _Stored:
+    """What weight files hold: shapes by name, and each tensor once."""
+
+    def __init__(self, files: list[Path], open_files: ExitStack) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._read: dict[str, Any] = {}
+        sizes: Counter[str] = Counter()
+        for path in files:
+            if not path.is_file():  # a pipe would hang whoever opens it
+                raise UserError(f"{path} is not a file")
+            for name, shape, kind, read in self._tensors(path, open_files):
+                if name in self.shapes:
+                    raise UserError(f"{path}: {name} is in another shard too")
+                self.shapes[name], self._read[name] = shape, read
+                sizes[kind] += math.prod(shape)
+        most = sizes.most_common(1)[0][0] if sizes else ""
+        self.dtype = _TYPES.get(most, torch.float32)  # most of the numbers'; float32 for .bin files
+
+    def take(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._read.pop(name)()  # let go of: a .bin file's are in memory
+        return tensor
+
+    def _tensors(self, path: Path, open_files: ExitStack) -> Iterator[tuple[str, Any, str, Any]]:
+        if path.suffix == ".safetensors":
+            file = open_files.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield (
+                    name,
+                    tuple(part.get_shape()),
+                    part.get_dtype(),
+                    lambda n=name: file.get_tensor(n),
+                )
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in state.items() if isinstance(state, dict) else ():
+            if not isinstance(tensor, torch.Tensor):
+                raise UserError(f"cannot load weights in {path}: {shown(name)} is not a tensor")
+            yield str(name), tuple(tensor.shape), "", lambda t=tensor: t
+
+
+def _current_names(network: Any, stored: Mapping[str, object], folder: Path) -> dict[str, str]:
+    """Names of the network's state => names in the file, which may be wrapped or of old versions."""
+    names: dict[str, str] = {}
+    for old in stored:
+        if names.setdefault(new := _WRAPPERS.sub("", old), old) != old:
+            raise UserError(f"weights in {folder} hold {new} twice, as {names[new]} and {old}")
+    network._fix_state_dict_keys_on_load(names)  # query => to_q and so on
+    return names
+
+
+def _check_shapes(network: Any, stored: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    start = f"weights in {where} are not those of its config.json"
+    for kind, names in (
+        ("missing", wanted.keys() - stored.keys()),
+        ("unexpected", stored.keys() - wanted.keys()),
+    ):
+        if names:
+            raise UserError(f"{start}: {len(names)} {kind} tensors, first {min(names)[:100]}")
+    for name, shape in wanted.items():
+        if stored[name] != shape:
+            raise UserError(f"{start}: {name} is {stored[name]}, and by the config {shape}")
+
+
+def _whole(tensor: torch.Tensor, name: str, where: Path) -> torch.Tensor:
+    """A float32 copy. Raises `UserError` where it is of no floats, or not finite."""
+    if not tensor.is_floating_point():
+        raise UserError(f"{where}: {name} holds {tensor.dtype}, which are no weights")
+    copy = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if copy.numel() and not all(
+        bool(end.isfinite()) for end in copy.aminmax()
+    ):  # no mask in memory
+        raise UserError(f"{where}: {name} has NaN or infinite values; get the weights again")
+    return copy
