@@ -23,7 +23,9 @@ def main() -> int:
     try:
         if options.sample:
             options.kills, options.inputs = sample.KILLS, sample.INPUTS
-        server.prepare(home, () if options.sample or (made and not options.kills) else server.EXPORTS)
+        server.prepare(
+            home, () if options.sample or (made and not options.kills) else server.EXPORTS
+        )
         if not made:
             things.make(home / "base", but=("onnx",) if options.sample else ())
         found = {
@@ -86,7 +88,9 @@ def _damage(options: argparse.Namespace, home: Path) -> dict[str, Any]:
     return {
         "counts": inputs.counts(found),
         "kinds": _by_kind(found),
-        "slowest": [f"{f.seconds} s {f.name}" for f in sorted(found, key=lambda f: -f.seconds)[:10]],
+        "slowest": [
+            f"{f.seconds} s {f.name}" for f in sorted(found, key=lambda f: -f.seconds)[:10]
+        ],
         "faults": inputs.as_rows(found),
     }
 

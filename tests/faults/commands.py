@@ -77,7 +77,7 @@ READERS = [
     Reader("image, trained on", "images/03.png", "loss {model} out --dataset images --problems 12 "
            "--split train", "any torn image"),
     Reader("image, measured", "images/03.png", FID.format("images"), "any torn image"),
-    Reader("class folder", "labelled/a/03.png", f"loss {{classes}} out --dataset labelled --problems 2",
+    Reader("class folder", "labelled/a/03.png", "loss {classes} out --dataset labelled --problems 2",
            "any image"),
     Reader("set.npz", "set.npz", FID.format("set.npz"), "any torn npz"),
     Reader("stats.npz", "stats.npz", f"fid stats.npz {{stats}} {FEATURES}", "any torn npz"),
@@ -91,7 +91,7 @@ READERS = [
            copies=("recipe.yaml",)),
     Reader("recipe of a sweep", "recipe.yaml", "sweep sweep.yaml out --dry-run", "any yaml",
            copies=("sweep.yaml",)),
-    Reader("options.yaml", "options.yaml", f"loss {{model}} out --config options.yaml", "any yaml"),
+    Reader("options.yaml", "options.yaml", "loss {model} out --config options.yaml", "any yaml"),
     Reader("train.yaml", "unet.yaml", f"train out {TUNE} --config unet.yaml", "any yaml unet"),
 ]  # fmt: skip
 

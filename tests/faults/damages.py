@@ -1,4 +1,4 @@
-"""Ways in which a file or a value is damaged. Each kind yields names and functions that change a file."""
+"""Ways in which a file or a value is damaged: each kind yields names, and functions of the file."""
 
 import io
 import json
@@ -88,7 +88,10 @@ def of_torn(sound: Path) -> Iterator[Damage]:
     content = sound.read_bytes()
     for size in (1, 4, 8, 12, 100, len(content) - 8, len(content) - 1):
         if size < len(content):
-            yield f"only {size if size <= 100 else size - len(content)} bytes", replaced(content[:size])
+            yield (
+                f"only {size if size <= 100 else size - len(content)} bytes",
+                replaced(content[:size]),
+            )
 
 
 def of_json(sound: Path) -> Iterator[Damage]:
@@ -215,7 +218,9 @@ def of_tensors(sound: Path) -> Iterator[Damage]:
 
     yield put("NaN in a tensor", lambda t: torch.full(t.shape, float("nan")))
     yield put("infinity in a tensor", lambda t: torch.full(t.shape, float("inf")))
-    yield put("a tensor of text bytes", lambda t: torch.frombuffer(bytearray(TEXT), dtype=torch.uint8))
+    yield put(
+        "a tensor of text bytes", lambda t: torch.frombuffer(bytearray(TEXT), dtype=torch.uint8)
+    )
     yield put("a tensor without numbers", lambda t: t[:0])
     yield put("a tensor of one number", lambda t: torch.ones(()))
     yield put("a tensor of another shape", lambda t: torch.ones(*t.shape, 2))
@@ -316,9 +321,7 @@ def of_npz(sound: Path) -> Iterator[Damage]:
     yield "a negative shape", claimed((-3, 8, 8))
     yield "a type of 10^9 bytes", claimed((3,), "|V1000000000")
     yield "members that are texts", zipped({f"{name}.npy": TEXT for name in arrays})
-    yield "a bomb of 3 GB", zipped(
-        {f"{first}.npy": _npy(array)[:128] + bytes(100_000_000)}
-    )
+    yield "a bomb of 3 GB", zipped({f"{first}.npy": _npy(array)[:128] + bytes(100_000_000)})
     content = sound.read_bytes()
     middle = len(content) // 2
     for place in (middle, middle // 2, 200):
@@ -399,9 +402,9 @@ def of_yaml(sound: Path) -> Iterator[Damage]:
 
 def of_recipe(sound: Path) -> Iterator[Damage]:
     """A wrong value for every option of a recipe and of its stages."""
-    from prunedm.recipe import Recipe
-
     import yaml
+
+    from prunedm.recipe import Recipe
 
     recipe = yaml.safe_load(sound.read_text(encoding="utf-8"))
     for name, field in Recipe.model_fields.items():
@@ -447,8 +450,8 @@ def of_sweep(sound: Path) -> Iterator[Damage]:
             for stage, name in (("finetune", "steps"), ("finetune", "seed"), ("mask", "seed"))
         ) + "}",
     }.items():  # fmt: skip
-        text = text if "recipe:" in text else f"recipe: recipe.yaml\n{text}"
-        yield name, replaced(f"{text}\n".encode())
+        recipe = "" if "recipe:" in text else "recipe: recipe.yaml\n"
+        yield name, replaced(f"{recipe}{text}\n".encode())
 
 
 def of_unet(sound: Path) -> Iterator[Damage]:
@@ -466,7 +469,10 @@ def of_unet(sound: Path) -> Iterator[Damage]:
                 yield f"{part}.{key} = {what}", _yaml(table | {part: inner}, VALUES[what])
         yield f"{part}: unknown key", _yaml(table | {part: {"nothing": "@"}}, "1")
         yield f"{part}: a list", _yaml(table | {part: "@"}, "[1]")
-    yield "scheduler: unknown class", _yaml({**table, "scheduler": {"_class_name": "@"}}, '"Nothing"')
+    yield (
+        "scheduler: unknown class",
+        _yaml({**table, "scheduler": {"_class_name": "@"}}, '"Nothing"'),
+    )
 
 
 KINDS: dict[str, Callable[[Path], Iterator[Damage]]] = {

@@ -97,10 +97,14 @@ def counts(found: Iterable[Found]) -> dict[str, int]:
     """The figures that the docs quote."""
     found = list(found)
     outcomes = Counter(f.outcome for f in found)
-    return {"inputs": len(found)} | {name: outcomes[name] for name in OUTCOMES} | {
-        "over_1_GB": sum(f.growth > server.MEMORY for f in found),
-        "over_20_s": sum(f.seconds > server.SECONDS for f in found),
-    }
+    return (
+        {"inputs": len(found)}
+        | {name: outcomes[name] for name in OUTCOMES}
+        | {
+            "over_1_GB": sum(f.growth > server.MEMORY for f in found),
+            "over_20_s": sum(f.seconds > server.SECONDS for f in found),
+        }
+    )
 
 
 def as_rows(found: Iterable[Found]) -> list[dict[str, Any]]:
@@ -114,22 +118,30 @@ def _filled(word: str, base: Path) -> str:
 def _outcome(case: Case, ended: server.Ended, work: Path) -> tuple[str, str]:
     """What it is called, and the line that shows it."""
     lines = ended.err.strip().splitlines()
-    last = lines[-1] if lines else ""
-    if ended.limit:
-        return ended.limit, last
-    if (work / "pwned").exists():
-        return "wrong", "what is written in the file was executed"
-    if ended.connections:
-        return "wrong", f"asks the network: {', '.join(ended.connections)}"
+    last = lines[-1] if lines else f"exit code {ended.code}"
+    internal = ended.code not in (0, 2) or re.search("internal error|Traceback", ended.err)
+    found = [
+        (ended.limit, last),
+        ("wrong" * (work / "pwned").exists(), "what is written in the file was executed"),
+        ("wrong" * bool(ended.connections), f"asks the network: {', '.join(ended.connections)}"),
+        ("internal" * bool(internal), last),
+        (
+            "noisy" * (bool(ended.code) and (len(lines) > 1 or len(last) > LONGEST)),
+            _noise(ended.err),
+        ),
+    ]
+    for outcome, line in found:
+        if outcome:
+            return outcome, line
     if ended.code == 0:
         return _accepted(case, ended, work)
-    if ended.code != 2 or "internal error" in ended.err or "Traceback" in ended.err:
-        return "internal", last or f"exit code {ended.code}"
-    if len(lines) != 1 or len(lines[0]) > LONGEST:
-        return "noisy", f"{len(lines)} lines, {len(ended.err)} characters: {ended.err[:300]}"
     if case.expect and not re.search(case.expect, last):
         return "wrong", f"not as expected ({case.expect}): {last}"
     return "clean", last
+
+
+def _noise(text: str) -> str:
+    return f"{len(text.splitlines())} lines, {len(text)} characters: {text[:300]}"
 
 
 def _accepted(case: Case, ended: server.Ended, work: Path) -> tuple[str, str]:
@@ -197,7 +209,9 @@ def _of_outs() -> Iterator[Case]:
     """Output paths that are none, or not to be written."""
     for verb, (_, command) in BASES.items():
         for out, (prepare, refused) in OUTS.items():
-            given = tuple(out if word in ("out", "out.npz") else word for word in shlex.split(command))
+            given = tuple(
+                out if word in ("out", "out.npz") else word for word in shlex.split(command)
+            )
             if given == tuple(shlex.split(command)):
                 continue
             shown = out if len(out) < 40 else f"{out[:10]}... ({len(out):,})"

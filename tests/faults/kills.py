@@ -144,7 +144,7 @@ class Changes:
         try:
             path = os.fsdecode(name)
             if folder is not None and folder >= 0:
-                path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)  # noqa: PTH118
+                path = str(Path(f"/proc/self/fd/{folder}").readlink() / path)
             path = os.path.abspath(path)  # noqa: PTH100
             if not f"{path}/".startswith(self.folder):
                 return
@@ -184,7 +184,9 @@ def refer(verb: str, count: int | None, base: Path, place: Path) -> Reference:
             return Reference(verb, {}, [], [], error=ended.err or ended.limit or str(ended.code))
         found.append(snapshot(work))
         shutil.rmtree(work)
-    differing = sorted(name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name))
+    differing = sorted(
+        name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)
+    )
     if differing:
         return Reference(verb, {}, [], [], error=f"two runs differ in {', '.join(differing)}")
     changes: list[str] = ended.answer
@@ -320,13 +322,16 @@ def _whole(work: Path, due: dict[str, str]) -> dict[str, tuple[int, int]]:
     for record in sorted(name for name in due if Path(name).name == "record.json"):
         folder = Path(record).parent
         files = {f: digest for f, digest in due.items() if folder in Path(f).parents}
-        for place in (folder, folder.with_name(f"{folder.name}.partial") if folder.name else folder):
+        for place in (
+            folder,
+            folder.with_name(f"{folder.name}.partial") if folder.name else folder,
+        ):
             there = {f: work / place / Path(f).relative_to(folder) for f in files}
             if all(there[f].is_file() and _digest(there[f], work) == files[f] for f in files):
                 marks |= {f: _mark(there[f]) for f in files}
                 break
-    for name in due:
-        if "/" not in name and (work / name).is_file() and _digest(work / name, work) == due[name]:
+    for name, digest in due.items():
+        if "/" not in name and (work / name).is_file() and _digest(work / name, work) == digest:
             marks[name] = _mark(work / name)
     return marks
 

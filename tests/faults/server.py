@@ -23,8 +23,16 @@ _LOOK_EVERY = 0.01
 _SHARED: list[Any] = []  # work and tasks of `in_parallel`
 _PAGE = resource.getpagesize()
 _IMPORTS = (
-    "datasets", "diffusers", "onnxruntime", "PIL.Image", "sklearn.datasets", "scipy.linalg",
-    "prunedm.cli", "prunedm.console", "prunedm.experiments.chain", "prunedm.experiments.sweep",
+    "datasets",
+    "diffusers",
+    "onnxruntime",
+    "PIL.Image",
+    "sklearn.datasets",
+    "scipy.linalg",
+    "prunedm.cli",
+    "prunedm.console",
+    "prunedm.experiments.chain",
+    "prunedm.experiments.sweep",
     "prunedm.stages",
 )
 EXPORTS = (
