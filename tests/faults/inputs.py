@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -76,9 +77,10 @@ def cases(base: Path) -> list[Case]:
 
 def judge(case: Case, base: Path, place: Path) -> Found:
     """Run a case in a child, and say what came of it."""
-    work = place / re.sub(r"\W+", "-", case.name)[:100]
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(dir=place))
+    work = own / "work"
+    work.mkdir()
     for thing in case.copies:
         source = base / thing
         (shutil.copytree if source.is_dir() else shutil.copy)(source, work / source.name)
@@ -86,7 +88,7 @@ def judge(case: Case, base: Path, place: Path) -> Found:
     command = [word if word in ("", *OUTS) else _filled(word, base) for word in case.command]
     ended = server.in_child(lambda: server.prunedm(command), work)
     outcome, line = _outcome(case, ended, work)
-    shutil.rmtree(work)
+    shutil.rmtree(own)
     shown = shlex.join(word if len(word) < 80 else f"{word[:60]}..." for word in case.command)
     line = line.encode("utf-8", "replace").decode()[:600]
     shown = shown.encode("utf-8", "backslashreplace").decode()
