@@ -72,7 +72,7 @@ def run_stage(
     if processes.rank() > 0:
         return _help(place, make, is_whole=is_whole), not is_whole
     if not is_whole:
-        record = _made(place, record, known, options, make, overwrite)
+        record = _made(place, record, known, options=options, make=make, overwrite=overwrite)
     place.finish()
     processes.wait_for_all()
     return _record_of(place.out) if is_whole else record, not is_whole
@@ -82,6 +82,7 @@ def _made(
     place: Workplace,
     record: Record,
     known: Known,
+    *,
     options: Options,
     make: Make,
     overwrite: Overwrite,
