@@ -7,6 +7,7 @@ built or run is found out on torch's meta device, which holds shapes and no numb
 import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -197,7 +198,9 @@ def _adapter(cls: Any, name: str) -> TypeAdapter[Any]:
 
 def _in_words(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("numpy.ndarray | ", "").replace("typing.", "")
+    return re.sub(r"Literal\[(.*?)\]", r"one of \1", text.replace("numpy.ndarray | ", "")).replace(
+        "typing.", ""
+    )
 
 
 def _check_numbers(
