@@ -93,11 +93,8 @@ def why_silent(question: Callable[[float], object]) -> str | None:
     `question` takes a time limit in seconds. It is asked in a thread that may be left to itself,
     since no limit holds for the look-up of the hub's name.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
     answers: list[str | None] = []
 
     def ask() -> None:
@@ -106,6 +103,8 @@ def why_silent(question: Callable[[float], object]) -> str | None:
             answers.append("")
         except RepositoryNotFoundError:
             answers.append(None)
+        except OfflineModeIsEnabled:
+            answers.append("HF_HUB_OFFLINE is set")
         except Exception as error:
             answers.append(first_line(error)[:160])
 
