@@ -127,7 +127,7 @@ def masks_of_a_dense_model(place: Path):
 
 
 def masks_without_a_file(place: Path):
-    return ["masks", "show", place / "m.safetensors"], ["m.safetensors", "no masks file"]
+    return ["masks", "show", place / "m.safetensors"], ["m.safetensors", "not a masks file"]
 
 
 def loss_with_masks_of_another_model(place: Path):
@@ -465,16 +465,21 @@ def test_help_is_fast_and_imports_nothing_heavy():
         "heavy = {'torch', 'diffusers', 'datasets', 'sklearn', 'matplotlib', 'scipy'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done, spent = processor_seconds(code)
+    _, needed = processor_seconds("import cyclopts, pydantic, rich.table, psutil, yaml")
     assert done.returncode == 0, done.stderr
     for command in ("run", "train", "prune", "learn", "finetune", "sample", "evaluate", "compare"):
         assert command in done.stdout
     for command in ("analyze", "loss", "masks"):
         assert command in done.stdout
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 1
+    assert spent < 3 * needed  # 2.2 where it was measured; processors differ in seconds
+
+
+def processor_seconds(code: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_the_error_line_is_all_that_a_process_writes_to_stderr(tmp_path):

@@ -178,7 +178,7 @@ def test_first_and_learned_masks_are_compared_on_the_same_noise(deep, chain):
     assert found["ssim"] == pytest.approx(np.median(ssim(*pair)))
     with Image.open(deep / "visualizations" / "masks.png") as picture:
         assert picture.size == (6 * 9 - 1, 2 * 9 - 1)
-    assert first.model == f"{chain['learned']}, under the first masks"
+    assert first.model == "learned, under the first masks"
 
 
 def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypatch):
@@ -258,7 +258,7 @@ def test_the_files_hold_the_figures(deep):
 
 def test_the_workflow_says_how_each_step_ended(deep, chain):
     workflow = json.loads((deep / "workflow_results.json").read_text())
-    assert workflow["checkpoint"] == str(chain["learned"])
+    assert workflow["checkpoint"] == "learned"  # no folder of this machine
     assert workflow["hash"] == load(chain["learned"]).hash
     assert workflow["depth"] == "compare"
     assert workflow["timestamp"].startswith("20")
@@ -356,7 +356,7 @@ def strict(text: str) -> object:
 def test_numbers_that_are_not_finite_never_reach_json(tmp_path):
     broken = tiny_model()
     with torch.no_grad():
-        broken.denoiser.conv_out.bias.fill_(float("nan"))
+        broken.denoiser.conv_out.bias.fill_(1e30)  # finite, and its square is not
     save(broken, tmp_path / "broken")
     options = SHALLOW.model_copy(update={"problems": 2})
     models = {"a": tiny_folder(), "b": tiny_folder(), "broken": tmp_path / "broken"}
@@ -372,7 +372,7 @@ def test_numbers_that_are_not_finite_never_reach_json(tmp_path):
     }
     assert failed == {("broken", "loss")}
     assert bad.figures.loss is None
-    assert "the loss is nan" in bad.failed["loss"]
+    assert "the denoising loss is inf" in bad.failed["loss"]
     assert "* b: loss +0.00000\n" in (tmp_path / "out" / "evaluation_summary.md").read_text()
 
 
@@ -388,14 +388,14 @@ def test_one_model_that_cannot_be_timed_leaves_the_others_their_turns(chain, tmp
     models = {"a": chain["dense"], "b": chain["narrow"], "c": tiny_folder()}
     loading = load
 
-    def marked(path):
-        model = loading(path)
+    def marked(path, **named):
+        model = loading(path, **named)
         if path == models["b"]:
             model.denoiser.too_large = True
         return model
 
     monkeypatch.setattr("prunedm.stages.evaluating.together.timings", picky)
-    monkeypatch.setitem(compare.__globals__, "load", marked)
+    monkeypatch.setattr("prunedm.stages.inputs.load", marked)
     compare(models, tmp_path / "out", SAMPLED)
     rows = {row.label: row for row in read_comparison(tmp_path / "out")}
     assert {label: [t.batch for t in row.figures.timings] for label, row in rows.items()} == {

@@ -159,7 +159,7 @@ def test_equal_masks_make_equal_files(tmp_path):
 def test_a_damaged_masks_file_is_refused_by_name(tmp_path, metadata):
     path = tmp_path / "m.safetensors"
     save_file({"layer": torch.zeros(1, dtype=torch.uint8)}, path, metadata=metadata)
-    with pytest.raises(UserError, match=r"m\.safetensors is no masks file or is damaged"):
+    with pytest.raises(UserError, match=r"m\.safetensors is not a masks file, or is damaged"):
         load_masks(path)
 
 

@@ -339,7 +339,7 @@ def test_what_holds_no_masks_gives_one_line(kind, tmp_path, capsys):
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.count("\n") == 1
-    assert ("prune it first" if kind == "dense" else "no masks file or is damaged") in told.err
+    assert ("prune it first" if kind == "dense" else "not a masks file") in told.err
 
 
 def test_extract_tells_what_it_did(pruned, tmp_path, capsys):

@@ -218,6 +218,8 @@ def counted_forward(monkeypatch, counted: dict[str, int]) -> None:
 
     def forward(self, sample, *arguments, **named):
         output = original(self, sample, *arguments, **named)
+        if sample.device.type == "meta":  # a look at the shapes
+            return output
         image = output[0] if isinstance(output, tuple) else output.sample
         counted["all"] += len(sample)
         counted["with gradient"] += len(sample) * image.requires_grad

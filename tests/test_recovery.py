@@ -544,7 +544,7 @@ def test_a_cycle_of_problems_asks_the_teacher_once(narrow, tmp_path, monkeypatch
         asked.append(batch.numbers)
         return predict(network, batch)
 
-    monkeypatch.setattr(stage, "predict", counted)
+    monkeypatch.setattr(stage, "whole_output", counted)
     for memory in (1.0, 0.0):
         out = tmp_path / str(memory)
         options = FinetuneOptions(steps=6, dataset_size=7, memo_memory=memory, **QUICK)

@@ -196,7 +196,7 @@ def sorted_header(file: bytes) -> bytes:
 def load_masks(path: Path) -> Masks:
     """Masks written by `save_masks`. Raises `UserError` where the file is damaged or none of ours."""
     if not path.is_file():
-        raise UserError(f"{path} is no masks file: it is not a file at all")
+        raise UserError(f"{path} is not a masks file: it is not a file at all")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -211,7 +211,7 @@ def load_masks(path: Path) -> Masks:
         patterns = {name: Pattern.parse(str(claimed[name])) for name in claimed}
     except Exception as error:  # safetensors and torch raise whatever they like
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)[:160]
-        raise UserError(f"{path} is no masks file or is damaged ({reason})") from error
+        raise UserError(f"{path} is not a masks file, or is damaged ({reason})") from error
     return Masks(by_layer, patterns)
 
 

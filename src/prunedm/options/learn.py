@@ -44,7 +44,7 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
     lr: float | None = Field(  # type: ignore[assignment]  # filled() makes it a number
         None,
         gt=0,
-        le=LARGEST_LR,
+        le=1e9,
         description="of logits; none: 0.3 (relaxed), 50 (classic), by estimator",
     )
     logits: float | None = Field(

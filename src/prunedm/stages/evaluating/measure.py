@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from pydantic import TypeAdapter
 
 from prunedm.data import ImageSet
-from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import denoising_loss, streamed_batches
@@ -202,10 +200,6 @@ class _Measuring:
         loss = denoising_loss(
             self.model.denoiser, batches, device=self.device, progress=self.yard.progress
         )
-        if not isfinite(loss.mean):
-            raise UserError(
-                f"the loss is {loss.mean}: the weights are broken; train or load others"
-            )
         np.save(self.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
         return {"loss": loss.mean, "loss_se": loss.standard_error}
 
