@@ -29,7 +29,15 @@ LEVELS = [
     },
     {"training"},
     {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"}
-    | {"image_files", "image_labels", "image_tables", "image_hub", "image_arrays", "splits", "model_files"},
+    | {
+        "image_files",
+        "image_labels",
+        "image_tables",
+        "image_hub",
+        "image_arrays",
+        "splits",
+        "model_files",
+    },
     {
         "options",
         "progress",

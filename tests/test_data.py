@@ -256,7 +256,7 @@ def test_a_dataset_unknown_to_the_hub_is_named_in_one_line(monkeypatch, silence,
     def unreachable(*_):
         raise ConnectionError("Couldn't reach the Hub\nwith a second line")
 
-    monkeypatch.setattr(image_hub, "_silence", lambda _: silence)
+    monkeypatch.setattr(image_hub, "why_silent", lambda _: silence)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=rf"'someone/nothing'.*{said}") as error:
         load_images("someone/nothing", split="train", size=8, channels=3)

@@ -103,6 +103,26 @@ def test_identity_is_what_decides_the_result(tmp_path):
     assert stage.run(tmp_path / "out", options=same, inputs=moved)[1] is False
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_result_from_before_an_option_existed_is_of_its_default(tmp_path, finished):
+    out, stage = tmp_path / "out", Stage(None if finished else Killed(), resumable=True)
+    if finished:
+        stage.run(out)
+    else:
+        with pytest.raises(Killed):
+            stage.run(out)
+    place = out / FILE if finished else tmp_path / "out.partial" / "identity.json"
+    written = json.loads(place.read_text())
+    assert written["options"].pop("warmup") == OPTIONS.warmup
+    write_json(written, place)
+    stage.failure = None
+    _, made = stage.run(out, options=OPTIONS)
+    assert made == (not finished)
+    assert finished or stage.found == ["step-1"]
+    with pytest.raises(UserError, match="another warmup"):
+        stage.run(out, options=OPTIONS.model_copy(update={"warmup": 7}))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

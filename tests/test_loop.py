@@ -330,6 +330,12 @@ def test_nan_stops_at_its_step_and_the_last_good_state_stays(last_good, tmp_path
     assert all(map(math.isfinite, history.losses))
 
 
+def test_nan_at_the_first_step_is_not_the_learning_rates_fault(tmp_path):
+    with pytest.raises(UserError, match="nan at the first step: give another model") as error:
+        train(Line(), tmp_path, _nan_from(0), steps=5)
+    assert "--lr" not in str(error.value)
+
+
 def test_nan_without_a_checkpoint_promises_none(tmp_path):
     with pytest.raises(UserError, match=r"nan at step 1: lower --lr or raise --warmup$"):
         train(Line(), tmp_path, _nan_from(1), steps=5)

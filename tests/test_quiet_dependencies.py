@@ -153,7 +153,17 @@ def test_run_sweep_and_int8_send_nothing(guarded):
         ["sweep", "sweep.yaml", "grid", "--workers", "1"],
         ["sweep", "search.yaml", "searched", "--workers", "1"],
     )
-    int8 = ["--precision", "int8", "--problems", "8", "--convert-channels", "--tolerance", "9"]
+    int8 = [
+        "--precision",
+        "int8",
+        "--problems",
+        "8",
+        "--samples",
+        "0",
+        "--convert-channels",
+        "--tolerance",
+        "9",
+    ]
     for name in ("openvino", "onnx"):
         if find_spec("nncf") and find_spec("onnxruntime"):
             guarded.prunedm(["export", recipe["model"], name, "--format", name, *int8])

@@ -161,6 +161,8 @@ def _pick(source: Sequence[Any], indices: Sequence[int]) -> Any:
 
 
 def _together(parts: Sequence[Sequence[Any]]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
     if all(isinstance(part, list) for part in parts):  # of files
         return sorted((path for part in parts for path in part), key=lambda path: path.parts)
     return ConcatDataset(parts)  # type: ignore[arg-type]

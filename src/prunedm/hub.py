@@ -2,6 +2,8 @@
 
 import difflib
 import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -38,9 +40,9 @@ def find(source: str | Path) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"no model at {shortened(name)!r}: give a folder, a hub id like owner/name, or digits"
-            + _meant(path)
+            + near(name, EMBEDDED)
         )
-    return _snapshot(name, path)
+    return _snapshot(name)
 
 
 def _about_file(path: Path) -> str:
@@ -53,21 +55,22 @@ def _about_file(path: Path) -> str:
     return f"{shortened(str(path))} is {kind}, and not a model folder; {way}"
 
 
-def _meant(path: Path) -> str:
-    """The end of a message: the folder beside it, or the embedded model, whose name is near."""
-    try:
+def near(name: str, also: Sequence[str] = ()) -> str:
+    """The end of a message: a folder beside it, or another known name, that is nearly this one."""
+    path, beside = Path(name), list[Path]()
+    with suppress(OSError, ValueError):  # no such place, or nothing can be called that
+        path = expanded(name)
         beside = [p for p in islice(path.parent.iterdir(), 1000) if p.is_dir()]
-    except OSError:
-        beside = []
-    known = {p.name: str(p) for p in beside} | {name: name for name in EMBEDDED}
-    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.6)
-    return f"; did you mean {known[near[0]]!r}?" if near else ""
+    known = {p.name: str(p) for p in beside} | {name: name for name in also}
+    found = difflib.get_close_matches(path.name, known, n=1, cutoff=0.6)
+    return f"; did you mean {known[found[0]]!r}?" if found else ""
 
 
-def _snapshot(hub_id: str, path: Path) -> Path:
-    from huggingface_hub import snapshot_download
+def _snapshot(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
 
-    problem = _probe(hub_id)
+    why = why_silent(lambda limit: HfApi().model_info(hub_id, timeout=limit))
+    problem = "none of this name that you may read" if why is None else why
     local = {"local_files_only": True} if problem else {}  # what an earlier call has left
     try:
         folder = Path(
@@ -79,28 +82,33 @@ def _snapshot(hub_id: str, path: Path) -> Path:
     except Exception as error:  # network, authentication, no such repository
         raise UserError(
             f"cannot get model {hub_id!r}: no such folder, and the hub says: "
-            f"{problem or first_line(error)[:160]}{_meant(path)}"
+            f"{problem or first_line(error)[:160]}{near(hub_id, EMBEDDED)}"
         ) from error
     return folder
 
 
-def _probe(hub_id: str) -> str:
-    """Why the hub does not give this model, "" where it would: one question, answered in seconds.
+def why_silent(question: Callable[[float], object]) -> str | None:
+    """Why the hub gives no answer, "" where it gives one, None where it has nothing of the name.
 
-    Asked in a thread, since no timeout holds for the look-up of the hub's name.
+    `question` takes a time limit in seconds. It is asked in a thread that may be left to itself,
+    since no limit holds for the look-up of the hub's name.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-    found = [f"no answer in {PROBE_SECONDS:g} s"]
+    answers: list[str | None] = []
 
     def ask() -> None:
         try:
-            HfApi().model_info(hub_id, timeout=PROBE_SECONDS)
-            found[0] = ""
+            question(PROBE_SECONDS)
+            answers.append("")
+        except RepositoryNotFoundError:
+            answers.append(None)
+        except OfflineModeIsEnabled:
+            answers.append("HF_HUB_OFFLINE is set")
         except Exception as error:
-            found[0] = first_line(error)[:160]
+            answers.append(first_line(error)[:160])
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    return found[0]
+    return answers[0] if answers else f"no answer in {PROBE_SECONDS:g} s"

@@ -144,7 +144,7 @@ def _floats(path: Path, key: str) -> np.ndarray:
     array = read_array(path, key)
     if array.dtype.kind not in "fiu":
         raise UserError(f"{key} is {array.dtype}")
-    return np.float64(array)
+    return np.asarray(array, dtype=np.float64)
 
 
 def _drawn_distance(

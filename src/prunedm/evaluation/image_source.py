@@ -113,7 +113,7 @@ class Images(ImageSet):
 
     def _look(self) -> None:
         """Shape of the set: by the headers of all files that are asked for, else of one image."""
-        if isinstance(self.source[0], Path):
+        if isinstance(self.source, list) and isinstance(self.source[0], Path):
             grey = [self._compare(index, *found) for index, found in self._headers()]
         else:
             grey = [self._compare(index, *found) for index, found in self._first_readable()]

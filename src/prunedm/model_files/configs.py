@@ -7,6 +7,7 @@ built or run is found out on torch's meta device, which holds shapes and no numb
 import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -94,9 +95,9 @@ def read_unet_config(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in DENOISERS:
-        known = ", ".join(DENOISERS)
         raise UserError(
-            f"{folder} holds a {shown(name).strip(chr(39))}; supported denoisers: {known}"
+            f"{folder} holds a {shown(name).strip(chr(39))}; "
+            f"supported denoisers: {', '.join(DENOISERS)}"
         )
     check_unet_config(config, path)
     known = ("widths", *inspect.signature(UNet2DModel.__init__).parameters)
@@ -197,7 +198,9 @@ def _adapter(cls: Any, name: str) -> TypeAdapter[Any]:
 
 def _in_words(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("numpy.ndarray | ", "").replace("typing.", "")
+    return re.sub(r"Literal\[(.*?)\]", r"one of \1", text.replace("numpy.ndarray | ", "")).replace(
+        "typing.", ""
+    )
 
 
 def _check_numbers(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ _NOT_IDENTITY = {
 }  # fmt: skip
 
 Make = Callable[[Path], dict[str, Any]]  # working folder -> figures
+Known = Callable[[dict[str, Any] | None], dict[str, Any] | None]  # an identity, completed
 Overwrite = bool | Literal["look"]  # "look": make nothing, raise NotDone where there is work
 
 
@@ -56,31 +58,38 @@ def run_stage(
         seed=getattr(options, "seed", None),
         history=[r.model_copy(update={"history": []}) for r in parent.lineage()] if parent else [],
     )
+    known = partial(_completed, options=options)
     if overwrite == "look":
-        return _look(place, record), False
-    found = _existing(place, record, overwrite, complete)
+        return _look(place, record, known), False
+    found = _existing(place, record, known, overwrite, complete)
     if found is not None:
         if processes.rank() == 0:
             place.tidy()
         return found, False
     whole = place.whole()
-    is_whole = whole is not None and whole.identity == record.identity
+    is_whole = whole is not None and known(whole.identity) == record.identity
     processes.wait_for_all()  # all have looked; now the first may change what is there
     if processes.rank() > 0:
         return _help(place, make, is_whole=is_whole), not is_whole
     if not is_whole:
-        record = _made(place, record, options, make, overwrite)
+        record = _made(place, record, known, options=options, make=make, overwrite=overwrite)
     place.finish()
     processes.wait_for_all()
     return _record_of(place.out) if is_whole else record, not is_whole
 
 
 def _made(
-    place: Workplace, record: Record, options: Options, make: Make, overwrite: Overwrite
+    place: Workplace,
+    record: Record,
+    known: Known,
+    *,
+    options: Options,
+    make: Make,
+    overwrite: Overwrite,
 ) -> Record:
     """The whole record of what `make` has written into the working folder."""
     try:
-        _open(place, record, bool(overwrite))
+        _open(place, record, known, bool(overwrite))
         before, started = place.spent(), time.monotonic()
         processes.wait_for_all()
         figures = make(place.partial)
@@ -122,32 +131,47 @@ def identifying(options: Options) -> dict[str, Any]:
     return options.model_dump(mode="json", exclude=_NOT_IDENTITY)
 
 
+def _completed(identity: dict[str, Any] | None, options: Options) -> dict[str, Any] | None:
+    """An identity with the options that came after it was written, at their defaults."""
+    if identity is None:
+        return None
+    defaults = type(options).model_construct().model_dump(mode="json", exclude=_NOT_IDENTITY)
+    return identity | {"options": defaults | identity["options"]}
+
+
 def _existing(
-    place: Workplace, record: Record, overwrite: bool, complete: Callable[[Path], bool]
+    place: Workplace,
+    record: Record,
+    known: Known,
+    overwrite: bool,
+    complete: Callable[[Path], bool],
 ) -> Record | None:
     """The record of a finished `out` that is just what was asked for; None where it can be made."""
     out, found = place.out, _found(place)
     if found is None:
         return None
-    if found.identity == record.identity and not (overwrite and not complete(out)):
+    before = known(found.identity)
+    assert before is not None
+    if before == record.identity and not (overwrite and not complete(out)):
         return found
-    if overwrite or place.unfinished() == record.identity:
+    if overwrite or known(place.unfinished()) == record.identity:
         return None
-    what = _difference(found.identity, record.identity)
+    what = _difference(before, record.identity)
     message = f"{out} exists and holds {what}; give another folder, or --overwrite"
     raise Changed(message, what)
 
 
-def _look(place: Workplace, record: Record) -> Record:
+def _look(place: Workplace, record: Record, known: Known) -> Record:
     """The record of `out` where it is done. Raises `NotDone` in words for a table of stages."""
     found = _found(place)
-    if found is not None and found.identity == record.identity:
+    before = known(found.identity if found else None)
+    if found is not None and before == record.identity:
         return found
-    if place.unfinished() == record.identity:
+    if known(place.unfinished()) == record.identity:
         whole = place.whole() is not None
         raise NotDone("is whole, and takes its place" if whole else "goes on from its checkpoint")
-    if found is not None:
-        raise NotDone(f"again: it is of {_difference(found.identity, record.identity)}")
+    if before is not None:
+        raise NotDone(f"again: it is of {_difference(before, record.identity)}")
     raise NotDone("to do")
 
 
@@ -161,10 +185,10 @@ def _found(place: Workplace) -> Record | None:
     return found
 
 
-def _open(place: Workplace, record: Record, overwrite: bool) -> None:
+def _open(place: Workplace, record: Record, known: Known, overwrite: bool) -> None:
     """The working folder: kept from an interrupted run of the same identity, else new."""
-    unfinished = None if overwrite else place.unfinished()
-    if overwrite and _is_of(place, record):
+    unfinished = None if overwrite else known(place.unfinished())
+    if overwrite and _is_of(place, record, known):
         return
     if unfinished is None:
         place.begin(record.identity)
@@ -177,10 +201,10 @@ def _open(place: Workplace, record: Record, overwrite: bool) -> None:
         raise Changed(message, difference)
 
 
-def _is_of(place: Workplace, record: Record) -> bool:
+def _is_of(place: Workplace, record: Record, known: Known) -> bool:
     """Whether just this was begun there; what cannot be read was not."""
     try:
-        return place.unfinished() == record.identity
+        return known(place.unfinished()) == record.identity
     except UserError:
         return False
 

@@ -63,9 +63,8 @@ def fit(
     Continues from `checkpoint` if that file exists, to the same bits as an unbroken run.
     `after_step(step)` may change the module (masks). `optimizer`, AdamW where none is given, follows
     the schedule from the learning rates it has; those after the first are tracked by `name`. `best` is a
-    file for the parameters of the lowest held-out loss, the start's included. With `compiles` the
-    steps run compiled where that is possible, `validate`, `observe` and `show` do not. Raises
-    `UserError` on a loss that is not finite; the last good state stays in the checkpoint.
+    file for the parameters of the lowest held-out loss, the start's included. With `compiles` the steps
+    alone run compiled. Raises `UserError` on a loss that is not finite; the checkpoint stays good.
     """
     optimizer, folder = optimizer or adamw(module, options), checkpoint.parent.parent
     peaks = [group["lr"] for group in optimizer.param_groups]

@@ -11,6 +11,7 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError, nearest
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
+from prunedm.model_files.configs import SCHEDULER_RANGES, UNET_RANGES, check_config
 from prunedm.options import TrainOptions
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
@@ -68,6 +69,9 @@ def _new_model(options: TrainOptions) -> Model:
     )
 
 
+RANGES = {"unet": UNET_RANGES, "scheduler": SCHEDULER_RANGES}
+
+
 def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
     """diffusers would skip an option that it does not know, and a class that it is not."""
     wanted = config.get("_class_name", cls.__name__)
@@ -79,6 +83,7 @@ def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
     for name in config:
         if name not in (*known, "_class_name", "_diffusers_version"):
             raise UserError(f"unknown option '{what}.{name}'{nearest(name, known)}")
+    check_config(config, cls, what, RANGES[what])
     try:
         return cls.from_config(config)
     except (ValueError, TypeError, IndexError, NotImplementedError) as error:
