@@ -49,7 +49,7 @@ READERS = [
     Reader("weights", "model/unet/diffusion_pytorch_model.safetensors", f"loss model out {QUICK}",
            "any torn safetensors tensors bin"),
     Reader("masks of a model", "masked/masks.safetensors", f"loss masked out {QUICK}",
-           "any torn safetensors tensors metadata"),
+           "any tensors"),
     Reader("a masks file", "masks.safetensors", "masks show masks.safetensors",
            "any torn safetensors tensors metadata"),
     Reader("masks put on", "masks.safetensors",
@@ -57,20 +57,20 @@ READERS = [
     Reader("packed.safetensors", "packed/packed.safetensors", f"loss packed out {QUICK}",
            "any torn safetensors tensors metadata"),
     Reader("config.json, packed", "packed/config.json", f"loss packed out {QUICK}", "any json"),
-    Reader("export.json", "onnx/export.json", f"sample onnx out {DRAW}", "any json config"),
+    Reader("export.json", "onnx/export.json", f"sample onnx out {DRAW}", "any json keys"),
     Reader("export.json, packed", "packed/export.json", f"loss packed out {QUICK}", "any json"),
     Reader("config.json, exported", "onnx/config.json", f"sample onnx out {DRAW}", "any json keys"),
     Reader("model.onnx", "onnx/model.onnx", f"sample onnx out {DRAW}", "any torn"),
     Reader("record.json of the input", "masked/record.json", f"loss masked out {QUICK}",
-           "any json config"),
+           "any json keys"),
     Reader("record.json of the output", "masked/record.json",
            f"prune {{model}} masked --mechanism nm --score magnitude {SCORE}", "any json keys"),
     *(
         Reader(f"{name} of an unfinished run", f"unfinished/out.partial/{file}",
                f"finetune {{masked}} unfinished/out {TUNE}", kinds)
         for name, file, kinds in (
-            ("identity.json", "identity.json", "any json config"),
-            ("clock.json", "clock.json", "any json config"),
+            ("identity.json", "identity.json", "any json keys"),
+            ("clock.json", "clock.json", "any json keys"),
             ("checkpoint", "resume/checkpoint.safetensors", "any torn safetensors tensors metadata"),
         )
     ),
@@ -138,6 +138,7 @@ def _pipe(work: Path) -> None:
     os.mkfifo(work / "pipe")
 
 
+WRITERS = ("loss", "finetune", "export", "stats")  # verbs that output paths are tried with
 # output path -> what is there before, and whether it must be refused
 OUTS: dict[str, tuple[Callable[[Path], None], bool]] = {
     "": (_nothing, True),
