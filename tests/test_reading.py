@@ -29,6 +29,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
         ("[" * 5000, "nested too deeply"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: [", "cannot read"),
+        ("a: \0", "cannot read"),
         ("a: " + "9" * 5000, "Exceeds the limit"),
     ],
 )

@@ -1,5 +1,6 @@
 """Images in tables of `datasets`: saved ones, parquet files of anyone, or the hub's."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,7 +200,13 @@ def named_splits(loaded: Any) -> dict[str, "Dataset"]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever `datasets` raises, of a dozen types, in one line."""
+    """Whatever `datasets` raises, of a dozen types, in one line, and nothing logged beside it."""
+    import datasets
+
+    loudness, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():  # a log file would hold every step of them
+        datasets.disable_progress_bars()
     try:
         yield
     except UserError:
@@ -207,3 +214,7 @@ def reading(name: str) -> Iterator[None]:
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(f"cannot read dataset {shown(name)!r}: {shown(reason)}") from error
+    finally:
+        datasets.logging.set_verbosity(loudness)
+        if not bars:
+            datasets.enable_progress_bars()

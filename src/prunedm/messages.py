@@ -12,7 +12,7 @@ from prunedm.errors import UserError, masked, shortened
 # errors of the place that was to be written to, not of the program
 _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP,
 )  # fmt: skip
 
 
@@ -34,5 +34,5 @@ def _in_words(error: BaseException) -> str | None:
         return "the disk is full; make room, or choose another place: the same command goes on"
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = error.filename or "the output folder"
-        return f"cannot write {where}: {os.strerror(error.errno)}; choose another place"
+        return f"cannot read or write {where}: {os.strerror(error.errno)}; choose another place"
     return " ".join(str(error).split()) if isinstance(error, UserError) else None

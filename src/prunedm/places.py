@@ -42,6 +42,9 @@ def target(out: str | Path) -> Path:
         ) from error
     if not found.name:
         raise UserError(f"{path} is the root of the file system; give a folder in it")
+    above = next((folder for folder in found.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"{path}: {above} is a file, and not a folder; choose another place")
     longest = max(len(os.fsencode(part)) for part in found.parts)
     if longest > LONGEST_NAME or len(os.fsencode(found.name)) > LONGEST_NAME - _BESIDE:
         raise UserError(

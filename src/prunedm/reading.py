@@ -88,8 +88,9 @@ def parse_yaml(text: str, where: object) -> Any:
     """A YAML 1.2 document; None where it is empty."""
     if _brackets(text) > 4 * DEPTH:  # PyYAML takes seconds to run into its recursion limit
         raise UserError(f"{where} is nested too deeply")
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -102,7 +103,8 @@ def parse_yaml(text: str, where: object) -> Any:
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _brackets(text: str) -> int:

@@ -16,7 +16,7 @@ from prunedm.options import (
     Options,
     PruneOptions,
 )
-from prunedm.places import expanded
+from prunedm.places import expanded, target
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
 
@@ -195,6 +195,7 @@ def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
     """
     from prunedm import stages
 
+    target(out)  # refuses what no folder can be
     out, steps, planned = expanded(out), steps_of(recipe), list[Planned]()
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
     folders: dict[str, str | Path] = {"dense": recipe.model}

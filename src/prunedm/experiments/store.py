@@ -9,6 +9,7 @@ hold, and the options of every stage up to it. So nothing is computed twice, and
 keeps what is done.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
@@ -226,5 +228,13 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def own_name(path: Path) -> Path:
-    """A name beside `path` that no other process writes to."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")
+    """A name beside `path` that no other process writes to.
+
+    What processes of this machine have left there before they were killed is removed.
+    """
+    stem = f"{path.name}.{socket.gethostname()}-"
+    for other in path.parent.glob(f"{glob.escape(stem)}*"):
+        number = other.name.removeprefix(stem)
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            other.unlink(missing_ok=True)
+    return path.with_name(f"{stem}{os.getpid()}")

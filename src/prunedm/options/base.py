@@ -1,5 +1,6 @@
 """What several stages' options share: data, calibration, scores, the training loop."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,8 @@ class Options(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        if any("\udc80" <= c <= "\udcff" for text in _texts(value) for c in text):
+            raise ValueError("is not UTF-8")
         largest = LARGEST_SEED if info.field_name == "seed" else LARGEST
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, int) and abs(number) > largest for number in numbers):
@@ -87,6 +90,16 @@ class Options(BaseModel):
             for name, field in cls.model_fields.items()
         }
         return {name: mark for name, mark in marks.items() if mark is not None}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
 
 
 class ModelOptions(Options):
