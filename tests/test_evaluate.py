@@ -29,6 +29,7 @@ from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
 from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
 from prunedm.stages.evaluating.first_masks import under_first_masks
+from prunedm.stages.evaluating.measure import Yardstick
 from prunedm.stages.evaluating.quality import features_of, with_features
 from prunedm.stages.evaluating.reload import check_reload
 from prunedm.stages.evaluating.steps import Steps
@@ -201,23 +202,26 @@ def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypat
     assert all(read_samples(out, label) is not None for label in labels)
 
 
-@pytest.mark.parametrize(("fewer", "drawn"), [(3, 3), (0, 0), (50, 6)])
-def test_models_in_the_middle_are_drawn_from_less_and_have_no_fd(
-    chain, tmp_path, features, fewer, drawn
-):
-    options = EvaluateOptions(samples=6, middle_samples=fewer, features=features, **MEASURE)
+@pytest.mark.parametrize(("fewer", "drawn"), [(3, 3), (0, 0), (50, 6), (None, 6)])
+def test_models_in_the_middle_have_a_lighter_yardstick(fewer, drawn):
+    options = EvaluateOptions(samples=6, middle_samples=fewer, **MEASURE)
+    yard = Yardstick(options, noise_images(), load_features("digits-cnn"), Silent())
+    assert yard.lighter().options.samples == drawn
+    assert (yard.lighter().network is None) == (fewer is not None)
+
+
+def test_models_in_the_middle_are_drawn_from_less_and_have_no_fd(chain, tmp_path, features):
+    options = EvaluateOptions(samples=6, middle_samples=3, features=features, **MEASURE)
     models = {"dense": chain["dense"], "narrow": chain["narrow"], "last": chain["learned"]}
     compare(models, tmp_path / "out", options)
     dense, middle, last = read_comparison(tmp_path / "out")
     assert dense.figures.fd is not None
     assert last.figures.fd is not None
     assert middle.figures.fd is None
-    assert (dense.conditions.samples, middle.conditions.samples) == (6, drawn)
-    kept = tmp_path / "alone"
-    compare(models | {"end": chain["learned"]}, kept, options.model_copy(update={"samples": 3}))
-    assert (middle.figures.psnr_db is None) == (drawn == 0)
-    if drawn == 3:  # the first ones: image i is that of the same noise
-        assert read_comparison(kept)[1].figures.psnr_db == middle.figures.psnr_db
+    assert (dense.conditions.samples, middle.conditions.samples) == (6, 3)
+    drawn, whole = (read_samples(tmp_path / "out", label) for label in ("narrow", "dense"))
+    assert (len(drawn), len(whole)) == (3, 6)
+    assert middle.figures.psnr_db == np.median(psnr(drawn, whole[:3]))  # of the same noise
 
 
 def test_skip_fid_needs_no_network(tmp_path):

@@ -140,7 +140,10 @@ def test_nothing_is_proposed_twice_over(runs, tmp_path):
     assert None not in values
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "gp"])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("random", "nsga2", "gp")]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", *_SLOW])
 def test_an_interrupted_search_proposes_what_an_unbroken_one_does(sampler, runs, tmp_path):
     study = plan(trials=14, sampler=sampler, study="same")
     sweep(study, tmp_path / "whole")
@@ -156,6 +159,7 @@ def test_an_interrupted_search_proposes_what_an_unbroken_one_does(sampler, runs,
     assert [t.state.name for t in trials(study, tmp_path / "cut")] == ["COMPLETE"] * 14
 
 
+@pytest.mark.slow  # 48 trials
 def test_a_search_learns(runs, tmp_path):
     """On a smooth valley TPE's later proposals are lower than random ones."""
     mean = {}
@@ -339,6 +343,7 @@ sweeps.sweep(plan, Path(sys.argv[3]))
 """
 
 
+@pytest.mark.slow  # four interpreters with PyTorch
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_processes_at_once_on_one_study(shared, tmp_path):
     """They share one database; with one folder (shared) or each its own, as machines have."""
