@@ -87,7 +87,7 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> None:
     seen.add((place.st_dev, place.st_ino))
     names = {entry.name for entry in entries}
     for entry in entries:
-        is_folder, suffix = _is_folder(entry), Path(entry.name).suffix.lower()
+        is_folder, suffix = _is_folder(entry), _suffix(entry.name)
         if entry.name.startswith(".") or entry.name in DROPPINGS:
             found.left_out["hidden"] += is_folder or suffix in SUFFIXES
         elif is_folder:
@@ -100,6 +100,12 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> None:
             found.left_out["sheets"] += 1
         else:
             found.files.append(Path(entry.path))
+
+
+def _suffix(name: str) -> str:
+    """As `Path.suffix`, without a path for each of many thousand files."""
+    stem, dot, end = name.rpartition(".")
+    return (dot + end).lower() if stem else ""
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
