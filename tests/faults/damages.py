@@ -50,10 +50,13 @@ OPTIONS = {
 TEXT = b"this is a text and nothing else\n"
 
 
-def replaced(content: bytes) -> Callable[[Path], None]:
+def replaced(content: bytes | Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Other content; a function is of the sound one, and called when it is needed."""
+
     def damage(path: Path) -> None:
+        new = content if isinstance(content, bytes) else content(path.read_bytes())
         path.unlink()
-        path.write_bytes(content)
+        path.write_bytes(new)
 
     return damage
 
@@ -80,18 +83,14 @@ def of_any(sound: Path) -> Iterator[Damage]:
     yield "a link to nowhere", gone(lambda path: path.symlink_to("nowhere"))
     yield "a link to itself", gone(lambda path: path.symlink_to(path.name))
     yield "/dev/zero", gone(lambda path: path.symlink_to("/dev/zero"))
-    yield "half of it", replaced(sound.read_bytes()[: sound.stat().st_size // 2])
+    yield "half of it", replaced(lambda content: content[: len(content) // 2])
 
 
 def of_torn(sound: Path) -> Iterator[Damage]:
     """A copy that stopped, or went wrong, at some place."""
-    content = sound.read_bytes()
-    for size in (1, 4, 8, 12, 100, len(content) - 8, len(content) - 1):
-        if size < len(content):
-            yield (
-                f"only {size if size <= 100 else size - len(content)} bytes",
-                replaced(content[:size]),
-            )
+    for size in (1, 4, 8, 12, 100, -8, -1):
+        if size < sound.stat().st_size:
+            yield f"only {size} bytes", replaced(lambda content, size=size: content[:size])
 
 
 def of_json(sound: Path) -> Iterator[Damage]:
@@ -104,7 +103,7 @@ def of_json(sound: Path) -> Iterator[Damage]:
     yield "UTF-16", replaced(text.encode("utf-16"))
     yield "Latin-1", replaced('{"ü": 1}'.encode("latin-1"))
     yield "with a mark at its start", replaced(b"\xef\xbb\xbf" + text.encode())
-    yield "100 MB of blanks", replaced(b" " * 100_000_000 + text.encode())
+    yield "100 MB of blanks", replaced(lambda content: b" " * 100_000_000 + content)
 
 
 def of_config(sound: Path, values: Iterable[str] = tuple(VALUES)) -> Iterator[Damage]:
@@ -133,20 +132,30 @@ def _file(header: Any, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+def headed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Another header before the same tensors."""
+
+    def damage(content: bytes) -> bytes:
+        header, body = _header(content)
+        return _file(change(header), body)
+
+    return replaced(damage)
+
+
 def of_safetensors(sound: Path) -> Iterator[Damage]:
     """Headers that say what is not so."""
-    content = sound.read_bytes()
-    header, body = _header(content)
+    header, _ = _header(sound.read_bytes())
     first = next(name for name in header if name != "__metadata__")
-    for size in (0, 1, len(content), 1 << 40, (1 << 63) - 1, (1 << 64) - 1):
-        yield f"header of {size:,} bytes", replaced(struct.pack("<Q", size) + content[8:])
+    for size in (0, 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1):
+        length = struct.pack("<Q", size)
+        yield f"header of {size:,} bytes", replaced(lambda content, n=length: n + content[8:])
     for name, text in {
         "not JSON": TEXT,
         "a list": b"[]",
         "nothing": b"{}",
         "nested": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
     }.items():
-        yield f"header is {name}", replaced(_file(text, body))
+        yield f"header is {name}", headed(lambda _, text=text: text)
     facts = header[first]
     for name, changed in {
         "offsets beyond the file": {"data_offsets": [0, 1 << 50]},
@@ -160,38 +169,38 @@ def of_safetensors(sound: Path) -> Iterator[Damage]:
         "no type": {"dtype": None},
         "no shape": {"shape": None},
     }.items():
-        yield f"first tensor has {name}", replaced(_file(header | {first: facts | changed}, body))
-    yield "metadata is a list", replaced(_file(header | {"__metadata__": []}, body))
-    yield "metadata holds numbers", replaced(_file(header | {"__metadata__": {"a": 1}}, body))
+        wrong = {first: facts | changed}
+        yield f"first tensor has {name}", headed(lambda header, wrong=wrong: header | wrong)
+    yield "metadata is a list", headed(lambda header: header | {"__metadata__": []})
+    yield "metadata holds numbers", headed(lambda header: header | {"__metadata__": {"a": 1}})
 
 
 def of_metadata(sound: Path) -> Iterator[Damage]:
     """A wrong text for every fact in a header."""
-    header, body = _header(sound.read_bytes())
-    metadata = header.get("__metadata__", {})
-    bare = {name: value for name, value in header.items() if name != "__metadata__"}
-    yield "no metadata", replaced(_file(bare, body))
-    for key in metadata:
+    metadata = _header(sound.read_bytes())[0].get("__metadata__", {})
+
+    def told(facts: dict[str, str] | None) -> Callable[[Path], None]:
+        known = {} if facts is None else {"__metadata__": facts}
+        return headed(lambda h: {n: v for n, v in h.items() if n != "__metadata__"} | known)
+
+    yield "no metadata", told(None)
+    for key, text in metadata.items():
         for name, value in VALUES.items():
-            changed = header | {"__metadata__": metadata | {key: value}}
-            yield f"metadata {key} = {name}", replaced(_file(changed, body))
-        fewer = {k: v for k, v in metadata.items() if k != key}
-        yield f"metadata without {key}", replaced(_file(header | {"__metadata__": fewer}, body))
-        yield from _inner(header, body, key)
+            yield f"metadata {key} = {name}", told(metadata | {key: value})
+        yield f"metadata without {key}", told({k: v for k, v in metadata.items() if k != key})
+        for inner, changed in _inner(text):
+            yield f"metadata {key}.{inner}", told(metadata | {key: changed})
 
 
-def _inner(header: dict[str, Any], body: bytes, key: str) -> Iterator[Damage]:
-    """A wrong value for every key of a table that is kept as a text in the metadata."""
-    metadata = header["__metadata__"]
+def _inner(text: str) -> Iterator[tuple[str, str]]:
+    """A table that is kept as a text, with a wrong value for one of its first keys."""
     try:
-        table = json.loads(metadata[key])
+        table = json.loads(text)
     except ValueError:
         return
-    for inner in list(table)[:9] if isinstance(table, dict) else ():
+    for key in list(table)[:9] if isinstance(table, dict) else ():
         for name in FEW:
-            text = json.dumps(table | {inner: "@"}).replace('"@"', VALUES[name])
-            changed = header | {"__metadata__": metadata | {key: text}}
-            yield f"metadata {key}.{inner} = {name}", replaced(_file(changed, body))
+            yield f"{key} = {name}", json.dumps(table | {key: "@"}).replace('"@"', VALUES[name])
 
 
 def of_tensors(sound: Path) -> Iterator[Damage]:
@@ -261,7 +270,11 @@ def of_image(sound: Path) -> Iterator[Damage]:
     yield "a TIFF of floats", saved(grey.convert("F"), "tiff")
     yield "1x1", saved(Image.new("L", (1, 1)))
     yield "1x1000", saved(Image.new("L", (1, 1000)))
-    yield "a bomb of 30,000 x 30,000", saved(Image.new("1", (30_000, 30_000)))
+
+    def bomb(path: Path) -> None:  # made when it is needed: it fills the memory here too
+        saved(Image.new("1", (20_000, 20_000)))(path)
+
+    yield "a bomb of 20,000 x 20,000", bomb
     yield "16 bits", saved(Image.fromarray(np.full((16, 16), 40_000, np.uint16)))
     yield "many frames", saved(grey, "gif", save_all=True, append_images=[grey] * 3)
     content = sound.read_bytes()
@@ -321,7 +334,11 @@ def of_npz(sound: Path) -> Iterator[Damage]:
     yield "a negative shape", claimed((-3, 8, 8))
     yield "a type of 10^9 bytes", claimed((3,), "|V1000000000")
     yield "members that are texts", zipped({f"{name}.npy": TEXT for name in arrays})
-    yield "a bomb of 3 GB", zipped({f"{first}.npy": _npy(array)[:128] + bytes(100_000_000)})
+
+    def bomb(path: Path) -> None:
+        zipped({f"{first}.npy": _npy(array) + bytes(300_000_000)})(path)
+
+    yield "a bomb of 300 MB", bomb
     content = sound.read_bytes()
     middle = len(content) // 2
     for place in (middle, middle // 2, 200):
