@@ -282,7 +282,7 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("prunedm.stages.distance.extract", None)
     shape = StatsOptions(features=network, device="cpu")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(UserError, match="is a file, and not a folder"):
         stats(sets[1], tmp_path / "file" / "real.npz", shape)
 
 

@@ -364,10 +364,10 @@ def test_a_kill_before_any_change_loses_nothing(
     assert whole >= 5
 
 
-def test_a_parent_that_cannot_be_written_is_an_oserror_with_nothing_behind(tmp_path):
+def test_a_parent_that_is_a_file_is_refused_with_nothing_behind(tmp_path):
     (tmp_path / "file").write_text("")
     stage = Stage()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="is a file, and not a folder"):
         stage.run(tmp_path / "file" / "out")
     assert (stage.calls, names(tmp_path)) == (0, ["file"])
 

@@ -18,7 +18,7 @@ from prunedm.model_files.configs import SCHEDULER_RANGES, check_config
 from prunedm.model_files.schedule import read_scheduler
 from prunedm.sampling import make_sampler, sample_batches
 
-SECONDS = 1.0  # of processor time, for one refusal
+SECONDS = 5.0  # of processor time, for one refusal; what hangs takes far more
 DEEP: Any = [[[[1]]]]
 WRONG: list[Any] = [
     None,
