@@ -3,6 +3,8 @@
 import os
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,4 +30,15 @@ def _state_of_running_stages(tmp_path_factory):
     """No test writes to the home directory; of the session, for fixtures of modules too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNEDM_STATE", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank_figures():
+    """Half a second for each figure of each stage would be a third of the suite's time.
+
+    Who looks at one asks for `helpers.drawn_figures`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, path, **__: Image.new("RGB", (8, 8)).save(path))
         yield

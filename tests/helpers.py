@@ -4,7 +4,8 @@ import atexit
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from shutil import rmtree
@@ -12,8 +13,10 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from matplotlib.figure import Figure
 
 from prunedm.data import ImageSet
 from prunedm.diffusion import DenoisingProblems
@@ -30,6 +33,15 @@ TINY: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D"),
 }
+SAVEFIG = Figure.savefig
+
+
+@contextmanager
+def drawn_figures() -> Iterator[None]:
+    """Figures as users see them, which `conftest.py` leaves blank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", SAVEFIG)
+        yield
 
 
 class Killed(BaseException):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import tiny_folder
+from helpers import drawn_figures, tiny_folder
 from PIL import Image
 
 from prunedm.calibration import TimeBins
@@ -65,7 +65,8 @@ def test_the_verdict_says_what_to_expect_and_what_came(outliers, wanda, words):
 
 
 def test_analyze_writes_statistics_and_a_picture(tmp_path):
-    record, made = analyze(tiny_folder(), tmp_path / "out", AnalyzeOptions(**QUICK))
+    with drawn_figures():
+        record, made = analyze(tiny_folder(), tmp_path / "out", AnalyzeOptions(**QUICK))
     assert made
     found = json.loads((tmp_path / "out" / "activations.json").read_text())
     assert set(found["layers"]) == set(prunable_layers(load(tiny_folder()).denoiser))

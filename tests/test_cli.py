@@ -501,7 +501,7 @@ RECIPE = {
     "mask": {"calibration_problems": 8, "pictures": 0},
     "learn": {"steps": 3, "batch_size": 4, "validation_problems": 4},
     "finetune": {"steps": 3, "batch_size": 4, "validation_problems": 4},
-    "evaluate": {"problems": 8, "samples": 0, "latency_batch": 1, "latency_repeats": 2},
+    "evaluate": {"depth": "quick", "problems": 8, "samples": 0},
 }
 FOLDERS = ["1-prune", "2-recover", "3-mask", "4-learn", "5-finetune"]
 
@@ -560,9 +560,10 @@ def test_a_run_without_some_stages(tmp_path):
 def test_what_a_run_needs_at_its_end_is_looked_for_at_its_start(tmp_path, capsys):
     out = tmp_path / "out"
     words = ["run", out, "--model", tiny_folder(), "--config", write(tmp_path / "r.yaml", RECIPE)]
-    assert call(*words, "--evaluate.samples", "9", "--evaluate.features", "/no/net.pt") == 2
+    words += ["--evaluate.depth", "full", "--evaluate.samples", "9"]
+    assert call(*words, "--evaluate.features", "/no/net.pt") == 2
     assert "'/no/net.pt'" in capsys.readouterr().err
-    assert call(*words, "--evaluate.sampler", "dimm") == 2
+    assert call(*words, "--evaluate.skip-fid", "--evaluate.sampler", "dimm") == 2
     assert "'dimm'" in capsys.readouterr().err
     assert not out.exists()
 

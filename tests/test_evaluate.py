@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import TINY, Killed, noise_images, problems, tiny_folder, tiny_model
+from helpers import TINY, Killed, drawn_figures, noise_images, problems, tiny_folder, tiny_model
 from PIL import Image
 
 from prunedm.cli.frame import show_comparison
@@ -91,7 +91,8 @@ def deep(chain, features, tmp_path_factory) -> Path:
     """The learned model, evaluated with its dense model and its first masks."""
     out = tmp_path_factory.mktemp("deep") / "out"
     options = EvaluateOptions(depth="compare", samples=6, features=features, **MEASURE)
-    evaluate(chain["learned"], out, options)
+    with drawn_figures():
+        evaluate(chain["learned"], out, options)
     return out
 
 

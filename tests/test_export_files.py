@@ -483,6 +483,7 @@ def test_openvino_int8():
 # -------------------------------------------------------------------------- torch, TensorRT
 
 
+@pytest.mark.slow  # a second export; `check_zeros` has tests of its own
 def test_a_program_that_lost_a_zero_is_found_out(monkeypatch, tmp_path):
     def spoilt(graph, inputs, path):
         shutil.copy(exported("torch") / "model.pt2", path)

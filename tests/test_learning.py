@@ -10,7 +10,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, noise_images, problems, tiny_folder, tiny_model
+from helpers import Killed, drawn_figures, noise_images, problems, tiny_folder, tiny_model
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -773,7 +773,8 @@ def learned(masked, tmp_path_factory) -> tuple[Path, dict, LearnOptions]:
     """A run of the stage that changes masks for sure: folder, figures, options."""
     out = tmp_path_factory.mktemp("learned") / "out"
     options = LearnOptions(steps=4, lr=1.0, keep="last", validate_every=2, **QUICK)
-    record, made = learn(masked, out, options)
+    with drawn_figures():
+        record, made = learn(masked, out, options)
     assert made
     return out, record.figures, options
 

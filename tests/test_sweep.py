@@ -42,13 +42,7 @@ RECIPE = {
     "stages": ["mask", "finetune"],
     "mask": {"mechanism": "nm", "score": "magnitude", "pictures": 0, "calibration_problems": 8},
     "finetune": TUNE,
-    "evaluate": {
-        "depth": "full",
-        "problems": 8,
-        "samples": 4,
-        "sampling_steps": 2,
-        "skip_fid": True,
-    },
+    "evaluate": {"depth": "quick", "problems": 8},
 }
 
 
@@ -590,7 +584,9 @@ def test_the_page_before_anything_is_measured(tmp_path):
 
 def test_the_page_escapes_what_data_says(in_process, tmp_path):
     label = "<script>alert(1)</script>"
-    grid = {"method": {label: {"mask.score": "random"}}}
+    drawn = {"evaluate.depth": "full", "evaluate.samples": 4, "evaluate.sampling_steps": 2}
+    drawn["evaluate.skip_fid"] = True
+    grid = {"method": {label: {"mask.score": "random"} | drawn}}
     rows = sweep(plan(grid), tmp_path / "out")
     text = write_page(rows, plan(grid), tmp_path / "out").read_text(encoding="utf-8")
     assert label not in text

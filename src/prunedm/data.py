@@ -243,7 +243,8 @@ def _digits(size: int) -> _Source:
     )
 
 
-def digits(split: str, size: int) -> tuple[np.ndarray, list[int]]:
+@cache
+def digits(split: str, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """scikit-learn's 1,797 handwritten digits: NHW uint8 of side `size`, every sixth held out."""
     from sklearn.datasets import load_digits
 
@@ -255,7 +256,7 @@ def digits(split: str, size: int) -> tuple[np.ndarray, list[int]]:
         )
         for i in chosen
     ]
-    return np.stack([np.asarray(image) for image in images]), bunch.target[chosen].tolist()
+    return np.stack([np.asarray(image) for image in images]), tuple(bunch.target[chosen].tolist())
 
 
 def to_model_range(images_NCHW: torch.Tensor) -> torch.Tensor:

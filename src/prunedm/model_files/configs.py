@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -136,23 +136,29 @@ def check_unet_config(config: Mapping[str, Any], where: object) -> None:
 def describe_network(config: Mapping[str, Any], where: object) -> Any:
     """The network of a checked config on the meta device: shapes alone, run once on shapes alone.
 
-    Raises `UserError` where diffusers cannot build it, or it cannot run on images of its size.
+    One for all who ask about the same config: nobody may change it. Raises `UserError` where diffusers
+    cannot build it, or it cannot run on images of its size.
     """
-    cls = DENOISERS[config["_class_name"]]
+    try:
+        return _described(json.dumps(dict(config), sort_keys=True))
+    except UserError as error:
+        raise UserError(f"{where} describes {error}") from error
+
+
+@lru_cache(maxsize=16)
+def _described(config: str) -> Any:
+    values = json.loads(config)
+    cls = DENOISERS[values["_class_name"]]
     try:
         with torch.device("meta"):
-            network = cls.from_config(dict(config))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+            network = cls.from_config(values).eval()
     except Exception as error:  # diffusers and torch raise whatever they like
-        raise UserError(
-            f"{where} describes no {cls.__name__}: {first_line(error)[:160]}"
-        ) from error
-    _check_runs(network, where)
+        raise UserError(f"no {cls.__name__}: {first_line(error)[:160]}") from error
+    _check_runs(network)
     return network
 
 
-def _check_runs(network: Any, where: object) -> None:
+def _check_runs(network: Any) -> None:
     size, channels = network.config.sample_size, network.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
     labels = None if network.class_embedding is None else torch.zeros(2, dtype=torch.long)
@@ -160,20 +166,15 @@ def _check_runs(network: Any, where: object) -> None:
         with torch.device("meta"), torch.no_grad():
             x_NCHW = torch.zeros(2, channels, height, width)
             labels = None if labels is None else labels.to("meta")
-            shape = network.eval()(x_NCHW, torch.zeros(2).long(), labels, return_dict=False)[
-                0
-            ].shape
+            made_NCHW = network(x_NCHW, torch.zeros(2).long(), labels, return_dict=False)[0]
     except NotImplementedError:  # an operation that knows no meta device
         return
     except Exception as error:
         raise UserError(
-            f"{where} describes a network that cannot run on {height}x{width} images: "
-            f"{first_line(error)[:160]}"
+            f"a network that cannot run on {height}x{width} images: {first_line(error)[:160]}"
         ) from error
-    if shape != (2, network.config.out_channels, height, width):
-        raise UserError(
-            f"{where} describes a network that makes {tuple(shape)} of {height}x{width}"
-        )
+    if made_NCHW.shape != (2, network.config.out_channels, height, width):
+        raise UserError(f"a network that makes {tuple(made_NCHW.shape)} of {height}x{width}")
 
 
 @cache
