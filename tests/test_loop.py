@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -238,7 +239,12 @@ def _other_file(path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, path)
 
 
-@pytest.mark.parametrize("damage", [_truncate, _other_file, lambda p: p.write_text("no")])
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [_truncate, _other_file, _pipe, lambda p: p.write_text("no")])
 def test_a_damaged_checkpoint_is_a_clear_error(damage, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     train(Line(), tmp_path, slope, steps=3, checkpoint_every=2)

@@ -80,9 +80,9 @@ def test_only_regular_files_of_some_length_are_read(tmp_path, read, monkeypatch)
     monkeypatch.setattr(reading, "YAML_LIMIT", 64)
     for path, reason in [
         (tmp_path / "none", "is missing"),
-        (tmp_path, "is not a file"),
-        (tmp_path / "pipe", "is not a file"),
-        ("/dev/zero", "is not a file"),
+        (tmp_path, "is not a regular file"),
+        (tmp_path / "pipe", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
         (tmp_path / "binary", "cannot read"),
         (long, "longer than 64 bytes"),
     ]:

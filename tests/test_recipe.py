@@ -237,7 +237,7 @@ def test_the_folder_is_what_is_no_yaml_file(monkeypatch, tmp_path):
     [
         (["a.yaml", "b.yaml"], "one recipe and one folder"),
         (["a", "b"], "one recipe and one folder"),
-        (["gone.yaml"], "gone.yaml is missing"),
+        (["gone.yaml"], "gone.yaml: it is missing"),
         (["--set", "learn.paternn=1:4"], "did you mean 'pattern'"),
         (["--set", "learn.pattern=3:2"], "is no N:M"),
     ],

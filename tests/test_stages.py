@@ -168,8 +168,10 @@ def test_a_class_conditional_model_goes_through_every_stage(tmp_path, features):
     [
         ({"unet": {}}, "no architecture: give --preset digits"),
         ({"unet": TINY | {"sample_sise": 8}}, r"'unet\.sample_sise'; did you mean 'sample_size'"),
-        ({"unet": {"in_channels": 1}}, "unet says no sample_size"),
-        ({"unet": TINY | {"down_block_types": ("NoBlock",) * 2}}, "diffusers refuses this unet"),
+        ({"unet": {"in_channels": 1}}, "unet has no sample_size"),
+        ({"unet": TINY | {"sample_size": None}}, "unet has no sample_size"),
+        ({"unet": TINY | {"time_embedding_type": "x" * 5000}}, "unet"),
+        ({"unet": TINY | {"down_block_types": ("NoBlock",) * 2}}, "unet describes no UNet2DModel"),
         ({"unet": TINY, "scheduler": {"beta_schedul": "linear"}}, "did you mean 'beta_schedule'"),
         (
             {"unet": TINY, "scheduler": {"beta_schedule": "no"}},

@@ -28,7 +28,7 @@ from prunedm.experiments.page import in_words, shown, write_page
 from prunedm.experiments.plan import Sweep, case_of, grid_cases, label_of, read_sweep
 from prunedm.experiments.results import Row, mark_best, value_of
 from prunedm.experiments.store import Status, Store, run_of
-from prunedm.experiments.sweep import read_kept, rows_of, sweep
+from prunedm.experiments.sweep import planned, read_kept, rows_of, sweep
 from prunedm.experiments.workers import Job, Slot, outcome, slots
 from prunedm.folder import hash_folder
 from prunedm.options import Options
@@ -132,7 +132,7 @@ def test_labels_name_a_field_by_its_last_part_where_that_is_unique():
         ("search: {space: {finetune.lr: {low: 2, high: 1}}}", "low = 2 is above high = 1"),
         ("search: {space: {finetune.lr: {low: 0, high: 1, log: true}}}", "log needs low > 0"),
         ("search: {space: {seed: [1]}, pruner: median}", "a pruner needs one objective"),
-        ("recipe: gone.yaml\ngrid: {seed: [1]}", "gone.yaml is missing"),
+        ("recipe: gone.yaml\ngrid: {seed: [1]}", "gone.yaml: it is missing"),
     ],
 )
 def test_a_wrong_file_is_one_line(text, message, tmp_path):
@@ -411,6 +411,16 @@ def test_only_some_runs(in_process, tmp_path):
     assert [row.status.state for row in rows] == ["waiting", "waiting", "done", "waiting"]
     with pytest.raises(UserError, match=r"only = lr=7: no run has that; there are lr=0\.0001, lr="):
         sweep(plan(), tmp_path / "out", only=["lr=7"])
+    with pytest.raises(UserError, match="only = lr=7: no run has that"):
+        planned(plan(), tmp_path / "out", ["lr=7"])
+    rows = planned(plan(), tmp_path / "out", ["pattern=1:4"])
+    assert [row.status.state for row in rows] == ["done", "waiting"]
+
+
+def test_a_grid_that_nobody_could_run_is_refused_at_once():
+    hundred = {"mask.seed": list(range(100)), "finetune.seed": list(range(101))}
+    with pytest.raises(UserError, match="grid: 10,100 runs; 10,000 are allowed"):
+        grid_cases(plan(hundred))
 
 
 def test_the_exit_code_tells_of_failed_runs(monkeypatch, tmp_path):

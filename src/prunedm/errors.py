@@ -5,8 +5,8 @@ import os
 import re
 from collections.abc import Sequence
 
-LONGEST = 600  # characters of a message
-_LONGEST_WORD = 240  # of a path or value in it
+LONGEST = 490  # characters of a message
+_LONGEST_WORD = 200  # of a path or value in it
 _HIDDEN = "***"
 _URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s'\"]*@")  # itself it may hold "@" and "/"
 _NAMED_SECRET = re.compile(

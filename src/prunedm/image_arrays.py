@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from prunedm.errors import UserError, first_line
-from prunedm.image_files import check_regular, shown
+from prunedm.image_files import shown
+from prunedm.reading import check_regular
 
 IMAGES = ("images", "arr_0")  # keys of images
 LARGEST = 1 << 30  # bytes of an array that is read as a whole

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from prunedm.errors import UserError, first_line
+from prunedm.reading import check_regular
 from prunedm.record import FILE as RECORD
 
 # Pillow's rasters. Not what it hands to other programs (EPS, WMF), nor icons, documents and stubs.
@@ -113,18 +114,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # links that lead to themselves
         return False
-
-
-def check_regular(path: Path) -> Path:
-    """Raises `UserError` for what is missing, and for pipes, sockets and devices, which could hang."""
-    try:
-        regular, there = path.is_file(), path.exists()
-    except OSError:  # a name that is too long, a folder that is closed
-        regular = there = False
-    if not regular:
-        why = "not a regular file" if there else "missing"
-        raise UserError(f"cannot read {shown(path)}: it is {why}")
-    return path
 
 
 def locate(name: str) -> Path | None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import METADATA, check_regular, shown
-from prunedm.reading import parse_json, read_text
+from prunedm.image_files import METADATA, shown
+from prunedm.reading import check_regular, parse_json, read_text
 from prunedm.splits import split_of
 
 _METADATA_LIMIT = 1 << 28  # bytes; some 100 a row

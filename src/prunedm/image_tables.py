@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import BROKEN, check_regular, open_lazily, shown
+from prunedm.image_files import BROKEN, open_lazily, shown
 from prunedm.image_labels import Labels, label_column, number
+from prunedm.reading import check_regular
 from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
 
 if TYPE_CHECKING:

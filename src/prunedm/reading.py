@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from prunedm.errors import UserError
+from prunedm.errors import UserError, shortened
 
 CONFIG_LIMIT = 1 << 20  # bytes of a configuration; the largest of diffusers' have some 10,000
 RECORD_LIMIT = 1 << 26  # of what we write ourselves: losses of every step, rows of every model
@@ -24,12 +24,22 @@ VALUES = 100_000
 Content = TypeVar("Content", bound=BaseModel)
 
 
-def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
-    """A UTF-8 text file. A pipe or a device is refused before it is opened: reading could hang."""
-    if not path.is_file():
-        raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+def check_regular(path: Path) -> Path:
+    """Raises `UserError` for what is missing, and for pipes, sockets and devices, which could hang."""
     try:
-        with path.open("rb") as file:
+        regular, there = path.is_file(), path.exists()
+    except OSError:  # a name that is too long, a folder that is closed
+        regular = there = False
+    if not regular:
+        why = "not a regular file" if there else "missing"
+        raise UserError(f"cannot read {shortened(str(path))}: it is {why}")
+    return path
+
+
+def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
+    """A UTF-8 text file."""
+    try:
+        with check_regular(path).open("rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise UserError(f"{path} is longer than {limit:,} bytes; is this the right file?")

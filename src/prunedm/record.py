@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from prunedm.options import PATH_OPTIONS
 from prunedm.places import bare, located, portable
-from prunedm.reading import read_as
+from prunedm.reading import check_regular, read_as
 
 FILE = "record.json"
 MISSING = "not installed"
@@ -101,7 +101,7 @@ def with_paths(record: Record, change: Callable[[str], str]) -> Record:
 def file_hash(path: Path) -> str:
     """The first 16 hex digits of SHA-256."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunedm.errors import UserError
+from prunedm.reading import read_text
 
 STATE = "PRUNEDM_STATE"
 FINISHED_LINES = 50
@@ -188,6 +189,6 @@ def _finished_file() -> Path:
 def _read(path: Path) -> Entry | None:
     """None where the file is gone meanwhile, or of another version."""
     try:
-        return Entry.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return Entry.model_validate_json(read_text(path))
+    except (OSError, ValidationError, UserError):
         return None

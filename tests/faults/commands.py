@@ -172,7 +172,6 @@ TYPED = {
     "loss {model} out again": "again",
     "loss {model} out --problem 2": "problem",
     "loss {model} out --problems": "problems",
-    "masks": "",
     "masks extrakt {model} m.safetensors": "extrakt",
     "masks extract {model} m.safetensors": "no masks",
     "masks extract {masked} m.safetensors --pattern 3:2": "3:2",

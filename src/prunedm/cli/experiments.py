@@ -52,7 +52,7 @@ def make(
 
     plan = read_sweep(file)
     if dry_run:
-        _show(planned(plan, out), plan, out, write=False)
+        _show(planned(plan, out, only), plan, out, write=False)
         return
     with watched_terminal(out, "sweep") as terminal:
         rows = run_sweep(

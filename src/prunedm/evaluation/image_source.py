@@ -20,7 +20,6 @@ from prunedm.evaluation.fid import Statistics, load_statistics
 from prunedm.image_arrays import IMAGES, Damaged, Rows, keys
 from prunedm.image_files import (
     BROKEN,
-    check_regular,
     find_images,
     locate,
     open_lazily,
@@ -29,6 +28,7 @@ from prunedm.image_files import (
     shown,
 )
 from prunedm.image_tables import table_files
+from prunedm.reading import check_regular
 from prunedm.record import FILE as RECORD
 
 DIGITS_SIZE = 16  # of the embedded model

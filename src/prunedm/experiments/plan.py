@@ -1,6 +1,7 @@
 """A sweep's file: one recipe, and the settings that are varied in a grid or searched by Optuna."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from prunedm.recipe import STAGES, Recipe
 
 Settings = dict[str, Any]  # "prune.score" -> "taylor"
 Direction = Literal["minimize", "maximize"]
+MOST_RUNS = 10_000  # of a grid
 Points = list[Any] | dict[str, Settings]  # values of one field, or named settings of several
 
 
@@ -167,6 +169,9 @@ def check_fields(sweep: Sweep) -> None:
 def grid_cases(sweep: Sweep) -> list[Case]:
     """Every combination of the grid, the last field changing fastest."""
     axes = [_axis(name, points) for name, points in sweep.grid.items()]
+    runs = math.prod(map(len, axes))
+    if runs > MOST_RUNS:
+        raise UserError(f"grid: {runs:,} runs; {MOST_RUNS:,} are allowed, `space:` searches more")
     cases = []
     for point in itertools.product(*axes):
         settings = {field: value for _, values in point for field, value in values.items()}

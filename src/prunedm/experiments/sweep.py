@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from pydantic import BaseModel
@@ -36,6 +36,7 @@ from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.stages import check_inputs
 
+Labelled = TypeVar("Labelled", Run, Row)
 FILE = "sweep.json"  # in OUT: the sweep, and the dense model's hash
 # what `measure` finds of one model by itself, and what a run took
 MEASURED = (
@@ -73,9 +74,7 @@ def sweep(
     """
     progress = progress or Silent()
     out = target(out)
-    if plan.search is not None and (only or retry):
-        raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
-    _check(plan)
+    _check(plan, only, retry=retry)
     places = slots(workers, threads, visible_gpus())
     _check_place(out)
     hashes = hashes_of(plan)
@@ -123,13 +122,14 @@ def without_secrets(kept: "Kept") -> "Kept":
     return kept.model_copy(update={"sweep": kept.sweep.model_copy(update={"search": told})})
 
 
-def planned(plan: Sweep, out: Path) -> list[Row]:
+def planned(plan: Sweep, out: Path, only: Sequence[str] = ()) -> list[Row]:
     """What `sweep` would come to, as it stands; of a search, the runs there are. Nothing is made."""
-    _check(plan)
+    _check(plan, only)
     if plan.search is not None and not (out / FILE).exists():
         return []
     out = expanded(out)
-    return _rows(_kept(plan, out, hashes_of(plan)), Store(out))
+    rows = _rows(_kept(plan, out, hashes_of(plan)), Store(out))
+    return _chosen(rows, only) if only else rows
 
 
 def rows_of(out: Path) -> list[Row]:
@@ -138,8 +138,10 @@ def rows_of(out: Path) -> list[Row]:
     return _rows(read_kept(out), Store(out))
 
 
-def _check(plan: Sweep) -> None:
+def _check(plan: Sweep, only: Sequence[str] = (), *, retry: bool = False) -> None:
     """Raise `UserError` for what would fail only after hours."""
+    if plan.search is not None and (only or retry):
+        raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
     check_fields(plan)
     first = case_of(plan, {})
     check_inputs(first.recipe.model, first.recipe.stage_options("evaluate"))
@@ -204,7 +206,7 @@ def _runs(plan: Sweep, hashes: Mapping[str, str], progress: Progress) -> list[Ru
     return list(runs.values())
 
 
-def _chosen(runs: Sequence[Run], words: Sequence[str]) -> list[Run]:
+def _chosen(runs: Sequence[Labelled], words: Sequence[str]) -> list[Labelled]:
     """Raises `UserError` where no run has all the words in its label."""
     chosen = [run for run in runs if set(words) <= set(run.label.split())]
     if not chosen:

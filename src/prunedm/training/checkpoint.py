@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.reading import parse_json
+from prunedm.reading import check_regular, parse_json
 from prunedm.training.ema import Ema
 
 
@@ -183,10 +183,10 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(check_regular(path), framework="pt") as file:
             facts = parse_json((file.metadata() or {})["facts"], "facts")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, UserError) as error:
         raise _damaged(path, error) from error
     return tensors, facts
 

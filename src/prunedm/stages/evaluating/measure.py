@@ -28,7 +28,7 @@ from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
 from prunedm.places import bare
 from prunedm.progress import Progress
-from prunedm.reading import read_as, validated
+from prunedm.reading import check_regular, read_as, validated
 from prunedm.record import Source, bare_paths, device_name, write_json
 from prunedm.sampling import make_sampler
 from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
@@ -114,7 +114,7 @@ def read_images(path: Path) -> np.ndarray | None:
     """The samples in an .npz, uint8 NHWC, or None where there is no such file."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(check_regular(path), allow_pickle=False) as file:
         images: np.ndarray = file["images"]
     return images
 

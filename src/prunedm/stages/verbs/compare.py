@@ -14,7 +14,7 @@ from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
 from prunedm.places import bare
 from prunedm.progress import Progress, Silent
-from prunedm.reading import validated
+from prunedm.reading import check_regular, validated
 from prunedm.record import Record, Source
 from prunedm.sampling import make_sampler, set_steps
 from prunedm.stages.evaluating.files import (
@@ -186,7 +186,7 @@ def study(
 
 def _losses(folder: Path) -> np.ndarray | None:
     path = folder / LOSSES
-    return np.load(path, allow_pickle=False) if path.exists() else None
+    return np.load(check_regular(path), allow_pickle=False) if path.exists() else None
 
 
 def _masks(

@@ -16,6 +16,7 @@ from prunedm.evaluation.pictures import grid
 from prunedm.folder import Model
 from prunedm.options import SampleOptions
 from prunedm.progress import Progress, Silent
+from prunedm.reading import check_regular
 from prunedm.record import Record
 from prunedm.sampling import FastDenoiser, class_labels, make_sampler, sample_batches, set_steps
 from prunedm.stages.frame import RESUME, run_stage
@@ -147,13 +148,13 @@ def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
     """Whether the file holds such images, unharmed; an npz carries checksums."""
     try:
         images = _read(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, UserError):
         return False
     return images.dtype == np.uint8 and images.shape == shape
 
 
 def _read(file: Path) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as archive:
+    with np.load(check_regular(file), allow_pickle=False) as archive:
         images: np.ndarray = archive["images"]
         return images
 

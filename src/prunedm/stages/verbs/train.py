@@ -11,7 +11,12 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError, nearest
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
-from prunedm.model_files.configs import SCHEDULER_RANGES, UNET_RANGES, check_config
+from prunedm.model_files.configs import (
+    SCHEDULER_RANGES,
+    check_config,
+    check_unet_config,
+    describe_network,
+)
 from prunedm.options import TrainOptions
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
@@ -56,8 +61,6 @@ def _new_model(options: TrainOptions) -> Model:
         raise UserError(
             "no architecture: give --preset digits, or a `unet:` table in --config FILE"
         )
-    if "sample_size" not in options.unet:
-        raise UserError("unet says no sample_size: the side of its images, like 16")
     unet = options.unet | {"dropout": options.dropout}
     torch.manual_seed(seed_for(options.seed, "weights"))
     denoiser = _from_config(UNet2DModel, unet, "unet")
@@ -67,9 +70,6 @@ def _new_model(options: TrainOptions) -> Model:
         name="scratch",
         dtype=getattr(torch, options.save_dtype),
     )
-
-
-RANGES = {"unet": UNET_RANGES, "scheduler": SCHEDULER_RANGES}
 
 
 def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
@@ -83,7 +83,11 @@ def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
     for name in config:
         if name not in (*known, "_class_name", "_diffusers_version"):
             raise UserError(f"unknown option '{what}.{name}'{nearest(name, known)}")
-    check_config(config, cls, what, RANGES[what])
+    if cls is UNet2DModel:
+        check_unet_config(config, what)
+        describe_network(config | {"_class_name": wanted}, what)
+    else:
+        check_config(config, cls, what, SCHEDULER_RANGES)
     try:
         return cls.from_config(config)
     except (ValueError, TypeError, IndexError, NotImplementedError) as error:
