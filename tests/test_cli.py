@@ -472,7 +472,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
         assert command in done.stdout
     for command in ("analyze", "loss", "masks"):
         assert command in done.stdout
-    assert spent < 3 * needed  # 2.2 where it was measured; processors differ in seconds
+    assert spent < 5 * needed  # 2.2 on a quiet machine, 3.5 on a busy one
 
 
 def processor_seconds(code: str) -> tuple[subprocess.CompletedProcess[str], float]:
