@@ -132,7 +132,7 @@ class Changes:
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._inside:
             return
-        if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & _WRITES:
+        if event == "open" and isinstance(arguments[0], (str, bytes)) and _is_change(arguments[2]):
             self._note("open", arguments[0], None, arguments[2])
         elif event in _CHANGES:
             path, descriptor = _CHANGES[event]
@@ -238,6 +238,11 @@ def spread(every: list[Any], count: int | None, ends: int = ENDS) -> list[Any]:
         *(middle[k * len(middle) // chosen] for k in range(chosen)),
         *every[len(every) - ends :],
     ]
+
+
+def _is_change(flags: int) -> bool:
+    """Whether a named file is opened to be written; a nameless one leaves nothing behind."""
+    return bool(flags & _WRITES) and flags & os.O_TMPFILE != os.O_TMPFILE
 
 
 def snapshot(folder: Path) -> dict[str, str]:
