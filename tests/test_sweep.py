@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from prunedm.experiments.inputs import hashes_of
 from prunedm.experiments.page import in_words, shown, write_page
 from prunedm.experiments.plan import Sweep, case_of, grid_cases, label_of, read_sweep
 from prunedm.experiments.results import Row, mark_best, value_of
-from prunedm.experiments.store import Status, Store, run_of
+from prunedm.experiments.store import Status, Store, remove_leftovers, run_of
 from prunedm.experiments.sweep import planned, read_kept, rows_of, sweep
 from prunedm.experiments.workers import Job, Slot, outcome, slots
 from prunedm.folder import hash_folder
@@ -415,6 +416,22 @@ def test_only_some_runs(in_process, tmp_path):
         planned(plan(), tmp_path / "out", ["lr=7"])
     rows = planned(plan(), tmp_path / "out", ["pattern=1:4"])
     assert [row.status.state for row in rows] == ["done", "waiting"]
+
+
+def test_half_written_files_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    dead, alive = 2**22 + 1, os.getpid()  # above Linux's largest number of a process
+    names = [f"runs/a/status.json.{socket.gethostname()}-{dead}"]
+    others = [
+        f"runs/a/status.json.{socket.gethostname()}-{alive}",
+        f"runs/a/status.json.elsewhere-{dead}",
+        "runs/a/status.json",
+    ]
+    for name in [*names, *others]:
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(others)
 
 
 def test_a_grid_that_nobody_could_run_is_refused_at_once():

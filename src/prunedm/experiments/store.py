@@ -228,13 +228,15 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def own_name(path: Path) -> Path:
-    """A name beside `path` that no other process writes to.
+    """A name beside `path` that no other process writes to."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")
 
-    What processes of this machine have left there before they were killed is removed.
-    """
-    stem = f"{path.name}.{socket.gethostname()}-"
-    for other in path.parent.glob(f"{glob.escape(stem)}*"):
-        number = other.name.removeprefix(stem)
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            other.unlink(missing_ok=True)
-    return path.with_name(f"{stem}{os.getpid()}")
+
+def remove_leftovers(out: Path) -> None:
+    """What processes of this machine were writing under `own_name` when they were killed."""
+    stem = f".{socket.gethostname()}-"
+    for folder in (out, *out.glob(f"{RUNS}/*")):
+        for path in folder.glob(f"*{glob.escape(stem)}*"):
+            number = path.name.rpartition(stem)[2]
+            if number.isdigit() and not psutil.pid_exists(int(number)):
+                path.unlink(missing_ok=True)

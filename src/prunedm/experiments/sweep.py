@@ -18,7 +18,16 @@ from prunedm.experiments.plan import Settings, Sweep, case_of, check_fields, gri
 from prunedm.experiments.results import Row, mark_best, row_of, value_of
 from prunedm.experiments.search import ERROR, RUN, SETTINGS, Searching
 from prunedm.experiments.sources import Grid, Source
-from prunedm.experiments.store import RUNS, STAGES, Run, Status, Store, replace_json, run_of
+from prunedm.experiments.store import (
+    RUNS,
+    STAGES,
+    Run,
+    Status,
+    Store,
+    remove_leftovers,
+    replace_json,
+    run_of,
+)
 from prunedm.experiments.study import DATABASE, open_study
 from prunedm.experiments.workers import (
     BUSY,
@@ -82,6 +91,7 @@ def sweep(
     store = Store(out)
     with _made_or_nothing(out):
         with FileLock(out / "lock"):  # two that begin at once
+            remove_leftovers(out)
             kept = _kept(plan, out, hashes)
             replace_json(out / FILE, without_secrets(kept).model_dump(mode="json"))
         source: Source = Grid(runs, store, retry=retry)
