@@ -29,6 +29,7 @@ from pruning_report import command_line, into_docs
 from sampling import pipeline
 from torch import nn
 
+from prunedm.architecture import answer
 from prunedm.deployment.opening import open_model
 from prunedm.evaluation.features import extract, image_batches, load_features
 from prunedm.evaluation.fid import bootstrap_error, frechet_distance
@@ -94,11 +95,11 @@ def deployed(models: Mapping[str, Model], arguments: argparse.Namespace) -> list
 
 def call_of(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Call:
     x_NCHW = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(SEED))
-    t = torch.tensor(500)
+    inputs = {"sample": x_NCHW, "timestep": torch.full((batch,), 500)}
 
     def call() -> object:
         with torch.inference_mode():
-            return denoiser(x_NCHW, t, None, return_dict=False)
+            return answer(denoiser, inputs)
 
     return call
 
@@ -215,7 +216,7 @@ def sizes(models: Mapping[str, Model], arguments: argparse.Namespace) -> dict[st
         packed = record.figures["bytes"]
         found[name] = {
             "parameters": count_parameters(model.denoiser),
-            "macs": count_macs(model.denoiser, model.sample_shape),
+            "macs": count_macs(model.denoiser, model.example()),
             "packed_bytes": packed,
             "packed_share": packed / dense,
             "pattern": model.masks.pattern_text if model.masks else "",

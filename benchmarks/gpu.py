@@ -31,6 +31,7 @@ import torch
 from pruning_report import command_line
 from torch import nn
 
+from prunedm.architecture import answer
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.onnx_file import write_onnx
 from prunedm.folder import load
@@ -88,14 +89,14 @@ class Subject:
     def half(self, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
         return copy.deepcopy(self.denoiser).to(HALF).to(memory_format=memory_format)
 
-    def call(
-        self, module: Callable[..., Any], memory_format: torch.memory_format | None = None
-    ) -> Call:
+    def call(self, module: nn.Module, memory_format: torch.memory_format | None = None) -> Call:
         """A call of a denoiser in its own type; inputs are converted once, before."""
         dtype = HALF if memory_format else torch.float32
-        sample, *others = self.inputs.values()
-        sample = sample.to(dtype, memory_format=memory_format or torch.contiguous_format)
-        return lambda: module(sample, *others, return_dict=False)[0]
+        sample = self.inputs["sample"].to(
+            dtype, memory_format=memory_format or torch.contiguous_format
+        )
+        inputs = self.inputs | {"sample": sample}
+        return lambda: answer(module, inputs)
 
     @cached_property
     def onnx(self) -> Path:
@@ -185,9 +186,7 @@ def sparsely(subject: Subject, timer: Timer, mode: str | None) -> Made:
     why = find_kernels(subject.device, HALF)[1]
     if why:
         raise NoFigure(why)
-    selection = use_sparse_kernels(
-        module, subject.shape, batch=subject.batch, dtype=HALF, timer=timer
-    )
+    selection = use_sparse_kernels(module, subject.inputs, dtype=HALF, timer=timer)
     made = (
         Made(subject.call(module, torch.channels_last))
         if mode is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import predict, problem_losses
 from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.learning.distribution import DISTRIBUTIONS
@@ -21,6 +21,7 @@ from prunedm.progress import Silent
 from prunedm.removal.nm import nm_masks
 from prunedm.scores import score_layers
 from prunedm.stages.inputs import images_for, training_problems
+from prunedm.task import Batch
 
 REPEATS = 15
 SAMPLED = 36_000_000  # weights
@@ -51,7 +52,7 @@ def costs(dense: Model, loop: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _training_step(dense: Model, batch: ProblemBatch, autocast: Any) -> Callable[[], None]:
+def _training_step(dense: Model, batch: Batch, autocast: Any) -> Callable[[], None]:
     """Forward, backward, AdamW over all weights."""
     denoiser = dense.denoiser
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=0.0)
@@ -59,7 +60,7 @@ def _training_step(dense: Model, batch: ProblemBatch, autocast: Any) -> Callable
     def step() -> None:
         denoiser.requires_grad_(True)
         with autocast():
-            loss = problem_losses(predict(denoiser, batch), batch.target_NCHW).mean()
+            loss = problem_losses(predict(denoiser, batch), batch.target).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +70,7 @@ def _training_step(dense: Model, batch: ProblemBatch, autocast: Any) -> Callable
 
 
 def _learning_step(
-    dense: Model, options: LearnOptions, batch: ProblemBatch, autocast: Any
+    dense: Model, options: LearnOptions, batch: Batch, autocast: Any
 ) -> tuple[Learner, Callable[..., None]]:
     learner, optimizer = _learner(dense, options)
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +103,7 @@ def _learner(dense: Model, options: LearnOptions) -> tuple[Learner, torch.optim.
 
 
 def _policy_gradient(
-    dense: Model, options: LearnOptions, batch: ProblemBatch, autocast: Any
+    dense: Model, options: LearnOptions, batch: Batch, autocast: Any
 ) -> tuple[float, float]:
     """Seconds of one mask of the policy gradient, all told, and of one forward pass."""
     learner, optimizer = _learner(dense, options)
@@ -119,7 +120,7 @@ def _policy_gradient(
     def forward() -> None:
         with autocast():
             for _ in range(options.samples):
-                problem_losses(predict(dense.denoiser, batch), batch.target_NCHW).mean()
+                problem_losses(predict(dense.denoiser, batch), batch.target).mean()
 
     return _in_turns(step, forward)
 

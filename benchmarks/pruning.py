@@ -239,7 +239,7 @@ def prune(job: Job) -> tuple[Model, dict[str, Any]]:
     if job.model.masks is not None:
         job.model.masks.check_pattern()
         job.model.masks.apply_(job.model.denoiser)
-    macs = count_macs(job.model.denoiser, job.model.sample_shape)
+    macs = count_macs(job.model.denoiser, job.model.example())
     shown = ("requested", "achieved", "reason", "norms_regrouped")
     return job.model, {"macs": macs} | {k: details[k] for k in shown if k in details}
 
@@ -297,13 +297,12 @@ def latency_rows(bench: Bench) -> list[dict[str, Any]]:
         for r, t in settings
     ]
     models = [prune(job)[0].denoiser for job in jobs]
-    timed = latencies(
-        [bench.dense.denoiser, *models], bench.dense.sample_shape, batch=16, repeats=20
-    )
-    dense_macs = count_macs(bench.dense.denoiser, bench.dense.sample_shape)
+    inputs = bench.dense.example(16)
+    timed = latencies([(m, inputs) for m in (bench.dense.denoiser, *models)], repeats=20)
+    dense_macs = count_macs(bench.dense.denoiser, bench.dense.example())
     rows = []
     for (round_to, target), denoiser, timing in zip(settings, models, timed[1:], strict=True):
-        macs = 1 - count_macs(denoiser, bench.dense.sample_shape) / dense_macs
+        macs = 1 - count_macs(denoiser, bench.dense.example()) / dense_macs
         fall = 1 - timing.median_ms / timed[0].median_ms
         rows.append(
             {

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from prunedm.data import ImageSet
 from prunedm.diffusion import DenoisingProblems
 from prunedm.folder import Model, save
+from prunedm.task import Batch
 
 TINY: dict[str, Any] = {
     "sample_size": 8,
@@ -67,6 +68,12 @@ def problems(images: ImageSet | None = None, **options: Any) -> DenoisingProblem
     """Denoising problems over `images`, by the default DDPM scheduler."""
     options = {"scheduler": DDPMScheduler(), "seed": 0, "purpose": "test"} | options
     return DenoisingProblems(images or noise_images(), **options)
+
+
+def batch_of(sample: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor, **more) -> Batch:
+    """A batch of these problems, of an unconditional model unless `class_labels` are among `more`."""
+    numbers = more.pop("numbers", ())
+    return Batch({"sample": sample, "timestep": timestep} | more, target, numbers)
 
 
 def output(denoiser: torch.nn.Module) -> torch.Tensor:

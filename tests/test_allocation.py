@@ -8,7 +8,7 @@ import torch
 from helpers import Killed, problems, tiny_model
 from torch import nn
 
-from prunedm.diffusion import predict
+from prunedm.diffusion import example, predict
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.layers import prunable_layers
@@ -209,7 +209,7 @@ def test_costs_are_the_weights_that_masks_keep(tiny):
     denoiser, layers, scores = tiny
     candidates = fitting(layers, [None, P24, P14, 0.0, 0.3, 0.77])
     weights = weight_costs(layers, candidates)
-    positions = layer_positions(denoiser, torch.zeros(1, 1, 8, 8))
+    positions = layer_positions(denoiser, example(denoiser))
     macs = weight_costs(layers, candidates, positions)
     masks_for = masks_by(scores)
     for name, choices in candidates.items():
@@ -222,7 +222,7 @@ def test_costs_are_the_weights_that_masks_keep(tiny):
 
 def test_dense_costs_are_the_macs_of_the_layers(tiny):
     denoiser, layers, _ = tiny
-    positions = layer_positions(denoiser, torch.zeros(1, 1, 8, 8))
+    positions = layer_positions(denoiser, example(denoiser))
     costs = weight_costs(layers, dict.fromkeys(layers, (None,)), positions)
     protected = {
         name: module

@@ -29,6 +29,7 @@ LEVELS = [
     },
     {"training"},
     {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"}
+    | {"architecture", "task"}
     | {
         "image_files",
         "image_labels",
@@ -125,6 +126,21 @@ def test_parts_that_change_apart_do_not_know_each_other(above, below):
     for name, tree in MODULES.items():
         if name.split(".")[0] == above:
             assert below not in own(tree), name
+
+
+NETWORKS = {"denoiser", "network", "unet", "student", "teacher"}
+FEATURES = {"evaluation.features", "stages.distance"}  # their networks look at finished images
+
+
+def test_one_function_calls_networks():
+    """By the names that networks have here, and by diffusers' `return_dict`."""
+    others = []
+    for name, tree in MODULES.items():
+        for call in calls(tree) if name not in {"architecture", *FEATURES} else []:
+            called = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            if called in NETWORKS or "return_dict" in {keyword.arg for keyword in call.keywords}:
+                others.append(f"{name}:{call.lineno}")
+    assert not others
 
 
 def test_there_are_no_cycles_between_modules():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunedm.architecture import answer
 from prunedm.pruned_unet import PrunedUNet2DModel, _dense_config, from_resized, widths_of
 from prunedm.removal.channel_costs import count_macs, count_params, layer_positions
 from prunedm.removal.channel_groups import ChannelGroup, channel_groups
@@ -53,16 +54,16 @@ def unet(**options) -> UNet2DModel:
     return model
 
 
-def problem(model: UNet2DModel, size: int = 8) -> tuple[torch.Tensor, dict]:
+def problem(model: UNet2DModel, size: int = 8) -> dict[str, torch.Tensor]:
     sample_NCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    labels = torch.tensor([1, 4]) if model.config.num_class_embeds else None
-    return sample_NCHW, {"timestep": torch.tensor(7), "class_labels": labels}
+    inputs = {"sample": sample_NCHW, "timestep": torch.tensor([7, 7])}
+    labelled = model.config.num_class_embeds is not None
+    return inputs | ({"class_labels": torch.tensor([1, 4])} if labelled else {})
 
 
 def output(model: UNet2DModel, size: int = 8) -> torch.Tensor:
-    sample_NCHW, condition = problem(model, size)
     with torch.no_grad():
-        return model(sample_NCHW, **condition).sample
+        return answer(model, problem(model, size))
 
 
 def random_scores(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -72,13 +73,11 @@ def random_scores(model: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def groups_of(model: UNet2DModel, **options) -> list[ChannelGroup]:
-    sample_NCHW, condition = problem(model)
-    return channel_groups(model, sample_NCHW, **condition, **options)
+    return channel_groups(model, problem(model), **options)
 
 
 def plan_for(model: UNet2DModel, ratio: float = 0.4, round_to: int = 4, **options) -> ChannelPlan:
-    sample_NCHW, condition = problem(model)
-    positions = layer_positions(model, sample_NCHW, **condition)
+    positions = layer_positions(model, problem(model))
     options = {"scores": random_scores(model), "positions": positions} | options
     return plan_channels(model, groups_of(model, round_to=round_to), ratio=ratio, **options)
 
@@ -101,8 +100,7 @@ def silence(model: UNet2DModel, plan: ChannelPlan) -> None:
 @pytest.mark.parametrize("protect", [PROTECTED, ()], ids=["protected", "free"])
 def test_removed_channels_are_as_good_as_silent(options, protect):
     model = unet(**options)
-    sample_NCHW, condition = problem(model)
-    groups = channel_groups(model, sample_NCHW, **condition, protect=protect)
+    groups = channel_groups(model, problem(model), protect=protect)
     plan = plan_channels(
         model, groups, scores=random_scores(model), ratio=0.4, target_kind="channels"
     )
@@ -147,10 +145,9 @@ def test_the_ratio_is_reached_nearly(target_kind):
 def test_costs_are_those_of_the_pruned_model(options):
     model = unet(**options)
     plan = plan_for(model, 0.3, target_kind="channels")
-    sample_NCHW, condition = problem(model)
     macs_before = counted_macs(model)
     remove_channels(model, plan)
-    positions = layer_positions(model, sample_NCHW, **condition)
+    positions = layer_positions(model, problem(model))
     assert plan.figures["macs_before"] == macs_before
     assert plan.figures["macs_after"] == count_macs(model, positions) == counted_macs(model)
     real = sum(parameter.numel() for parameter in model.parameters())
@@ -314,14 +311,13 @@ def test_planning_leaves_the_model_alone():
 @pytest.mark.parametrize("ratio", [0.13, 0.2, 0.31, 0.4])
 def test_smaller_blocks_fill_what_the_ranking_leaves(kind, ratio):
     model = unet(block_out_channels=(32, 64), **CONFIGS["heads"])
-    sample_NCHW, _ = problem(model)
     plan = plan_channels(
         model,
         groups_of(model),
         scores=random_scores(model),
         ratio=ratio,
         target_kind=kind,
-        positions=layer_positions(model, sample_NCHW[:1]),
+        positions=layer_positions(model, problem(model)),
     )
     assert plan.figures[f"{kind}_removed"] == pytest.approx(ratio, rel=0.01)
 

@@ -6,23 +6,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import noise_images, problems, tiny_model
+from helpers import batch_of, noise_images, problems, tiny_model
 
-from prunedm.diffusion import (
-    ProblemBatch,
-    predict,
-    problem_losses,
-    scheduler_class,
-    time_range,
-)
+from prunedm.diffusion import predict, problem_losses, scheduler_class, time_range
 from prunedm.errors import UserError
 
-FIELDS = ("noisy_NCHW", "timesteps_N", "target_NCHW", "labels_N")
+FIELDS = ("sample", "timestep", "class_labels", "target")
 
 
 def joined(batches) -> dict[str, torch.Tensor]:
     batches = list(batches)
-    return {field: torch.cat([getattr(b, field) for b in batches]) for field in FIELDS}
+    found = [{**batch.inputs, "target": batch.target} for batch in batches]
+    return {field: torch.cat([tensors[field] for tensors in found]) for field in FIELDS}
 
 
 def labelled(**options):
@@ -53,13 +48,13 @@ def test_seeds_purposes_and_indices_differ():
     first = problems().batch(range(64))
     for other in (problems(seed=1), problems(purpose="other")):
         batch = other.batch(range(64))
-        assert (batch.timesteps_N == first.timesteps_N).float().mean() < 0.1
-        assert not torch.isclose(batch.target_NCHW, first.target_NCHW).all(dim=(1, 2, 3)).any()
-    assert len({noise.numpy().tobytes() for noise in first.target_NCHW}) == 64
+        assert (batch.inputs["timestep"] == first.inputs["timestep"]).float().mean() < 0.1
+        assert not torch.isclose(batch.target, first.target).all(dim=(1, 2, 3)).any()
+    assert len({noise.numpy().tobytes() for noise in first.target}) == 64
 
 
 def test_noise_is_standard_normal():
-    noise = problems().batch(range(400)).target_NCHW.double()  # 25,600 numbers
+    noise = problems().batch(range(400)).target.double()  # 25,600 numbers
     assert abs(noise.mean()) < 5 / 160
     assert abs(noise.var() - 1) < 5 * math.sqrt(2) / 160
     assert abs((noise[1:] * noise[:-1]).mean()) < 5 / 160
@@ -106,9 +101,9 @@ def test_noisy_and_target_are_the_closed_forms(kind):
         noisy = math.sqrt(a) * clean + math.sqrt(1 - a) * noise
         velocity = math.sqrt(a) * noise - math.sqrt(1 - a) * clean
         target = {"epsilon": noise, "sample": clean, "v_prediction": velocity}[kind]
-        assert batch.timesteps_N[k] == item["timestep"]
-        np.testing.assert_allclose(batch.noisy_NCHW[k], noisy, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(batch.target_NCHW[k], target, rtol=0, atol=2e-6)
+        assert batch.inputs["timestep"][k] == item["timestep"]
+        np.testing.assert_allclose(batch.inputs["sample"][k], noisy, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(batch.target[k], target, rtol=0, atol=2e-6)
 
 
 def test_labels_go_with_their_images():
@@ -118,8 +113,8 @@ def test_labels_go_with_their_images():
     batch = stream.batch(range(10))
     for p in range(10):
         image = names.index(stream[p]["image"].contiguous().numpy().tobytes())
-        assert batch.labels_N[p] == [3, 1, 4, 1, 5][image]
-    assert problems(images).batch(range(2)).labels_N is None
+        assert batch.inputs.get("class_labels")[p] == [3, 1, 4, 1, 5][image]
+    assert problems(images).batch(range(2)).inputs.get("class_labels") is None
 
 
 def test_worker_processes_change_nothing():
@@ -128,7 +123,7 @@ def test_worker_processes_change_nothing():
     assert [len(batch) for batch in shared] == [4, 3, 1, 4]
     for field in FIELDS:
         assert torch.equal(joined(alone)[field], joined(shared)[field])
-        assert torch.equal(joined(alone)[field], getattr(labelled().batch(range(12)), field))
+        assert torch.equal(joined(alone)[field], joined([labelled().batch(range(12))])[field])
 
 
 def test_losses_are_means_over_each_problem():
@@ -145,7 +140,7 @@ def test_predict_passes_timesteps_and_labels():
     torch.manual_seed(1)
     noisy, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([5, 900]), torch.tensor([2, 0])
     with torch.no_grad():
-        together = predict(denoiser, ProblemBatch(noisy, t, noisy, labels))
+        together = predict(denoiser, batch_of(noisy, t, noisy, class_labels=labels))
         for k in range(2):
             alone = denoiser(noisy[k : k + 1], int(t[k]), class_labels=labels[k : k + 1]).sample
             torch.testing.assert_close(together[k : k + 1], alone, rtol=1e-5, atol=1e-6)
@@ -171,7 +166,7 @@ def test_only_diffusers_schedulers_are_found():
 )
 def test_time_ranges_are_named_by_noise(text, expected):
     assert time_range(text, 1000) == expected
-    drawn = problems(time_range=expected).batch(range(200)).timesteps_N
+    drawn = problems(time_range=expected).batch(range(200)).inputs["timestep"]
     assert bool(((drawn >= expected[0]) & (drawn <= expected[1])).all())
     assert bool((drawn[::2] + drawn[1::2] == sum(expected)).all())  # still antithetic
     assert len(drawn.unique()) == (1 if text == "7-7" else pytest.approx(170, abs=30))
@@ -189,25 +184,28 @@ def test_a_stream_is_the_same_problems_drawn_when_asked_for():
     assert [len(batch) for batch in stream] == [3, 3, 1] == [len(batch) for batch in stream]
     assert len(stream) == 3
     whole = source.batch(range(7))
-    assert torch.equal(torch.cat([batch.noisy_NCHW for batch in stream]), whole.noisy_NCHW)
-    assert torch.equal(stream[2].noisy_NCHW, whole.noisy_NCHW[6:])
+    assert torch.equal(
+        torch.cat([batch.inputs["sample"] for batch in stream]), whole.inputs["sample"]
+    )
+    assert torch.equal(stream[2].inputs["sample"], whole.inputs["sample"][6:])
 
 
 def test_a_sweep_keeps_images_and_noise_and_moves_the_timestep():
     first, second = list(problems(time_range=(5, 6)).sweep(4))
-    assert (first.timesteps_N.unique().tolist(), second.timesteps_N.unique().tolist()) == ([5], [6])
-    assert torch.equal(first.target_NCHW, second.target_NCHW)
-    assert not torch.equal(first.noisy_NCHW, second.noisy_NCHW)
+    for batch, timestep in ((first, 5), (second, 6)):
+        assert batch.inputs["timestep"].unique().tolist() == [timestep]
+    assert torch.equal(first.target, second.target)
+    assert not torch.equal(first.inputs["sample"], second.inputs["sample"])
 
 
 def test_a_cycle_reads_the_same_problems_again_to_the_bit():
     stream, endless = labelled(cycle=6), labelled()
     first, again = stream.batch(range(6)), stream.batch(range(12, 18))
     for field in FIELDS:
-        assert torch.equal(getattr(first, field), getattr(again, field))
-        assert torch.equal(getattr(first, field), getattr(endless.batch(range(6)), field))
+        assert torch.equal(joined([first])[field], joined([again])[field])
+        assert torch.equal(joined([first])[field], joined([endless.batch(range(6))])[field])
     beyond = endless.batch(range(6, 12))
-    assert not torch.equal(stream.batch(range(6, 12)).target_NCHW, beyond.target_NCHW)
+    assert not torch.equal(stream.batch(range(6, 12)).target, beyond.target)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

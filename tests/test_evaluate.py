@@ -186,12 +186,12 @@ def test_first_and_learned_masks_are_compared_on_the_same_noise(deep, chain):
 def test_comprehensive_has_every_model_of_the_lineage(chain, tmp_path, monkeypatch):
     ways = []
 
-    def fake(denoisers, shape, way, *, repeats, device):
+    def fake(asked, way, *, repeats, device):
         ways.append((way.batch, way.bf16, way.compiled))
         timing = Timing(
             batch=way.batch, dtype="x", threads=1, compiled=way.compiled, median_ms=1, spread_ms=0
         )
-        return [timing.model_copy() for _ in denoisers]
+        return [timing.model_copy() for _ in asked]
 
     monkeypatch.setattr("prunedm.stages.evaluating.together.timings", fake)
     out = tmp_path / "out"
@@ -384,11 +384,11 @@ def test_numbers_that_are_not_finite_never_reach_json(tmp_path):
 def test_one_model_that_cannot_be_timed_leaves_the_others_their_turns(chain, tmp_path, monkeypatch):
     real, called = timings, []
 
-    def picky(denoisers, shape, way, *, repeats, device):
-        called.append((len(denoisers), way.batch, repeats))
-        if way.batch == 1 and any(hasattr(d, "too_large") for d in denoisers):
+    def picky(asked, way, *, repeats, device):
+        called.append((len(asked), way.batch, repeats))
+        if way.batch == 1 and any(hasattr(network, "too_large") for network, _ in asked):
             raise torch.cuda.OutOfMemoryError("no room")
-        return real(denoisers, shape, way, repeats=repeats, device=device)
+        return real(asked, way, repeats=repeats, device=device)
 
     models = {"a": chain["dense"], "b": chain["narrow"], "c": tiny_folder()}
     loading = load

@@ -8,6 +8,7 @@ import torch
 from helpers import tiny_folder, tiny_model
 
 import prunedm
+from prunedm.diffusion import example
 from prunedm.errors import UserError
 from prunedm.evaluation.profiling import peak_memory
 from prunedm.evaluation.size import packed_bytes
@@ -85,7 +86,7 @@ def test_speed_is_by_batch_size_and_beside_the_baseline(evaluator):
     assert found["speedup"][1] == theirs / ours
     unet = tiny_model().denoiser
     with torch.inference_mode():
-        peak = peak_memory(unet, one_call(unet, (1, 8, 8), 2)) / 1e6
+        peak = peak_memory(unet, one_call(unet, example(unet, 2))) / 1e6
     assert found["baseline"]["peak_memory_mb"] == pytest.approx(peak)
     json.dumps(found)
     for wrong in ({"batch_sizes": ()}, {"batch_sizes": (0,)}, {"repeats": 0}):

@@ -52,7 +52,7 @@ def masked(model: Model) -> Model:
 
 
 def narrowed(model: Model) -> Model:
-    groups = channel_groups(model.denoiser, torch.zeros(1, *model.sample_shape))
+    groups = channel_groups(model.denoiser, model.example())
     scores = magnitudes(model.denoiser)
     plan = plan_channels(model.denoiser, groups, scores=scores, ratio=0.3, target_kind="channels")
     remove_channels(model.denoiser, plan)

@@ -4,14 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import problems, tiny_model
+from helpers import batch_of, problems, tiny_model
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch
 from prunedm.layers import prunable_layers
 from prunedm.removal import input_grams as grams_module
 from prunedm.removal.influence import FLOOR, influence, random_signs
 from prunedm.removal.input_grams import input_grams
+from prunedm.task import Batch
 
 
 class Scaled(nn.Module):
@@ -21,17 +21,17 @@ class Scaled(nn.Module):
         super().__init__()
         self.layer, self.factor_YX, self.channels = layer, factor_YX, channels
 
-    def forward(self, x_NCHW, timesteps_N, labels_N=None, return_dict=True):
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
         if isinstance(self.layer, nn.Linear):
-            y_NCHW = self.layer(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            y_NCHW = self.layer(sample.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:
-            y_NCHW = self.layer(x_NCHW)
+            y_NCHW = self.layer(sample)
         return (y_NCHW * self.factor_YX,)
 
 
-def batch(count: int = 3, size: int = 5) -> ProblemBatch:
+def batch(count: int = 3, size: int = 5) -> Batch:
     x = torch.randn(count, 4, size, size, generator=torch.Generator().manual_seed(0)).double()
-    return ProblemBatch(x, torch.linspace(0, 999, count).long(), x, numbers=tuple(range(count)))
+    return batch_of(x, torch.linspace(0, 999, count).long(), x, numbers=tuple(range(count)))
 
 
 def test_the_mean_over_all_signs_is_the_jacobian_squared():
@@ -69,12 +69,12 @@ def test_guided_grams_weigh_each_position(kind, chunk, guidance, monkeypatch):
         denoiser, {"layer": layer}, [some], weigh=lambda t: 1 + t.double() / 1000, guidance=guidance
     )["layer"]
     if kind == "linear":
-        x_NPK = some.noisy_NCHW.permute(0, 2, 3, 1).flatten(1, 2)
+        x_NPK = some.inputs["sample"].permute(0, 2, 3, 1).flatten(1, 2)
     else:
-        unfolded = nn.functional.unfold(some.noisy_NCHW, 3, padding=1, stride=layer.stride)
+        unfolded = nn.functional.unfold(some.inputs["sample"], 3, padding=1, stride=layer.stride)
         x_NPK = unfolded.unflatten(1, (4, 9)).transpose(1, 2).flatten(1, 2).transpose(1, 2)
     e_P = (4 * factor.flatten().square()).clamp_min(FLOOR).pow(guidance)
-    weights_N = 1 + some.timesteps_N.double() / 1000
+    weights_N = 1 + some.inputs["timestep"].double() / 1000
     expected = torch.einsum("n,p,npk,npl->kl", weights_N, e_P, x_NPK, x_NPK)
     torch.testing.assert_close(gram, expected, rtol=1e-9, atol=1e-9)
 
@@ -98,7 +98,7 @@ def test_signs_are_those_of_a_problem_wherever_it_is_read():
     assert torch.equal(random_signs(stream.batch(range(4, 6)), 0, like_NCHW), whole[4:])
     assert set(whole.unique().tolist()) == {-1.0, 1.0}
     assert abs(float(whole.mean())) < 0.1
-    unnumbered = ProblemBatch(*(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2)))
+    unnumbered = batch_of(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2))
     assert not torch.equal(
         random_signs(unnumbered, 0, like_NCHW), random_signs(unnumbered, 2, like_NCHW)
     )

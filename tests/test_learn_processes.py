@@ -14,6 +14,7 @@ from helpers import noise_images, problems, tiny_folder, tiny_model, torchrun
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prunedm.architecture import answer
 from prunedm.folder import load
 from prunedm.layers import prunable_layers
 from prunedm.learning import ESTIMATORS
@@ -65,7 +66,7 @@ def learned(name: str, place: Path, **changes) -> tuple[nn.Module, Learned]:
     @torch.no_grad()
     def hard_loss(masks: Masks) -> float:
         with masks.applied(denoiser):
-            return float(denoiser(batch.noisy_NCHW, batch.timesteps_N).sample.square().mean())
+            return float(answer(denoiser, batch.inputs).square().mean())
 
     return denoiser, learn_masks(
         denoiser,

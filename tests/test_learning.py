@@ -1,7 +1,7 @@
 """Mask learning: logits, memory, one step of a learner, whole runs and their resumption, the stage."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import MASKS_FILE, load, save
@@ -41,6 +41,7 @@ from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.scores import score_layers
 from prunedm.stages import finetune, learn, prune
 from prunedm.stages.inputs import held_out_problems
+from prunedm.task import Batch
 from prunedm.training import loop
 from prunedm.training.loop import make_accelerator
 
@@ -139,9 +140,9 @@ class Counter:
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []
 
-    def __call__(self, batch: ProblemBatch) -> torch.Tensor:
+    def __call__(self, batch: Batch) -> torch.Tensor:
         self.seen.append(batch.numbers)
-        return batch.noisy_NCHW.mean((1, 2, 3))[:, None].expand(-1, 3)
+        return batch.inputs["sample"].mean((1, 2, 3))[:, None].expand(-1, 3)
 
 
 ROW = 3 * 4  # bytes
@@ -181,8 +182,8 @@ def test_a_memo_is_bounded_by_bytes(memory, computed):
 def test_a_memo_has_no_graph_and_needs_numbers():
     memo, weight = Memo(100), torch.ones(1, requires_grad=True)
     batch = problems().batch([0, 1])
-    assert not memo(batch, lambda b: weight * b.noisy_NCHW.mean((1, 2, 3))).requires_grad
-    nameless = ProblemBatch(batch.noisy_NCHW, batch.timesteps_N, batch.target_NCHW)
+    assert not memo(batch, lambda b: weight * b.inputs["sample"].mean((1, 2, 3))).requires_grad
+    nameless = replace(batch, numbers=())
     memo, count = Memo(1000), Counter()
     for _ in range(2):
         memo(nameless, count)
@@ -272,7 +273,7 @@ def test_the_loss_mixes_the_dense_output_and_the_data_by_hand():
     random_masks(dense).apply_(masked)
     with torch.no_grad():
         wanted, output = predict(dense, batch), predict(masked, batch)
-        copy, data = (problem_losses(output, t).mean() for t in (wanted, batch.target_NCHW))
+        copy, data = (problem_losses(output, t).mean() for t in (wanted, batch.target))
     for share in (0.0, 0.25, 1.0):
         step = Step(make_options(logits=500.0, tau=(1e-2, 1e-2), distill=share))
         loss, _ = step.gradients()
@@ -291,13 +292,15 @@ def test_frozen_weights_get_no_gradient_and_are_no_part_of_the_learner():
 @estimators
 def test_every_mask_of_a_step_meets_the_same_images_noise_and_timesteps(name):
     step, seen = Step(make_options(name)), []
-    step.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[:2]))
+    step.denoiser.register_forward_pre_hook(
+        lambda _, __, given: seen.append((given["sample"], given["timestep"])), with_kwargs=True
+    )
     batch = step.problems.batch(range(4))
     step.learner(batch, 0.0, seeded(0))
     assert len(seen) >= {"policy-gradient": 5, "policy-gradient-classic": 3}.get(name, 1)
     for noisy, timesteps in seen:
-        assert noisy is batch.noisy_NCHW
-        assert timesteps is batch.timesteps_N
+        assert noisy is batch.inputs["sample"]
+        assert timesteps is batch.inputs["timestep"]
 
 
 @pytest.mark.parametrize(

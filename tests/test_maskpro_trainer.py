@@ -12,12 +12,12 @@ from tempfile import mkdtemp
 import pytest
 import torch
 import yaml
-from helpers import output, tiny_folder, tiny_model
+from helpers import batch_of, output, tiny_folder, tiny_model
 from PIL import Image
 
 import prunedm
 from prunedm.data import digits
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
@@ -29,6 +29,7 @@ from prunedm.masks import Masks, Pattern
 from prunedm.options import DataOptions
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import held_out_problems, images_for, training_problems
+from prunedm.task import Batch
 
 ESTIMATORS = ["relaxed", "reinforce"]
 CALLS = [
@@ -77,7 +78,7 @@ def trainer(**options) -> DiffusionMaskProTrainer:
     return made
 
 
-def batches(trainer: DiffusionMaskProTrainer, count: int) -> list[ProblemBatch]:
+def batches(trainer: DiffusionMaskProTrainer, count: int) -> list[Batch]:
     epochs = (batch for _ in range(count) for batch in trainer.train_loader)
     return list(islice(epochs, count))
 
@@ -132,7 +133,7 @@ def test_reinforce_follows_the_losses_less_the_moving_baseline():
     for batch in batches(made, 3):
         before = logits(made)
         twin = deepcopy(made.model).train()
-        loss = problem_losses(predict(twin, batch), batch.target_NCHW).mean()
+        loss = problem_losses(predict(twin, batch), batch.target).mean()
         log_prob = sum(layer.log_prob() for layer in maskpro_layers(twin).values())
         value = float(loss.detach())
         baseline = value if baseline is None else baseline
@@ -182,7 +183,8 @@ def test_the_loader_reads_the_stages_problems_epoch_by_epoch():
     found = images_for(model, options, "train")
     assert numbers == list(range(2 * len(found)))
     stream = training_problems(model, options, found)
-    assert torch.equal(stream.batch([numbers[-1]]).noisy_NCHW[0], epochs[1][-1].noisy_NCHW[-1])
+    last = stream.batch([numbers[-1]])
+    assert torch.equal(last.inputs["sample"][0], epochs[1][-1].inputs["sample"][-1])
 
 
 def test_validation_is_the_loss_of_the_masked_model_on_the_stages_problems():
@@ -284,7 +286,7 @@ def test_every_call_names_the_one_before_it():
     ("batch", "message"),
     [
         (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "torch.uint8 is neither"),
-        (torch.zeros(1, 8, 8), "neither a ProblemBatch nor float images"),
+        (torch.zeros(1, 8, 8), "neither a Batch nor float images"),
         ([1], "a batch of list"),
         (torch.zeros(1, 3, 8, 8), r"the model takes N of 1x8x8"),
         (torch.full((1, 1, 8, 8), 2.0), "not in -1..1"),
@@ -300,7 +302,7 @@ def test_a_loss_that_is_not_finite_changes_no_parameter():
     made = trainer()
     batch = batches(made, 1)[0]
     before = deepcopy(made.model.state_dict())
-    bad = ProblemBatch(batch.noisy_NCHW * torch.nan, batch.timesteps_N, batch.target_NCHW)
+    bad = batch_of(batch.inputs["sample"] * torch.nan, batch.inputs["timestep"], batch.target)
     with pytest.raises(UserError, match="loss nan has no finite gradient at step 0: lower"):
         made.training_step(bad)
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())

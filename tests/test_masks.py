@@ -225,7 +225,7 @@ def test_hold_keeps_zeros_through_optimizer_steps_and_trains_the_rest():
     for step in range(3):
         batch = problems(noise_images(4)).batch(range(4 * step, 4 * step + 4))
         optimizer.zero_grad()
-        problem_losses(predict(denoiser, batch), batch.target_NCHW).mean().backward()
+        problem_losses(predict(denoiser, batch), batch.target).mean().backward()
         optimizer.step()
         assert masks.violations(denoiser)
         hold()

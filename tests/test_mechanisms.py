@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import noise_images, tiny_model
 
+from prunedm.diffusion import example
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model, load, save
@@ -128,9 +129,7 @@ def test_weights_meet_their_target(target, more):
     model, details = pruned(target=target, **options, **more)
     kind, wanted = target.split("=")
     dense = tiny_model(**CONDITIONAL).denoiser
-    positions = layer_positions(
-        dense, torch.zeros(1, 1, 8, 8), class_labels=torch.zeros(1, dtype=torch.long)
-    )
+    positions = layer_positions(dense, example(dense))
     each = positions if kind == "macs" else dict.fromkeys(positions, 1)
     gone = sum(int((~mask).sum()) * each[name] for name, mask in model.masks)
     layers = prunable_layers(dense).values()

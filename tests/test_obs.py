@@ -1,15 +1,15 @@
 """OBS against references that invert H anew at each step, direct solutions and enumeration."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from helpers import TINY, problems, tiny_model
+from helpers import TINY, batch_of, problems, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from prunedm.diffusion import ProblemBatch
 from prunedm.errors import UserError
 from prunedm.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Pattern
@@ -17,6 +17,7 @@ from prunedm.removal import input_grams as grams_module
 from prunedm.removal import obs
 from prunedm.removal.input_grams import input_grams, log_time_weights
 from prunedm.removal.obs import obs_prune
+from prunedm.task import Batch
 
 LAYERS = {
     "1x1": lambda: nn.Conv2d(8, 4, 1),
@@ -38,10 +39,10 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x_NCHW, timesteps_N, labels_N=None, return_dict=True):
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
         if isinstance(self.layer, nn.Linear):  # channels last
-            return (self.layer(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
-        return (self.layer(x_NCHW),)
+            return (self.layer(sample.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+        return (self.layer(sample),)
 
 
 def one_layer(kind: str = "linear") -> OneLayer:
@@ -58,10 +59,10 @@ def inputs(count: int = 6, channels: int = 8) -> torch.Tensor:
     return torch.einsum("ij,njhw->nihw", mixing * torch.linspace(0.3, 2, channels)[:, None], smooth)
 
 
-def batches_of(x_NCHW: torch.Tensor, sizes=(6,)) -> list[ProblemBatch]:
+def batches_of(x_NCHW: torch.Tensor, sizes=(6,)) -> list[Batch]:
     timesteps = torch.linspace(0, 999, len(x_NCHW)).long()
     parts = zip(x_NCHW.split(sizes), timesteps.split(sizes), strict=True)
-    return [ProblemBatch(x, t, x) for x, t in parts]
+    return [batch_of(x, t, x) for x, t in parts]
 
 
 def unfolded(layer: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ def unfolded(layer: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(batches) -> torch.Tensor:
-    return torch.cat([log_time_weights(b.timesteps_N, 1000, (1.2, 0.8)) for b in batches])
+    return torch.cat([log_time_weights(b.inputs["timestep"], 1000, (1.2, 0.8)) for b in batches])
 
 
 def gram_of(layer: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
@@ -162,8 +163,8 @@ def test_unfolds_are_bounded_whatever_the_batch(count, monkeypatch):
 
 def test_tokens_folded_into_the_batch_have_their_problems_weights():
     class Folding(OneLayer):
-        def forward(self, x_NCHW, timesteps_N, labels_N=None, return_dict=True):
-            rows = x_NCHW.permute(0, 2, 3, 1).reshape(len(x_NCHW) * 7, 8, 8)
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            rows = sample.permute(0, 2, 3, 1).reshape(len(sample) * 7, 8, 8)
             return (self.layer(rows),)
 
     denoiser, x = Folding(nn.Linear(8, 4).double()), inputs()
@@ -385,7 +386,7 @@ def test_layers_go_in_the_order_of_execution_each_after_those_before_it():
 
         again.get_submodule(name).register_forward_pre_hook(count)
     with torch.no_grad():
-        again(batches[0].noisy_NCHW, batches[0].timesteps_N)
+        again(batches[0].inputs["sample"], batches[0].inputs["timestep"])
     for name in sorted(names, key=forwards.__getitem__):  # one call each, in that order
         obs_prune(again, {name: Pattern(2, 4)}, batches=batches, train_timesteps=1000)
     for name in names:
@@ -452,7 +453,7 @@ def test_what_cannot_be_pruned_is_named():
 def test_class_labels_reach_the_denoiser():
     denoiser = UNet2DModel(**TINY, num_class_embeds=3).eval()
     batch = problems().batch(range(3))
-    batch = ProblemBatch(*(vars(batch) | {"labels_N": torch.tensor([0, 1, 2])}).values())
+    batch = replace(batch, inputs={**batch.inputs, "class_labels": torch.tensor([0, 1, 2])})
     masks = obs_prune(denoiser, eligible(denoiser), batches=[batch], train_timesteps=1000)
     assert all((to_groups(mask, 4).sum(1) == 2).all() for mask in masks.values())
 
@@ -460,7 +461,7 @@ def test_class_labels_reach_the_denoiser():
 @pytest.mark.parametrize("kind", ["linear", "3x3"])
 def test_swaps_lower_the_layers_error_and_keep_n(kind):
     """On the layer's own outputs, which H measures; other choices than patterns have no swaps."""
-    batches = [ProblemBatch(inputs(), torch.zeros(6, dtype=torch.long), inputs())]
+    batches = [batch_of(inputs(), torch.zeros(6, dtype=torch.long), inputs())]
     errors = {}
     for rounds in (0, 20):
         dense, pruned = one_layer(kind), one_layer(kind)

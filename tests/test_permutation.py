@@ -8,6 +8,7 @@ from helpers import tiny_model
 from test_channels import CONFIGS, problem, unet
 from torch import nn
 
+from prunedm.architecture import answer, like_weights
 from prunedm.errors import UserError
 from prunedm.folder import load, save
 from prunedm.layers import prunable_layers, why_not_nm
@@ -31,15 +32,7 @@ def patterns_of(model: nn.Module, pattern: Pattern = TWO_FOUR) -> dict[str, Patt
 
 
 def found_for(model: nn.Module, pattern: Pattern = TWO_FOUR) -> Permutation:
-    sample_NCHW, inputs = problem(model)
-    labels = inputs.get("class_labels")
-    return find_permutation(
-        model,
-        sample_NCHW[:1],
-        magnitudes(model),
-        patterns_of(model, pattern),
-        class_labels=None if labels is None else labels[:1],
-    )
+    return find_permutation(model, problem(model), magnitudes(model), patterns_of(model, pattern))
 
 
 @pytest.mark.parametrize(
@@ -49,11 +42,11 @@ def test_the_network_computes_the_same(config, groups):
     model = unet(**(CONFIGS[config] | WIDE | {"norm_num_groups": groups}))
     permutation = found_for(model)
     model.double()
-    inputs = [problem(model, size) for size in (8, 16)]
+    inputs = [like_weights(model, problem(model, size)) for size in (8, 16)]
 
     def outputs() -> list[torch.Tensor]:
         with torch.no_grad():
-            return [model(x_NCHW.double(), **rest).sample for x_NCHW, rest in inputs]
+            return [answer(model, given) for given in inputs]
 
     before = outputs()
     weights = {name: p.clone() for name, p in model.named_parameters()}
@@ -190,22 +183,19 @@ def test_a_permuted_model_is_saved_and_loaded(tmp_path):
 
 def found_for_tiny(model) -> Permutation:
     denoiser = model.denoiser
-    sample_NCHW = torch.zeros(1, *model.sample_shape)
-    return find_permutation(denoiser, sample_NCHW, magnitudes(denoiser), patterns_of(denoiser))
+    return find_permutation(denoiser, model.example(), magnitudes(denoiser), patterns_of(denoiser))
 
 
 def test_signed_scores_count_by_their_size():
     model = unet(**(CONFIGS["plain"] | WIDE))
-    sample_NCHW, _ = problem(model)
     signed = {n: m.weight.detach() for n, m in prunable_layers(model).items()}
-    one = find_permutation(model, sample_NCHW[:1], signed, patterns_of(model))
+    one = find_permutation(model, problem(model), signed, patterns_of(model))
     other = found_for(model)
     assert all(torch.equal(order, other.order[key]) for key, order in one.order.items())
 
 
 def test_what_does_not_fit_is_named():
     model = unet(**CONFIGS["plain"])
-    sample_NCHW, _ = problem(model)
     name, scores = "mid_block.resnets.0.conv1", magnitudes(model)
     for patterns, given, message in (
         ({name: Pattern(2, 5)}, scores, "2:5 does not fit mid_block"),
@@ -213,7 +203,7 @@ def test_what_does_not_fit_is_named():
         ({"nowhere": TWO_FOUR}, scores, "'nowhere', which is no layer"),
     ):
         with pytest.raises(UserError, match=message):
-            find_permutation(model, sample_NCHW[:1], given, patterns)
+            find_permutation(model, problem(model), given, patterns)
     other = unet(block_out_channels=(32, 32), **CONFIGS["plain"])
     with pytest.raises(UserError, match="permutation of another model"):
         permute_(other, found_for(unet(**(CONFIGS["plain"] | WIDE))))

@@ -1,5 +1,6 @@
 """Recovery: every term against its definition, and fine-tuning's options in the stage."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from helpers import noise_images, problems, tiny_folder, tiny_model
 from torch import nn
 from torch.autograd import gradcheck
 
+from prunedm.architecture import answer
 from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.folder import load, save
@@ -129,7 +131,7 @@ def test_listening_to_blocks_hears_what_the_network_goes_on_with():
         found = blocks.take(3)
         last = found["up_blocks.1"]
         ended = denoiser.conv_out(denoiser.conv_act(denoiser.conv_norm_out(last)))
-        embedding = denoiser.time_embedding(denoiser.time_proj(batch.timesteps_N))
+        embedding = denoiser.time_embedding(denoiser.time_proj(batch.inputs["timestep"]))
         assert blocks.take(3) == {}
         middle = denoiser.mid_block(found["down_blocks.1"], embedding)
     assert list(found) == block_names(denoiser)
@@ -158,15 +160,13 @@ class Small(nn.Module):
         self.first = nn.Conv2d(2, 4, 3, padding=1, dtype=torch.float64)
         self.second = nn.Conv2d(4, 2, 3, padding=1, dtype=torch.float64)
 
-    def forward(self, noisy: torch.Tensor, *_, **__) -> tuple[torch.Tensor]:
-        return (self.second(torch.tanh(self.first(noisy))),)
+    def forward(self, sample: torch.Tensor, **_) -> tuple[torch.Tensor]:
+        return (self.second(torch.tanh(self.first(sample))),)
 
 
 def small_batch(count: int = 4):
     batch = problems(noise_images(channels=2), seed=3).batch(range(count))
-    return type(batch)(
-        batch.noisy_NCHW.double(), batch.timesteps_N, batch.target_NCHW, None, batch.numbers
-    )
+    return replace(batch, inputs={**batch.inputs, "sample": batch.inputs["sample"].double()})
 
 
 def answered(network: nn.Module, batch, rows: list[int], size: float) -> torch.Tensor:
@@ -178,7 +178,7 @@ def test_responses_tend_to_jacobian_vector_products():
     network, batch, rows = Small(0), small_batch(), [0, 1, 3]
     v_MCHW = directions(batch, rows, 0)
     _, wanted = torch.func.jvp(
-        lambda x: network(x)[0], (batch.noisy_NCHW[rows],), (v_MCHW.double(),)
+        lambda x: network(x)[0], (batch.inputs["sample"][rows],), (v_MCHW.double(),)
     )
     errors = [
         float((answered(network, batch, rows, size) - wanted).norm().detach() / wanted.norm())
@@ -203,7 +203,9 @@ def test_the_gradient_of_sensitivity():
 
     def total(weight: torch.Tensor) -> torch.Tensor:
         joined = with_perturbed(batch, [0, 1], seed=0, size=0.1)
-        output = torch.func.functional_call(student, {"second.weight": weight}, joined.noisy_NCHW)
+        output = torch.func.functional_call(
+            student, {"second.weight": weight}, joined.inputs["sample"]
+        )
         return sensitivity_losses(responses(output[0], [0, 1], size=0.1), wanted).sum()
 
     assert gradcheck(total, student.second.weight.detach().clone().requires_grad_())
@@ -217,10 +219,10 @@ def test_perturbed_problems_are_chosen_and_moved_by_their_numbers():
     assert perturbed_rows(whole, 1) == list(range(12))
     joined = with_perturbed(whole, [8, 9], seed=4, size=0.5)
     again = with_perturbed(tail, [0, 1], seed=4, size=0.5)
-    assert torch.equal(joined.noisy_NCHW[12:], again.noisy_NCHW[4:])
+    assert torch.equal(joined.inputs["sample"][12:], again.inputs["sample"][4:])
     assert joined.numbers == (*range(12), 8, 9)
-    assert torch.equal(joined.timesteps_N[12:], whole.timesteps_N[8:10])
-    moved = (joined.noisy_NCHW[12] - whole.noisy_NCHW[8]) / 0.5
+    assert torch.equal(joined.inputs["timestep"][12:], whole.inputs["timestep"][8:10])
+    moved = (joined.inputs["sample"][12] - whole.inputs["sample"][8]) / 0.5
     wanted = torch.randn(1, 8, 8, generator=generator_for(4, "direction", 8))
     assert torch.allclose(moved, wanted, atol=1e-5)
     assert with_perturbed(whole, [], seed=4, size=0.5) is whole
@@ -237,7 +239,7 @@ def test_distillation_mixes_data_and_teacher(share):
         got = objective(student, batch, 0)
     with torch.no_grad():
         output, wanted = (predict(m, batch).double() for m in (student, teacher))
-    data = (output - batch.target_NCHW.double()).square().mean()
+    data = (output - batch.target.double()).square().mean()
     copy = (output - wanted).square().mean()
     assert got.item() == pytest.approx(float((1 - share) * data + share * copy), rel=1e-5)
     got.backward()
@@ -272,11 +274,11 @@ def separately(student: nn.Module, teacher: nn.Module, batch) -> torch.Tensor:
         v = torch.stack(
             [torch.randn(1, 8, 8, generator=generator_for(m.seed, "direction", n)) for n in rows]
         )
-        changed = batch.noisy_NCHW[rows] + m.size * v
-        out = network(changed, batch.timesteps_N[rows], return_dict=False)[0]
+        changed = batch.inputs["sample"][rows] + m.size * v
+        out = network(changed, batch.inputs["timestep"][rows], return_dict=False)[0]
         moved.append((out - answers[-1][rows]) / m.size)
     (own, copy), (s, t) = answers, moved
-    data, copied = (own - batch.target_NCHW).square().mean(), (own - copy).square().mean()
+    data, copied = (own - batch.target).square().mean(), (own - copy).square().mean()
     errors = [
         ((blocks[0][k] - w).square().sum((1, 2, 3)) / w.square().sum((1, 2, 3))).mean()
         for k, w in blocks[1].items()
@@ -540,11 +542,11 @@ def test_a_cycle_of_problems_asks_the_teacher_once(narrow, tmp_path, monkeypatch
 
     stage = sys.modules["prunedm.stages.verbs.finetune"]
 
-    def counted(network: nn.Module, batch) -> torch.Tensor:
-        asked.append(batch.numbers)
-        return predict(network, batch)
+    def counted(network: nn.Module, inputs) -> torch.Tensor:
+        asked.append(len(inputs["sample"]))
+        return answer(network, inputs)
 
-    monkeypatch.setattr(stage, "whole_output", counted)
+    monkeypatch.setattr(stage, "answer", counted)
     for memory in (1.0, 0.0):
         out = tmp_path / str(memory)
         options = FinetuneOptions(steps=6, dataset_size=7, memo_memory=memory, **QUICK)
@@ -553,7 +555,7 @@ def test_a_cycle_of_problems_asks_the_teacher_once(narrow, tmp_path, monkeypatch
         asked.clear()
     (one, known), (two, always) = results
     assert one == two
-    assert known == [(0, 1, 2, 3), (4, 5, 6, 7)]  # whole steps
+    assert known == [4, 4]  # whole steps, of which there are two
     assert always == known * 3
 
 
@@ -611,7 +613,7 @@ def test_compiled_machine_code_does_the_same(hybrid, tmp_path):
 
 def test_the_data_objective_is_the_denoising_loss():
     denoiser, batch = tiny_model().denoiser, problems().batch(range(3))
-    wanted = (predict(denoiser, batch) - batch.target_NCHW).square().mean()
+    wanted = (predict(denoiser, batch) - batch.target).square().mean()
     assert data_objective(denoiser, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
     assert LoopOptions().tracker == "none"
     assert read_record(tiny_folder()) is None

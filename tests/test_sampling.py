@@ -263,9 +263,9 @@ class OneImage(torch.nn.Module):
         self.grey = torch.nn.Parameter(torch.tensor(0.25))
         self.place = torch.arange(1000.0)
 
-    def forward(self, x, t, labels=None, return_dict=False):
-        bar = float(np.interp(float(t), self.place, TRAINED.alphas_cumprod))
-        return ((x - bar**0.5 * self.grey) / (1 - bar) ** 0.5,)
+    def forward(self, sample, timestep, return_dict=False):
+        bar = float(np.interp(float(timestep[0]), self.place, TRAINED.alphas_cumprod))
+        return ((sample - bar**0.5 * self.grey) / (1 - bar) ** 0.5,)
 
 
 def supported() -> list[str]:

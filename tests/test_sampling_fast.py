@@ -37,7 +37,7 @@ def noise(count: int = 4) -> torch.Tensor:
 
 @torch.no_grad()
 def answer(module, x_NCHW, **more) -> torch.Tensor:
-    return module(x_NCHW, TIME, return_dict=False, **more)[0]
+    return module(sample=x_NCHW, timestep=TIME, return_dict=False, **more)[0]
 
 
 def drawn(denoiser, count: int = 4, *, steps: int = 4, shape=SHAPE, **options) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_labels_reach_the_copy():
     for label in range(3):
         classes = {"class_labels": torch.full((4,), label)}
         wanted = answer(denoiser, noise(), **classes)
-        found = answer(quick, noise(), labels=classes["class_labels"])
+        found = answer(quick, noise(), **classes)
         assert (found - wanted).norm() <= 1e-2 * wanted.norm()
     labels = class_labels(3, 4, None)
     assert (

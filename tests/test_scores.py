@@ -1,9 +1,11 @@
 """Scores against materialised unfolds and hand-made gradients; every score with every mechanism."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from helpers import noise_images, problems, tiny_model
+from helpers import batch_of, noise_images, problems, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +16,7 @@ from prunedm.calibration import (
     input_variances,
     loss_gradients,
 )
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import example, predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
@@ -30,6 +32,7 @@ from prunedm.scores.magnitude import magnitude, magnitude_l2
 from prunedm.scores.random import random
 from prunedm.scores.taylor import taylor, taylor_multivariable
 from prunedm.scores.wanda import OVER_TIME, wanda
+from prunedm.task import Batch
 
 CONVOLUTIONS = {
     "1x1": {"kernel_size": 1},
@@ -49,16 +52,16 @@ class OneLayer(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x_NCHW, timesteps_N, labels_N=None, return_dict=True):
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
         if isinstance(self.layer, nn.Linear):  # channels last
-            return (self.layer(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
-        return (self.layer(x_NCHW),)
+            return (self.layer(sample.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),)
+        return (self.layer(sample),)
 
 
-def batches_of(inputs_NCHW: torch.Tensor, sizes, timesteps_N=None) -> list[ProblemBatch]:
+def batches_of(inputs_NCHW: torch.Tensor, sizes, timesteps_N=None) -> list[Batch]:
     timesteps_N = torch.zeros(len(inputs_NCHW)).long() if timesteps_N is None else timesteps_N
     parts = zip(inputs_NCHW.split(sizes), timesteps_N.split(sizes), strict=True)
-    return [ProblemBatch(part, t_N, part) for part, t_N in parts]
+    return [batch_of(part, t_N, part) for part, t_N in parts]
 
 
 def squares(layer: nn.Module, inputs_NCHW: torch.Tensor, sizes, **options) -> torch.Tensor:
@@ -198,11 +201,11 @@ def test_diff_pruning_sums_gradients_up_to_the_first_small_loss():
     layers = prunable_layers(denoiser, ["mid_block"])
     stream = problems(purpose="sweep")
     batches = [b for _, b in zip(range(4), stream.sweep(3), strict=False)]
-    assert [b.timesteps_N.tolist() for b in batches] == [[t] * 3 for t in range(4)]
-    for target in (b.target_NCHW for b in batches):
-        assert torch.equal(target, batches[0].target_NCHW)  # the same noise
+    assert [b.inputs["timestep"].tolist() for b in batches] == [[t] * 3 for t in range(4)]
+    for target in (b.target for b in batches):
+        assert torch.equal(target, batches[0].target)  # the same noise
     weights = [layer.weight for layer in layers.values()]
-    losses = [problem_losses(predict(denoiser, b), b.target_NCHW).mean() for b in batches]
+    losses = [problem_losses(predict(denoiser, b), b.target).mean() for b in batches]
     # a threshold between the losses of t = 1 and t = 2 ends the sum with t = 1
     for scale, length in ((1e-6, 2), (1.0, 4)):
         small = [b if t < 2 else _with_loss(denoiser, b, scale) for t, b in enumerate(batches)]
@@ -212,12 +215,12 @@ def test_diff_pruning_sums_gradients_up_to_the_first_small_loss():
             torch.testing.assert_close(gradient, oracle, rtol=1e-4, atol=1e-8)
 
 
-def _with_loss(denoiser, batch: ProblemBatch, scale: float) -> ProblemBatch:
+def _with_loss(denoiser, batch: Batch, scale: float) -> Batch:
     """The same problems with targets that leave `scale` of the residual."""
     with torch.no_grad():
         output = predict(denoiser, batch)
-    target = output + (batch.target_NCHW - output) * scale
-    return ProblemBatch(batch.noisy_NCHW, batch.timesteps_N, target)
+    target = output + (batch.target - output) * scale
+    return replace(batch, target=target)
 
 
 def test_diff_pruning_goes_through_the_timesteps_of_its_problems():
@@ -234,13 +237,13 @@ def test_gradients_are_those_of_the_mean_loss_however_it_is_batched():
     denoiser = tiny_model().denoiser.double()
     layers = prunable_layers(denoiser)
     whole = problems().batch(range(7))
-    noisy, target = whole.noisy_NCHW.double(), whole.target_NCHW  # losses are float32
-    whole = ProblemBatch(noisy, whole.timesteps_N, target)
-    loss = F.mse_loss(denoiser(noisy, whole.timesteps_N).sample, target.double())
+    noisy, target = whole.inputs["sample"].double(), whole.target  # losses are float32
+    whole = batch_of(noisy, whole.inputs["timestep"], target)
+    loss = F.mse_loss(denoiser(noisy, whole.inputs["timestep"]).sample, target.double())
     weights = [layer.weight for layer in layers.values()]
     expected = torch.autograd.grad(loss, weights)
     parts = [
-        ProblemBatch(noisy[a:b], whole.timesteps_N[a:b], target[a:b])
+        batch_of(noisy[a:b], whole.inputs["timestep"][a:b], target[a:b])
         for a, b in ((0, 2), (2, 3), (3, 7))
     ]
     for batches in ([whole], parts):
@@ -254,15 +257,17 @@ def test_taylor_foretells_the_change_of_the_loss():
     denoiser = tiny_model().denoiser.double()
     layers = {"mid_block.resnets.0.conv1": denoiser.mid_block.resnets[0].conv1}
     batch = problems().batch(range(4))
-    batch = ProblemBatch(batch.noisy_NCHW.double(), batch.timesteps_N, batch.target_NCHW.double())
+    batch = batch_of(
+        batch.inputs["sample"].double(), batch.inputs["timestep"], batch.target.double()
+    )
     gradients = loss_gradients(denoiser, layers, [batch])
     scores = {n: taylor(layer.weight.detach(), gradients[n]) for n, layer in layers.items()}
     (name, layer), step = next(iter(layers.items())), 1e-3
 
     def loss() -> float:
         with torch.no_grad():
-            prediction = denoiser(batch.noisy_NCHW, batch.timesteps_N).sample
-        return float(F.mse_loss(prediction, batch.target_NCHW))
+            prediction = denoiser(batch.inputs["sample"], batch.inputs["timestep"]).sample
+        return float(F.mse_loss(prediction, batch.target))
 
     largest = np.unravel_index(int(scores[name].argmax()), layer.weight.shape)
     with torch.no_grad():
@@ -285,7 +290,7 @@ def test_each_score_is_its_formula():
 
 def test_the_two_reductions_of_taylor_differ_for_channels_only():
     model = tiny_model().denoiser
-    group = channel_groups(model, torch.zeros(1, 1, 8, 8))[0]
+    group = channel_groups(model, example(model))[0]
     name = group.couplings[0].layer
     effects = torch.ones_like(model.get_submodule(name).weight)
     effects[0].flatten()[::2] = -1.0  # cancel within the first channel

@@ -6,6 +6,7 @@ import torch
 from helpers import noise_images, problems, tiny_model
 from torch import nn
 
+from prunedm.diffusion import example
 from prunedm.errors import UserError
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import LossEstimate, denoising_loss, fixed_batches
@@ -46,14 +47,15 @@ def hand_macs(unet, size: int) -> int:
 def test_macs_are_those_counted_by_hand(size, options):
     unet = tiny_model(**options).denoiser
     assert len([n for n, _ in unet.named_modules() if n.endswith("to_q")]) == 1
-    assert count_macs(unet, (unet.config.in_channels, size, size)) == hand_macs(unet, size)
+    inputs = example(unet) | {"sample": torch.zeros(1, unet.config.in_channels, size, size)}
+    assert count_macs(unet, inputs) == hand_macs(unet, size)
 
 
 def test_macs_do_not_see_zeros():
     unet = tiny_model().denoiser
-    dense = count_macs(unet, (1, 8, 8))
+    dense = count_macs(unet, example(unet))
     masks_of(unet).apply_(unet)
-    assert count_macs(unet, (1, 8, 8)) == dense
+    assert count_macs(unet, example(unet)) == dense
 
 
 def masks_of(unet, text: str = "2:4", targets=()) -> Masks:
@@ -146,8 +148,8 @@ def test_the_loss_is_the_mean_square_by_hand_in_any_batches():
     for p in range(10):
         batch = stream.batch([p])
         with torch.no_grad():
-            output = unet(batch.noisy_NCHW, batch.timesteps_N).sample
-        expected.append(np.mean((output.numpy() - batch.target_NCHW.numpy()).astype(float) ** 2))
+            output = unet(batch.inputs["sample"], batch.inputs["timestep"]).sample
+        expected.append(np.mean((output.numpy() - batch.target.numpy()).astype(float) ** 2))
     np.testing.assert_allclose(estimate.per_problem_N, expected, rtol=1e-5)
     assert estimate.mean == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -156,7 +158,9 @@ def test_fixed_batches_are_the_first_problems():
     batches = fixed_batches(problems(noise_images(7)), 205)
     assert [len(batch) for batch in batches] == [100, 100, 5]
     whole = problems(noise_images(7)).batch(range(205))
-    assert torch.equal(torch.cat([batch.noisy_NCHW for batch in batches]), whole.noisy_NCHW)
+    assert torch.equal(
+        torch.cat([batch.inputs["sample"] for batch in batches]), whole.inputs["sample"]
+    )
 
 
 def test_psnr_by_hand():
@@ -170,11 +174,11 @@ def test_psnr_by_hand():
 
 def test_latencies_are_positive_and_for_the_batch_asked():
     unet = tiny_model(num_class_embeds=3).denoiser
-    one = latency(unet, (1, 8, 8), batch=2, repeats=2)
+    one = latency(unet, example(unet, 2), repeats=2)
     assert one.batch == 2
     assert one.median_ms > 0
     assert one.spread_ms >= 0
-    assert len(latencies([unet, unet], (1, 8, 8), batch=1, repeats=1)) == 2
+    assert len(latencies([(unet, example(unet))] * 2, repeats=1)) == 2
 
 
 def test_pairs_of_other_shapes_are_refused():
@@ -254,14 +258,14 @@ def test_the_kernel_is_the_operator_that_ran_longest():
 
 def test_timings_say_how_each_call_was_made():
     unet = tiny_model().denoiser
-    (plain,) = timings([unet], (1, 8, 8), Way(2), repeats=2)
+    (plain,) = timings([(unet, example(unet, 2))], Way(2), repeats=2)
     assert (plain.batch, plain.dtype, plain.compiled) == (2, "float32", False)
     assert plain.threads == torch.get_num_threads()
     assert plain.kernel.startswith("dense (")
     assert plain.images_per_s == pytest.approx(2000 / plain.median_ms)
     seen = []
     unet.conv_in.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    (half,) = timings([unet], (1, 8, 8), Way(1, bf16=True), repeats=1)
+    (half,) = timings([(unet, example(unet))], Way(1, bf16=True), repeats=1)
     assert half.dtype == "bf16 autocast"
     assert set(seen) == {torch.bfloat16}
 
@@ -270,13 +274,13 @@ def test_a_compiled_call_is_one_that_was_compiled(monkeypatch):
     unet = tiny_model().denoiser
     monkeypatch.setattr(torch, "compile", lambda module: module)
     with pytest.raises(UserError, match="compiled nothing"):
-        timings([unet], (1, 8, 8), Way(1, compiled=True), repeats=1)
+        timings([(unet, example(unet))], Way(1, compiled=True), repeats=1)
 
 
 @pytest.mark.slow
 def test_compiled_calls_are_timed():
     unet = tiny_model().denoiser
-    (found,) = timings([unet], (1, 8, 8), Way(1, compiled=True), repeats=2)
+    (found,) = timings([(unet, example(unet))], Way(1, compiled=True), repeats=2)
     assert found.compiled
     assert found.median_ms > 0
 

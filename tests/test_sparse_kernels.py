@@ -8,6 +8,7 @@ import torch
 from helpers import output, tiny_model
 from torch import nn
 
+from prunedm.diffusion import example
 from prunedm.errors import UserError
 from prunedm.layers import from_groups, prunable_layers, to_groups
 from prunedm.masks import Pattern
@@ -288,7 +289,7 @@ def test_faster_forms_take_the_layers_places_and_the_answer_stays(denoiser, ms, 
     wanted = output(denoiser)
     eligible = prunable_layers(denoiser)
     selection = use_sparse_kernels(
-        denoiser, SHAPE, batch=3, dtype=torch.float32, kernels=[PACKED], timer=timer(*ms)
+        denoiser, example(denoiser, 3), dtype=torch.float32, kernels=[PACKED], timer=timer(*ms)
     )
     torch.testing.assert_close(output(denoiser), wanted, atol=1e-5, rtol=1e-5)
     assert selection.relative_error == pytest.approx(0, abs=1e-5)
@@ -312,7 +313,7 @@ def test_faster_forms_take_the_layers_places_and_the_answer_stays(denoiser, ms, 
 def test_dense_stays_where_it_is_faster(denoiser):
     before = dict(denoiser.named_modules())
     selection = use_sparse_kernels(
-        denoiser, SHAPE, batch=2, dtype=torch.float32, kernels=[PACKED], timer=timer(2.0, 3.0)
+        denoiser, example(denoiser, 2), dtype=torch.float32, kernels=[PACKED], timer=timer(2.0, 3.0)
     )
     assert dict(denoiser.named_modules()) == before
     assert selection.relative_error is None
@@ -329,7 +330,7 @@ def test_layers_are_chosen_one_by_one(denoiser):
         return [2.0, 1.0] if len(calls) == 2 else [1.0, 2.0, 3.0]
 
     selection = use_sparse_kernels(
-        denoiser, SHAPE, batch=1, dtype=torch.float32, kernels=[PACKED], timer=only_linear
+        denoiser, example(denoiser, 1), dtype=torch.float32, kernels=[PACKED], timer=only_linear
     )
     layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     assert layers.keys() == {"time_embedding.linear_1", "time_embedding.linear_2"}
@@ -349,8 +350,7 @@ def test_a_wrong_kernel_is_an_error_and_undone(denoiser, factor):
     with pytest.raises(UserError, match=r"answer by .* more than 0.02; the dense layers are back"):
         use_sparse_kernels(
             denoiser.train(),
-            SHAPE,
-            batch=1,
+            example(denoiser),
             dtype=torch.float32,
             kernels=[Kernel("wrong", Wrong)],
             timer=lambda calls: [2.0, 1.0, 1.0][: len(calls)],
@@ -363,7 +363,7 @@ def test_a_wrong_kernel_is_an_error_and_undone(denoiser, factor):
 def test_only_the_layers_have_to_be_in_half_precision(denoiser):
     fast = FastDenoiser(denoiser, calls=1, dtype=torch.bfloat16).inner
     selection = use_sparse_kernels(
-        fast, SHAPE, batch=2, dtype=torch.bfloat16, kernels=[PACKED], timer=timer(1.0)
+        fast, example(fast, 2), dtype=torch.bfloat16, kernels=[PACKED], timer=timer(1.0)
     )
     due = {name for name in prunable_layers(denoiser) if not name.endswith("time_emb_proj")}
     assert {choice.name for choice in selection.chosen} == due
@@ -377,7 +377,7 @@ def test_a_form_that_does_not_run_is_left_out(denoiser):
 
     kernels = [Kernel("refused", Refused)]
     selection = use_sparse_kernels(
-        denoiser, SHAPE, batch=1, dtype=torch.float32, kernels=kernels, timer=timer()
+        denoiser, example(denoiser, 1), dtype=torch.float32, kernels=kernels, timer=timer()
     )
     reasons = {c.reason for c in selection.choices if c.name in prunable_layers(denoiser)}
     assert reasons == {"no sparse form runs"}
@@ -385,7 +385,7 @@ def test_a_form_that_does_not_run_is_left_out(denoiser):
 
 def test_weights_of_another_type_stay(denoiser):
     selection = use_sparse_kernels(
-        denoiser, SHAPE, batch=1, dtype=DOUBLE, kernels=[PACKED], timer=timer(1.0)
+        denoiser, example(denoiser, 1), dtype=DOUBLE, kernels=[PACKED], timer=timer(1.0)
     )
     reasons = {c.reason for c in selection.choices if c.name in prunable_layers(denoiser)}
     assert reasons == {"its weights are float32, not float64"}
@@ -398,7 +398,7 @@ def test_without_such_a_gpu_nothing_changes_and_it_says_why(denoiser):
     def never(calls):
         raise AssertionError("timed")
 
-    selection = use_sparse_kernels(denoiser, SHAPE, batch=4, timer=never, progress=heard)
+    selection = use_sparse_kernels(denoiser, example(denoiser, 4), timer=never, progress=heard)
     assert heard.said == ["nothing is made sparse: the denoiser is on cpu, not on an NVIDIA GPU"]
     assert dict(denoiser.named_modules()) == modules
     assert all(torch.equal(before[k], v) for k, v in denoiser.state_dict().items())
@@ -502,7 +502,7 @@ def test_on_a_gpu_a_denoiser_is_timed_and_its_answer_stays(timing):
         times = timing(calls)
         return [max(times) + 1, *times[1:]]
 
-    selection = use_sparse_kernels(denoiser, SHAPE, batch=8, timer=sparse_wins)
+    selection = use_sparse_kernels(denoiser, example(denoiser, 8), timer=sparse_wins)
     assert {choice.name for choice in selection.chosen} == layers.keys()
     assert selection.relative_error < 0.01
     x_NCHW = torch.randn(8, *SHAPE, device=device, dtype=HALF)

@@ -94,8 +94,8 @@ def loss_of(folder: Path, count: int = 8) -> float:
     model, total = load(folder), 0.0
     for batch in held_out_problems(model, PruneOptions(), count):
         with torch.no_grad():
-            output = model.denoiser(batch.noisy_NCHW, batch.timesteps_N, batch.labels_N).sample
-        total += float((output - batch.target_NCHW).square().double().mean((1, 2, 3)).sum())
+            output = model.denoiser(**batch.inputs).sample
+        total += float((output - batch.target).square().double().mean((1, 2, 3)).sum())
     return total / count
 
 

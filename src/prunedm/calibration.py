@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.layers import padded_inputs
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
+from prunedm.task import Batch
 
 OverProblems = Literal["mean", "max", "median"]
 RESERVOIR = 32  # problems of a time bin that a median is taken over
@@ -53,7 +54,7 @@ class TimeBins:
 def input_squares(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     *,
     bins: TimeBins,
     over_problems: OverProblems = "mean",
@@ -79,7 +80,7 @@ def input_squares(
 def input_variances(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -102,7 +103,7 @@ def input_variances(
 def loss_gradients(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Iterable[ProblemBatch],
+    batches: Iterable[Batch],
     *,
     stop_below: float = 0.0,
     total: int = 0,
@@ -122,7 +123,7 @@ def loss_gradients(
     with (progress or Silent()).task("gradients", length) as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            loss = problem_losses(predict(denoiser, batch), batch.target_NCHW).mean()
+            loss = problem_losses(predict(denoiser, batch), batch.target).mean()
             value = float(loss.detach())
             largest = max(largest, value)
             if value < stop_below * largest:  # before the backward pass: this one is not in
@@ -154,7 +155,7 @@ def tap_means(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
 def _watch_inputs(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     add: Callable[[str, torch.Tensor, torch.Tensor], None],
     *,
     device: torch.device | str,
@@ -171,7 +172,7 @@ def _watch_inputs(
     bars = (progress or Silent()).task("activations", len(batches))
     with _hooks(handles), torch.no_grad(), bars as bar:
         for batch in batches:
-            timesteps_N = batch.timesteps_N
+            timesteps_N = batch.inputs["timestep"]
             predict(denoiser, batch.to(device))
             bar.advance()
 

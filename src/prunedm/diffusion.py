@@ -14,38 +14,13 @@ from diffusers import ConfigMixin, schedulers
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from prunedm.architecture import answer
 from prunedm.data import ImageSet, to_model_range
 from prunedm.errors import UserError
 from prunedm.randomness import generator_for
+from prunedm.task import Batch
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
-@dataclass(frozen=True)
-class ProblemBatch:
-    """N problems: predict `target` from `noisy` at `timesteps`, given `labels` if there are any.
-
-    `numbers`: which problems of their stream these are; on the CPU.
-    """
-
-    noisy_NCHW: torch.Tensor
-    timesteps_N: torch.Tensor
-    target_NCHW: torch.Tensor
-    labels_N: torch.Tensor | None = None
-    numbers: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.timesteps_N)
-
-    def to(self, device: torch.device | str) -> "ProblemBatch":
-        labels = None if self.labels_N is None else self.labels_N.to(device)
-        return ProblemBatch(
-            self.noisy_NCHW.to(device),
-            self.timesteps_N.to(device),
-            self.target_NCHW.to(device),
-            labels,
-            self.numbers,
-        )
 
 
 class DenoisingProblems(Dataset[dict[str, Any]]):
@@ -89,7 +64,7 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
             item["label"] = self.images.label(index)
         return item
 
-    def batch(self, indices: Sequence[int]) -> ProblemBatch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """The problems of these indices, on the CPU."""
         return self._collate([self[p] for p in indices])
 
@@ -97,12 +72,12 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
         """Problems 0..count-1 in batches, each drawn when it is asked for."""
         return ProblemStream(self, count, size)
 
-    def sweep(self, count: int) -> Iterator[ProblemBatch]:
+    def sweep(self, count: int) -> Iterator[Batch]:
         """Problems 0..count-1 at t = first, then first + 1, ...: the same images and noise."""
         for t in range(self.first, self.last + 1):
             yield self._collate([self[p] | {"timestep": t} for p in range(count)])
 
-    def batches(self, index_lists: Sequence[Any], *, workers: int = 0) -> Iterator[ProblemBatch]:
+    def batches(self, index_lists: Sequence[Any], *, workers: int = 0) -> Iterator[Batch]:
         """One batch a list of indices, in order; images are decoded by `workers` processes."""
         return iter(
             DataLoader(
@@ -124,19 +99,20 @@ class DenoisingProblems(Dataset[dict[str, Any]]):
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         return int(self._order[1][position])
 
-    def _collate(self, items: Sequence[dict[str, Any]]) -> ProblemBatch:
+    def _collate(self, items: Sequence[dict[str, Any]]) -> Batch:
         clean = to_model_range(torch.stack([item["image"] for item in items]))
         noise = torch.stack([item["noise"] for item in items])
         timesteps = torch.tensor([item["timestep"] for item in items])
         noisy = add_noise(self.scheduler, clean, noise, timesteps)
         target = prediction_target(self.scheduler, clean, noise, timesteps)
-        labels = torch.tensor([i["label"] for i in items]) if self.conditional else None
-        numbers = tuple(item["number"] for item in items)
-        return ProblemBatch(noisy, timesteps, target, labels, numbers)
+        inputs = {"sample": noisy, "timestep": timesteps}
+        if self.conditional:
+            inputs["class_labels"] = torch.tensor([item["label"] for item in items])
+        return Batch(inputs, target, tuple(item["number"] for item in items))
 
 
 @dataclass(frozen=True)
-class ProblemStream(Sequence[ProblemBatch]):
+class ProblemStream(Sequence[Batch]):
     """Batches of problems 0..total-1, as often as wanted; none is kept."""
 
     problems: DenoisingProblems
@@ -185,10 +161,24 @@ def sample_shape(denoiser: Any) -> tuple[int, int, int]:
     return denoiser.config.in_channels, height, width
 
 
-def check_sample_shape(denoiser: Any, problems: ProblemBatch) -> None:
+def example(
+    denoiser: Any, count: int = 1, *, last: int = 999, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs for `count` images: seeded noise, timesteps from 0 to `last`, classes in turn."""
+    shape = (count, *sample_shape(denoiser))
+    inputs = {
+        "sample": torch.randn(shape, generator=generator_for(seed, "export", 0)),
+        "timestep": torch.linspace(0, last, count),
+    }
+    if getattr(denoiser, "class_embedding", None) is not None:
+        inputs["class_labels"] = torch.arange(count) % (denoiser.config.num_class_embeds or 1)
+    return inputs
+
+
+def check_sample_shape(denoiser: Any, problems: Batch) -> None:
     """Raise `UserError` where problems have another shape than the denoiser was trained on."""
     wanted = sample_shape(denoiser)
-    given = tuple(problems.noisy_NCHW.shape[1:])
+    given = tuple(problems.inputs["sample"].shape[1:])
     if given != wanted:
         shapes = ["x".join(map(str, shape)) for shape in (given, wanted)]
         raise UserError(
@@ -260,17 +250,9 @@ def _rates(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch
     return abar.sqrt(), (1 - abar).sqrt()
 
 
-def predict(denoiser: torch.nn.Module, problems: ProblemBatch) -> torch.Tensor:
+def predict(denoiser: torch.nn.Module, problems: Batch) -> torch.Tensor:
     """The denoiser's prediction for a batch of problems, NCHW, without a learned variance."""
-    return without_variance(whole_output(denoiser, problems), problems.target_NCHW)
-
-
-def whole_output(denoiser: torch.nn.Module, problems: ProblemBatch) -> torch.Tensor:
-    """All channels of the denoiser's output, those of a learned variance behind the prediction."""
-    output: torch.Tensor = denoiser(
-        problems.noisy_NCHW, problems.timesteps_N, problems.labels_N, return_dict=False
-    )[0]
-    return output
+    return without_variance(answer(denoiser, problems.inputs), problems.target)
 
 
 def without_variance(output_NCHW: torch.Tensor, like_NCHW: torch.Tensor) -> torch.Tensor:

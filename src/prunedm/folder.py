@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prunedm.diffusion import sample_shape
+from prunedm.diffusion import example, sample_shape
 from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
@@ -50,6 +50,14 @@ class Model:
     def sample_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return sample_shape(self.denoiser)
+
+    def example(self, count: int = 1, *, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Inputs to trace, time, count and export with: noise at timesteps from first to last.
+
+        Classes come in turn.
+        """
+        last = self.scheduler.config.num_train_timesteps - 1
+        return example(self.denoiser, count, last=last, seed=seed)
 
     def round_to_dtype(self) -> None:
         """Give the weights the values that the saved file will hold, so figures are of those."""

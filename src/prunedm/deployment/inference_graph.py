@@ -23,6 +23,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
+from prunedm.architecture import answer
 from prunedm.layers import replace_module
 
 
@@ -60,8 +61,8 @@ class InferenceDenoiser(nn.Module):
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The denoiser's output for float timesteps, one an image."""
-        output: torch.Tensor = self.unet(sample, timestep, class_labels, return_dict=False)[0]
-        return output
+        given = {} if class_labels is None else {"class_labels": class_labels}
+        return answer(self.unet, {"sample": sample, "timestep": timestep} | given)
 
 
 class HalfInside(nn.Module):

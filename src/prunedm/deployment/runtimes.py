@@ -20,7 +20,7 @@ from prunedm.errors import UserError, first_line
 
 
 class ExportedDenoiser(nn.Module):
-    """What samplers see: `(x_NCHW, t[, labels_N]) -> (output_NCHW,)`, float32, on the CPU."""
+    """What samplers see: `(sample, timestep[, class_labels]) -> (output,)`, float32, on the CPU."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -29,28 +29,33 @@ class ExportedDenoiser(nn.Module):
 
     def forward(
         self,
-        x_NCHW: torch.Tensor,
-        t: torch.Tensor | float,
-        labels_N: torch.Tensor | None = None,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[torch.Tensor]:
         """Raises `UserError` for images of another shape than the file was made for."""
         assert not return_dict
         due = sample_shape(self)
-        if tuple(x_NCHW.shape[1:]) != due:
+        if tuple(sample.shape[1:]) != due:
             raise UserError(
-                f"the exported model takes images of shape {due}, not {tuple(x_NCHW.shape[1:])}; "
+                f"the exported model takes images of shape {due}, not {tuple(sample.shape[1:])}; "
                 "export the model for those"
             )
         inputs = {
-            "sample": x_NCHW.detach().float().cpu().contiguous().numpy(),
-            "timestep": torch.as_tensor(t).float().cpu().expand(len(x_NCHW)).contiguous().numpy(),
+            "sample": sample.detach().float().cpu().contiguous().numpy(),
+            "timestep": torch.as_tensor(timestep)
+            .float()
+            .cpu()
+            .expand(len(sample))
+            .contiguous()
+            .numpy(),
         }
         if self.class_embedding is not None:
-            if labels_N is None:
+            if class_labels is None:
                 raise UserError("the exported model wants class labels; none were given")
-            inputs["class_labels"] = labels_N.cpu().contiguous().numpy()
-        return (torch.from_numpy(self.run(inputs)).to(x_NCHW.device),)
+            inputs["class_labels"] = class_labels.cpu().contiguous().numpy()
+        return (torch.from_numpy(self.run(inputs)).to(sample.device),)
 
     @abstractmethod
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -6,16 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunedm.diffusion import (
-    DenoisingProblems,
-    ProblemBatch,
-    ProblemStream,
-    predict,
-    problem_losses,
-)
+from prunedm.diffusion import DenoisingProblems, ProblemStream, predict, problem_losses
 from prunedm.errors import NotFinite
 from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent
+from prunedm.task import Batch
 
 BATCH = 100
 MOST_VALUES = 2**21  # pixels times channels of a batch that is not kept
@@ -37,7 +32,7 @@ class LossEstimate:
         return cls(float(losses_N.double().mean()), error, losses_N)
 
 
-def fixed_batches(problems: DenoisingProblems, count: int) -> list[ProblemBatch]:
+def fixed_batches(problems: DenoisingProblems, count: int) -> list[Batch]:
     """Problems 0..count-1, drawn once and kept: for a loss that is asked for many times."""
     return [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
 
@@ -52,7 +47,7 @@ def streamed_batches(problems: DenoisingProblems, count: int, size: int) -> Prob
 @torch.no_grad()
 def denoising_loss(
     denoiser: nn.Module,
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -66,7 +61,7 @@ def denoising_loss(
     with evaluating(denoiser), task as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            losses.append(problem_losses(predict(denoiser, batch), batch.target_NCHW).cpu())
+            losses.append(problem_losses(predict(denoiser, batch), batch.target).cpu())
             bar.advance()
     losses_N = torch.cat(losses)
     _check_finite(losses_N)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunedm.architecture import Inputs, answer, like_weights
 from prunedm.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Masks
 
@@ -21,22 +22,18 @@ def count_nonzero(denoiser: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count_macs(denoiser: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image (C, H, W) through the denoiser, attention products included.
+def count_macs(network: nn.Module, inputs: Inputs) -> int:
+    """Multiply-accumulates of a forward pass on `inputs`, attention products included.
 
     Counted by PyTorch's FLOP counter as the operations run; zeros in weights count as work, since
     no dense kernel skips them.
     """
-    weight = next(denoiser.parameters())
-    sample = torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype)
-    labels = torch.zeros(1, dtype=torch.long, device=weight.device)
-    conditional = getattr(denoiser, "class_embedding", None) is not None
     # the math form of attention is counted on every device and torch version; fused ones are not
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
-        denoiser(sample, labels, labels if conditional else None)
+        answer(network, like_weights(network, inputs))
     return int(counter.get_total_flops()) // 2
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunedm.architecture import Inputs, answer, like_weights
 from prunedm.errors import UserError
 from prunedm.evaluation.profiling import kernel
 from prunedm.evaluation.results import Timing
@@ -40,32 +41,21 @@ class Way:
 
 
 def latency(
-    denoiser: nn.Module,
-    shape: tuple[int, int, int],
-    *,
-    batch: int,
-    repeats: int,
-    device: torch.device | str = "cpu",
+    network: nn.Module, inputs: Inputs, *, repeats: int, device: torch.device | str = "cpu"
 ) -> Latency:
-    """Time `denoiser` on images of `shape` (C, H, W), eager, in its own dtype."""
-    return latencies([denoiser], shape, batch=batch, repeats=repeats, device=device)[0]
+    """Time `network` on these inputs, eager, in its own dtype."""
+    return latencies([(network, inputs)], repeats=repeats, device=device)[0]
 
 
 def latencies(
-    denoisers: Sequence[nn.Module],
-    shape: tuple[int, int, int],
-    *,
-    batch: int,
-    repeats: int,
-    device: torch.device | str = "cpu",
+    asked: Sequence[tuple[nn.Module, Inputs]], *, repeats: int, device: torch.device | str = "cpu"
 ) -> list[Latency]:
-    """Time several denoisers in turns, so that what else the machine does falls on all alike."""
-    return _in_turns(denoisers, shape, way=Way(batch), repeats=repeats, device=device)
+    """Time several networks in turns, so that what else the machine does falls on all alike."""
+    return _in_turns(asked, way=Way(_rows(asked[0][1])), repeats=repeats, device=device)
 
 
 def timings(
-    denoisers: Sequence[nn.Module],
-    shape: tuple[int, int, int],
+    asked: Sequence[tuple[nn.Module, Inputs]],
     way: Way,
     *,
     repeats: int,
@@ -73,17 +63,17 @@ def timings(
 ) -> list[Timing]:
     """As `latencies`, with how each was called and which kernel ran.
 
-    Compiled denoisers are timed one after the other: the compiler gives up on the eighth that is
+    Compiled networks are timed one after the other: the compiler gives up on the eighth that is
     alive. Raises `UserError` where nothing was compiled.
     """
     timed = _compiled if way.compiled else _plainly
     neighbours = Neighbours()
-    found = timed(denoisers, shape, way, repeats, device)
+    found = timed(asked, way, repeats, device)
     others = neighbours.share
     return [
         Timing(
             batch=way.batch,
-            dtype="bf16 autocast" if way.bf16 else dtype_in_words(denoiser),
+            dtype="bf16 autocast" if way.bf16 else dtype_in_words(network),
             threads=torch.get_num_threads(),
             compiled=way.compiled,
             kernel=kernel_name,
@@ -91,31 +81,30 @@ def timings(
             spread_ms=latency.spread_ms,
             others=others,
         )
-        for denoiser, (latency, kernel_name) in zip(denoisers, found, strict=True)
+        for (network, _), (latency, kernel_name) in zip(asked, found, strict=True)
     ]
 
 
-def one_call(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Callable[[], object]:
-    """A call of `denoiser` on `batch` noise images of `shape` (C, H, W), where its weights are."""
-    weight = next(denoiser.parameters())
-    sample = torch.randn(batch, *shape, device=weight.device, dtype=weight.dtype)
-    timesteps = torch.full((batch,), 500, device=weight.device)
-    conditional = getattr(denoiser, "class_embedding", None) is not None
-    labels = torch.zeros(batch, dtype=torch.long, device=weight.device) if conditional else None
-    return lambda: denoiser(sample, timesteps, labels, return_dict=False)
+def one_call(network: nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """A call of `network` on these inputs, where its weights are and in their type."""
+    told = like_weights(network, inputs)
+    return lambda: answer(network, told)
+
+
+def _rows(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
 
 
 @torch.inference_mode()
 def _in_turns(
-    denoisers: Sequence[nn.Module],
-    shape: tuple[int, int, int],
+    asked: Sequence[tuple[nn.Module, Inputs]],
     *,
     way: Way,
     repeats: int,
     device: torch.device | str,
 ) -> list[Latency]:
     device = torch.device(device)
-    calls = [one_call(denoiser.eval().to(device), shape, way.batch) for denoiser in denoisers]
+    calls = [one_call(network.eval().to(device), inputs) for network, inputs in asked]
     times = np.empty((WARMUP + repeats, len(calls)))
     with _autocast(device, way):
         for repeat in range(WARMUP + repeats):
@@ -133,21 +122,19 @@ def _in_turns(
 
 
 def _plainly(
-    denoisers: Sequence[nn.Module],
-    shape: tuple[int, int, int],
+    asked: Sequence[tuple[nn.Module, Inputs]],
     way: Way,
     repeats: int,
     device: torch.device | str,
 ) -> list[tuple[Latency, str]]:
     """In turns; and the kernel of each."""
-    found = _in_turns(denoisers, shape, way=way, repeats=repeats, device=device)
-    kernels = [_kernel(denoiser, shape, way) for denoiser in denoisers]
+    found = _in_turns(asked, way=way, repeats=repeats, device=device)
+    kernels = [_kernel(network, inputs, way) for network, inputs in asked]
     return list(zip(found, kernels, strict=True))
 
 
 def _compiled(
-    denoisers: Sequence[nn.Module],
-    shape: tuple[int, int, int],
+    asked: Sequence[tuple[nn.Module, Inputs]],
     way: Way,
     repeats: int,
     device: torch.device | str,
@@ -156,21 +143,21 @@ def _compiled(
     from torch._dynamo.utils import counters
 
     found = []
-    for denoiser in denoisers:
+    for network, inputs in asked:
         reset()
         counters.clear()
-        fast: nn.Module = torch.compile(denoiser)  # type: ignore[assignment]
-        found += _plainly([fast], shape, way, repeats, device)
+        fast: nn.Module = torch.compile(network)  # type: ignore[assignment]
+        found += _plainly([(fast, inputs)], way, repeats, device)
         if not counters["stats"]["unique_graphs"]:
             raise UserError("torch.compile compiled nothing: it ran the eager model")
     reset()
     return found
 
 
-def _kernel(denoiser: nn.Module, shape: tuple[int, int, int], way: Way) -> str:
-    device = next(denoiser.parameters()).device
+def _kernel(network: nn.Module, inputs: Inputs, way: Way) -> str:
+    device = next(network.parameters()).device
     with torch.inference_mode(), _autocast(device, way):
-        return kernel(one_call(denoiser, shape, way.batch))
+        return kernel(one_call(network, inputs))
 
 
 def _autocast(device: torch.device, way: Way) -> AbstractContextManager[object]:

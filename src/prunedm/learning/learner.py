@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
-from prunedm.diffusion import ProblemBatch, problem_losses
+from prunedm.architecture import answer
+from prunedm.diffusion import problem_losses
 from prunedm.learning.estimator import Estimator, Trial
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.memo import Memo
+from prunedm.task import Batch
 
-Wanted = Callable[[ProblemBatch], torch.Tensor]  # what the output shall be, NCHW
+Wanted = Callable[[Batch], torch.Tensor]  # what the output shall be, NCHW
 
 
 class Learner(nn.Module):
@@ -47,9 +48,7 @@ class Learner(nn.Module):
         for parameter in logits.parameters():
             parameter.register_hook(lambda gradient: gradient * mask_loss_weight)
 
-    def forward(
-        self, batch: ProblemBatch, progress: float, generator: torch.Generator
-    ) -> torch.Tensor:
+    def forward(self, batch: Batch, progress: float, generator: torch.Generator) -> torch.Tensor:
         """The estimator's loss on these problems; `progress` and `generator` are those of `Trial`.
 
         The network runs under the autocast that the caller has on, the estimator in full precision.
@@ -63,7 +62,7 @@ class Learner(nn.Module):
         def losses(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             with autocast:
                 output = self._output(weights, batch)
-            data = problem_losses(output, batch.target_NCHW) if self.share < 1 else 0.0
+            data = problem_losses(output, batch.target) if self.share < 1 else 0.0
             if target is None:
                 return torch.as_tensor(data)
             return (1 - self.share) * data + self.share * problem_losses(output, target)
@@ -84,10 +83,6 @@ class Learner(nn.Module):
             loss: torch.Tensor = self.estimator(self.logits, trial)
         return loss
 
-    def _output(self, weights: Mapping[str, torch.Tensor], batch: ProblemBatch) -> torch.Tensor:
+    def _output(self, weights: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         masked = {f"{name}.weight": weight for name, weight in weights.items()}
-        arguments = (batch.noisy_NCHW, batch.timesteps_N, batch.labels_N)
-        output: torch.Tensor = functional_call(
-            self._network[0], masked, arguments, {"return_dict": False}
-        )[0]
-        return output
+        return answer(self._network[0], batch.inputs, weights=masked)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from prunedm.diffusion import ProblemBatch
+from prunedm.task import Batch
 
 
 class Memo:
@@ -15,9 +15,7 @@ class Memo:
         self._rows: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
-    def __call__(
-        self, batch: ProblemBatch, compute: Callable[[ProblemBatch], torch.Tensor]
-    ) -> torch.Tensor:
+    def __call__(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
         """`compute(batch)`, of shape (N, ...), or the same from memory."""
         if batch.numbers and all(number in self._rows for number in batch.numbers):
             return torch.stack([self._rows[number] for number in batch.numbers])

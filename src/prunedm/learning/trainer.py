@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prunedm.diffusion import DenoisingProblems, ProblemBatch, whole_output
+from prunedm.architecture import answer
+from prunedm.diffusion import DenoisingProblems
 from prunedm.learning import make_estimator
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
@@ -19,6 +20,7 @@ from prunedm.masks import Masks
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
+from prunedm.task import Batch
 from prunedm.training.checkpoint import History, load_parameters
 from prunedm.training.loop import fit
 from prunedm.training.tracking import Shown, distribution
@@ -96,7 +98,7 @@ def shown(logits: MaskLogits, pictures: Callable[[Masks], dict[str, np.ndarray]]
 
 def learning_objective(
     module: nn.Module,
-    batch: ProblemBatch,
+    batch: Batch,
     step: int,
     *,
     options: LearnOptions,
@@ -129,7 +131,7 @@ def make_learner(
         denoiser,
         logits.to(device),
         make_estimator(options),
-        wanted=lambda batch: outputs(batch, partial(whole_output, teacher)),
+        wanted=lambda batch: outputs(batch, lambda b: answer(teacher, b.inputs)),
         share=options.distill,
         train_weights=options.train_weights,
         mask_loss_weight=options.mask_loss_weight,

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from prunedm.diffusion import DenoisingProblems, ProblemBatch, add_noise, prediction_target
+from prunedm.diffusion import DenoisingProblems, add_noise, prediction_target
 from prunedm.errors import UserError
 from prunedm.folder import Model
+from prunedm.task import Batch
 
 
 class Epochs:
@@ -20,14 +21,14 @@ class Epochs:
     def __len__(self) -> int:
         return math.ceil(len(self.problems.images) / self.batch_size)
 
-    def __iter__(self) -> Iterator[ProblemBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         count = len(self.problems.images)
         first, self.epoch = self.epoch * count, self.epoch + 1
         for k in range(first, first + count, self.batch_size):
             yield self.problems.batch(range(k, min(k + self.batch_size, first + count)))
 
 
-def problems_of(images: Any, model: Model, generator: torch.Generator) -> ProblemBatch:
+def problems_of(images: Any, model: Model, generator: torch.Generator) -> Batch:
     """Noise and timesteps drawn for clean images, float NCHW in -1..1; `generator` is on the CPU.
 
     Raises `UserError` for anything else, and where the model wants labels, which images have not.
@@ -38,18 +39,18 @@ def problems_of(images: Any, model: Model, generator: torch.Generator) -> Proble
     t_N = torch.randint(steps, (len(clean_NCHW),), generator=generator)
     noisy_NCHW = add_noise(model.scheduler, clean_NCHW, noise_NCHW, t_N)
     target_NCHW = prediction_target(model.scheduler, clean_NCHW, noise_NCHW, t_N)
-    return ProblemBatch(noisy_NCHW, t_N, target_NCHW)
+    return Batch({"sample": noisy_NCHW, "timestep": t_N}, target_NCHW)
 
 
 def _checked(images: Any, model: Model) -> torch.Tensor:
     if not (torch.is_tensor(images) and images.is_floating_point() and images.ndim == 4):
         kind = str(images.dtype) if torch.is_tensor(images) else type(images).__name__
-        raise UserError(f"a batch of {kind} is neither a ProblemBatch nor float images NCHW")
+        raise UserError(f"a batch of {kind} is neither a Batch nor float images NCHW")
     shape = "x".join(map(str, model.sample_shape))
     if images.shape[1:] != model.sample_shape or not len(images):
         raise UserError(f"images have shape {tuple(images.shape)}, the model takes N of {shape}")
     if not float(images.abs().max()) <= 1 + 1e-3:  # nor NaN
         raise UserError("images are not in -1..1; prunedm.data.to_model_range converts uint8")
     if model.conditional:
-        raise UserError("the model wants labels; give a ProblemBatch, as train_loader makes them")
+        raise UserError("the model wants labels; give a Batch, as train_loader makes them")
     return images.detach().float()

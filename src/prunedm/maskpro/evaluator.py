@@ -150,8 +150,7 @@ class MaskProEvaluator:
         found: dict[str, Any] = {name: {"timings": {}} for name in named}
         for batch in batch_sizes:
             timed = timings(
-                [model.denoiser for model in named.values()],
-                self.model.sample_shape,
+                [(model.denoiser, model.example(batch)) for model in named.values()],
                 Way(batch, bf16=bf16, compiled=compiled),
                 repeats=repeats,
                 device=self.device,
@@ -188,7 +187,7 @@ class MaskProEvaluator:
 
     def _peak(self, model: Model, batch: int) -> float:
         with torch.inference_mode():
-            call = one_call(model.denoiser, model.sample_shape, batch)
+            call = one_call(model.denoiser, model.example(batch))
             return peak_memory(model.denoiser, call, self.device) / 1e6
 
 

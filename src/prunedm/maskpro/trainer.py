@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import ProblemBatch, predict, problem_losses
+from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
@@ -40,6 +40,7 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
+from prunedm.task import Batch
 
 Made = TypeVar("Made")
 
@@ -68,7 +69,7 @@ class DiffusionMaskProTrainer:
         self.baseline: float | None = None
         self._images: ImageSet | None = None
         self._train_loader: Epochs | None = None
-        self._held_out: list[ProblemBatch] | None = None
+        self._held_out: list[Batch] | None = None
         self._optimizers: tuple[torch.optim.AdamW, torch.optim.AdamW] | None = None
 
     @property
@@ -136,7 +137,7 @@ class DiffusionMaskProTrainer:
             torch.optim.AdamW(logits, lr=self.config.mask_lr, weight_decay=0.0),
         )
 
-    def training_step(self, batch: ProblemBatch | torch.Tensor) -> dict[str, float]:
+    def training_step(self, batch: Batch | torch.Tensor) -> dict[str, float]:
         """One step of both optimizers, on problems, or on clean images NCHW in -1..1.
 
         total_loss = diffusion_loss + mask_loss_weight * mask_loss; the latter is 0 with "relaxed".
@@ -144,7 +145,7 @@ class DiffusionMaskProTrainer:
         Raises `UserError`, and no parameter has changed, on a loss or gradient that is not finite.
         """
         optimizers, layers, config = self.optimizers, self._wrapped(), self.config
-        if not isinstance(batch, ProblemBatch):
+        if not isinstance(batch, Batch):
             batch = problems_of(
                 batch, self._source, generator_for(config.seed, "maskpro", self.steps)
             )
@@ -155,7 +156,7 @@ class DiffusionMaskProTrainer:
             layer.temperature = tau
         torch.manual_seed(seed_for(config.seed, "dropout", self.steps))
         self.model.train()
-        diffusion = problem_losses(predict(self.model, problems), problems.target_NCHW).mean()
+        diffusion = problem_losses(predict(self.model, problems), problems.target).mean()
         value = float(diffusion.detach())
         baseline = value if self.baseline is None else self.baseline
         mask_loss = torch.zeros((), device=self.device)

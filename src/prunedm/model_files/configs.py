@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from prunedm.architecture import answer
 from prunedm.errors import UserError, first_line, shortened
 from prunedm.pruned_unet import PrunedUNet2DModel
 from prunedm.reading import read_object
@@ -161,12 +162,13 @@ def _described(config: str) -> Any:
 def _check_runs(network: Any) -> None:
     size, channels = network.config.sample_size, network.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
-    labels = None if network.class_embedding is None else torch.zeros(2, dtype=torch.long)
     try:
         with torch.device("meta"), torch.no_grad():
-            x_NCHW = torch.zeros(2, channels, height, width)
-            labels = None if labels is None else labels.to("meta")
-            made_NCHW = network(x_NCHW, torch.zeros(2).long(), labels, return_dict=False)[0]
+            zeros_N = torch.zeros(2, dtype=torch.long)
+            inputs = {"sample": torch.zeros(2, channels, height, width), "timestep": zeros_N}
+            if network.class_embedding is not None:
+                inputs["class_labels"] = zeros_N
+            made_NCHW = answer(network, inputs)
     except NotImplementedError:  # an operation that knows no meta device
         return
     except Exception as error:

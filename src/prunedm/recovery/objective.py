@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch, predict, problem_losses, whole_output
+from prunedm.architecture import answer
+from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.recovery.features import BlockOutputs, block_names, feature_losses
 from prunedm.recovery.sensitivity import (
@@ -22,9 +23,10 @@ from prunedm.recovery.sensitivity import (
     sensitivity_losses,
     with_perturbed,
 )
+from prunedm.task import Batch
 from prunedm.training.loop import Objective
 
-Outputs = Callable[[ProblemBatch], torch.Tensor]  # the teacher's, NCHW
+Outputs = Callable[[Batch], torch.Tensor]  # the teacher's, NCHW
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Mixture:
     reordered: bool = False
 
 
-def data_objective(module: nn.Module, batch: ProblemBatch, _: int = 0) -> torch.Tensor:
+def data_objective(module: nn.Module, batch: Batch, _: int = 0) -> torch.Tensor:
     """The denoising loss alone."""
-    return problem_losses(predict(module, batch), batch.target_NCHW).mean()
+    return problem_losses(predict(module, batch), batch.target).mean()
 
 
 @contextmanager
@@ -62,9 +64,8 @@ def recovery_objective(
     to be matched between networks of other blocks.
     """
     if not (mixture.features or mixture.sensitivity):
-        yield partial(
-            _plain, outputs=outputs or partial(whole_output, teacher), share=mixture.output
-        )
+        known = outputs or (lambda batch: answer(teacher, batch.inputs))
+        yield partial(_plain, outputs=known, share=mixture.output)
         return
     if mixture.features and block_names(student) != block_names(teacher):
         raise UserError("match_features: the teacher has other blocks; give --match-features 0")
@@ -77,11 +78,11 @@ def recovery_objective(
 
 
 def _plain(
-    student: nn.Module, batch: ProblemBatch, _: int, *, outputs: Outputs, share: float
+    student: nn.Module, batch: Batch, _: int, *, outputs: Outputs, share: float
 ) -> torch.Tensor:
     """One pass of the student; the teacher's output alone."""
-    output_NCHW = whole_output(student, batch)
-    data = problem_losses(output_NCHW, batch.target_NCHW).mean()
+    output_NCHW = answer(student, batch.inputs)
+    data = problem_losses(output_NCHW, batch.target).mean()
     if share == 0:
         return data
     with torch.no_grad():
@@ -91,7 +92,7 @@ def _plain(
 
 def _mixed(
     student: nn.Module,
-    batch: ProblemBatch,
+    batch: Batch,
     _: int,
     *,
     teacher: nn.Module,
@@ -103,9 +104,9 @@ def _mixed(
     rows = perturbed_rows(batch, mixture.every) if mixture.sensitivity else []
     joined = with_perturbed(batch, rows, seed=mixture.seed, size=mixture.size)
     with torch.no_grad():
-        wanted_NCHW = whole_output(teacher, joined)
-    output_NCHW = whole_output(student, joined)
-    data = problem_losses(output_NCHW[:count], batch.target_NCHW).mean()
+        wanted_NCHW = answer(teacher, joined.inputs)
+    output_NCHW = answer(student, joined.inputs)
+    data = problem_losses(output_NCHW[:count], batch.target).mean()
     copy = problem_losses(output_NCHW[:count], wanted_NCHW[:count]).mean()
     loss = (1 - mixture.output) * data + mixture.output * copy
     if watched:

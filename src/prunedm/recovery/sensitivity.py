@@ -6,15 +6,17 @@ imply equal J^T J v, at the cost of one more forward and backward pass of the pe
 instead of a double backward pass.
 """
 
+from dataclasses import replace
+
 import torch
 
-from prunedm.diffusion import ProblemBatch
 from prunedm.randomness import generator_for
+from prunedm.task import Batch
 
 _TINY = 1e-12
 
 
-def perturbed_rows(batch: ProblemBatch, every: int) -> list[int]:
+def perturbed_rows(batch: Batch, every: int) -> list[int]:
     """Rows of the problems that are perturbed: one antithetic pair (2k, 2k + 1) of `every`.
 
     By the problems' numbers, so that the same are taken however they are batched.
@@ -22,9 +24,9 @@ def perturbed_rows(batch: ProblemBatch, every: int) -> list[int]:
     return [row for row, number in enumerate(batch.numbers) if number // 2 % every == 0]
 
 
-def directions(batch: ProblemBatch, rows: list[int], seed: int) -> torch.Tensor:
+def directions(batch: Batch, rows: list[int], seed: int) -> torch.Tensor:
     """A standard normal v for each of the rows' problems, by its number: (M, C, H, W)."""
-    shape, device = batch.noisy_NCHW.shape[1:], batch.noisy_NCHW.device
+    shape, device = batch.inputs["sample"].shape[1:], batch.inputs["sample"].device
     drawn = [
         torch.randn(shape, generator=generator_for(seed, "direction", batch.numbers[row]))
         for row in rows
@@ -32,19 +34,13 @@ def directions(batch: ProblemBatch, rows: list[int], seed: int) -> torch.Tensor:
     return torch.stack(drawn).to(device)
 
 
-def with_perturbed(batch: ProblemBatch, rows: list[int], *, seed: int, size: float) -> ProblemBatch:
+def with_perturbed(batch: Batch, rows: list[int], *, seed: int, size: float) -> Batch:
     """The N problems, and behind them copies of M `rows` at x + size * v: one pass takes both."""
     if not rows:
         return batch
-    moved_MCHW = batch.noisy_NCHW[rows] + size * directions(batch, rows, seed)
-    labels = batch.labels_N
-    return ProblemBatch(
-        torch.cat([batch.noisy_NCHW, moved_MCHW]),
-        torch.cat([batch.timesteps_N, batch.timesteps_N[rows]]),
-        torch.cat([batch.target_NCHW, batch.target_NCHW[rows]]),
-        None if labels is None else torch.cat([labels, labels[rows]]),
-        (*batch.numbers, *(batch.numbers[row] for row in rows)),
-    )
+    copies = batch.rows(rows)
+    moved_MCHW = copies.inputs["sample"] + size * directions(batch, rows, seed)
+    return batch.cat(replace(copies, inputs={**copies.inputs, "sample": moved_MCHW}))
 
 
 def responses(output_NCHW: torch.Tensor, rows: list[int], *, size: float) -> torch.Tensor:

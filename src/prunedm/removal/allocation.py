@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch, predict
+from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
 from prunedm.progress import Progress, Silent
+from prunedm.task import Batch
 
 Choice: TypeAlias = Pattern | float | None
 """N:M, the share of the layer's weights removed, or None for dense."""
@@ -73,8 +74,8 @@ def weight_costs(
 
 @torch.no_grad()
 def dense_targets(
-    denoiser: nn.Module, batches: Sequence[ProblemBatch], *, device: torch.device | str = "cpu"
-) -> list[ProblemBatch]:
+    denoiser: nn.Module, batches: Sequence[Batch], *, device: torch.device | str = "cpu"
+) -> list[Batch]:
     """The same problems with the denoiser's own output as target.
 
     `sensitivities` on them are squared distances to the dense output: never negative, and free of
@@ -82,11 +83,9 @@ def dense_targets(
     """
     was_training = denoiser.training
     denoiser.eval()
-    outputs = [
-        predict(denoiser, batch.to(device)).to(batch.target_NCHW.device) for batch in batches
-    ]
+    outputs = [predict(denoiser, batch.to(device)).to(batch.target.device) for batch in batches]
     denoiser.train(was_training)
-    return [replace(b, target_NCHW=out) for b, out in zip(batches, outputs, strict=True)]
+    return [replace(b, target=out) for b, out in zip(batches, outputs, strict=True)]
 
 
 @torch.no_grad()
@@ -96,7 +95,7 @@ def sensitivities(
     masks_for: MasksFor,
     candidates: Mapping[str, Sequence[Choice]],
     *,
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, dict[Choice, float]]:

@@ -7,6 +7,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from prunedm.architecture import Inputs, answer
+
 Side = Literal["in", "out"]
 Removed = Mapping[tuple[str, Side], int]  # positions that go, by layer and side
 
@@ -49,14 +51,8 @@ def count_macs(
 
 
 @torch.no_grad()
-def layer_positions(
-    denoiser: nn.Module,
-    sample_NCHW: torch.Tensor,
-    *,
-    timestep: torch.Tensor | int = 0,
-    class_labels: torch.Tensor | None = None,
-) -> dict[str, int]:
-    """Output positions (pixels, tokens) of each Conv2d and Linear for one image of this size."""
+def layer_positions(denoiser: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """Output positions (pixels, tokens) of each Conv2d and Linear, for each row of `inputs`."""
     positions: dict[str, int] = {}
     handles = []
     for name, module in denoiser.named_modules():
@@ -67,7 +63,7 @@ def layer_positions(
 
             handles.append(module.register_forward_hook(record))
     try:
-        denoiser(sample_NCHW, timestep, class_labels=class_labels)
+        answer(denoiser, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
+from prunedm.architecture import Inputs, answer
 from prunedm.errors import UserError
 from prunedm.layers import PROTECTED, is_under
 from prunedm.removal.channel_costs import Side, width
@@ -63,10 +64,8 @@ class ChannelGroup:
 
 def channel_groups(
     denoiser: nn.Module,
-    sample_NCHW: torch.Tensor,
+    inputs: Inputs,
     *,
-    timestep: torch.Tensor | int = 0,
-    class_labels: torch.Tensor | None = None,
     protect: Iterable[str] = PROTECTED,
     round_to: int = 4,
 ) -> list[ChannelGroup]:
@@ -77,24 +76,19 @@ def channel_groups(
     """
     if round_to < 1:
         raise UserError(f"round_to is {round_to}; it must be 1 or more")
-    free = free_groups(
-        denoiser, sample_NCHW, timestep=timestep, class_labels=class_labels, protect=protect
-    )
+    free = free_groups(denoiser, inputs, protect=protect)
     cut = [_with_blocks(denoiser, group, round_to) for group in free]
     return [group for group in cut if len(group.blocks) > 1]
 
 
 def free_groups(
     denoiser: nn.Module,
-    sample_NCHW: torch.Tensor,
+    inputs: Inputs,
     *,
-    timestep: torch.Tensor | int = 0,
-    class_labels: torch.Tensor | None = None,
     protect: Iterable[str] = (),
 ) -> list[ChannelGroup]:
     """Every coupled set of channels that is no interface and not in `protect`, without blocks."""
     _refuse_unknown(denoiser)
-    inputs = {"sample": sample_NCHW, "timestep": timestep, "class_labels": class_labels}
     coupled = _coupled_channels(denoiser, inputs)
     _check_coverage(denoiser, coupled)
     protected = tuple(protect)
@@ -111,16 +105,12 @@ def _refuse_unknown(denoiser: nn.Module) -> None:
             )
 
 
-def _coupled_channels(
-    denoiser: nn.Module, inputs: dict[str, torch.Tensor | int | None]
-) -> list[ChannelGroup]:
+def _coupled_channels(denoiser: nn.Module, inputs: Inputs) -> list[ChannelGroup]:
     """All groups of the dependency graph, removable or not, without blocks."""
     copy = deepcopy(denoiser).requires_grad_(True)  # tracing needs gradients and changes modes
     graph = torch_pruning.DependencyGraph()
     with torch.enable_grad():
-        graph.build_dependency(
-            copy, inputs, output_transform=lambda output: output.sample, verbose=False
-        )
+        graph.build_dependency(copy, dict(inputs), forward_fn=answer, verbose=False)
     names = {module: name for name, module in copy.named_modules()}
     roots = [m for m in graph.module2node if isinstance(m, nn.Conv2d | nn.Linear)]
     # Convolutions first: the projection of scale_shift has two outputs for each of their channels.

@@ -1,6 +1,6 @@
 """Channel removal: scores of weights in, a plan of which channels stay, and one slice a parameter.
 
-    groups = channel_groups(denoiser, sample_NCHW)
+    groups = channel_groups(denoiser, inputs)
     plan = plan_channels(denoiser, groups, scores=scores, ratio=0.3)
     remove_channels(denoiser, plan)
 

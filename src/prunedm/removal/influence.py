@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch
 from prunedm.randomness import generator_for
+from prunedm.task import Batch
 
 FLOOR = 1e-30  # of g^2: where no position is heard, all count alike
 
 
-def random_signs(batch: ProblemBatch, first: int, output_NCHW: torch.Tensor) -> torch.Tensor:
+def random_signs(batch: Batch, first: int, output_NCHW: torch.Tensor) -> torch.Tensor:
     """+1 or -1, of the shape of the network's output; a function of each problem's number alone.
 
     `first`: number of the first problem where the batch does not say.

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch, predict
+from prunedm.diffusion import predict
 from prunedm.layers import padded_inputs
 from prunedm.progress import Task
 from prunedm.removal.influence import influence, random_signs
+from prunedm.task import Batch
 
 CHUNK = 1 << 24  # entries of an unfolded input held at once
 ROWS = 512  # rows of a Gram computed together; what lies below the diagonal is mirrored
@@ -40,7 +41,7 @@ def log_time_weights(
 
 
 def execution_order(
-    denoiser: nn.Module, layers: Mapping[str, nn.Module], batch: ProblemBatch
+    denoiser: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 ) -> list[str]:
     """Names of the layers in the order in which a forward pass first reaches them."""
     order: dict[str, None] = {}
@@ -58,7 +59,7 @@ def execution_order(
 def input_grams(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     *,
     weigh: Callable[[torch.Tensor], torch.Tensor],
     guidance: float = 0.0,
@@ -104,7 +105,7 @@ def input_grams(
         done = 0
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            weights_N = weigh(batch.timesteps_N)
+            weights_N = weigh(batch.inputs["timestep"])
             output = predict(denoiser, batch)
             if guidance:
                 signs = random_signs(cpu_batch, done, output)

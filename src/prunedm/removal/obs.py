@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunedm.diffusion import ProblemBatch
 from prunedm.errors import UserError
 from prunedm.layers import from_groups, to_groups, why_not_nm
 from prunedm.masks import Pattern
@@ -23,6 +22,7 @@ from prunedm.removal.input_grams import columns_of, execution_order, input_grams
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.refit import refit
 from prunedm.removal.swaps import swap_search
+from prunedm.task import Batch
 
 Choice = Pattern | float | torch.Tensor
 Choose = Callable[[torch.Tensor, int], torch.Tensor]  # saliency_OS, its first column => keep_OS
@@ -36,7 +36,7 @@ def obs_prune(
     denoiser: nn.Module,
     choices: Mapping[str, Choice],
     *,
-    batches: Sequence[ProblemBatch],
+    batches: Sequence[Batch],
     train_timesteps: int,
     time_weights: tuple[float, float] = (1.2, 0.8),
     damping: float = 0.01,

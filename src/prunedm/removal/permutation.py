@@ -1,6 +1,6 @@
 """Channel permutation before N:M pruning (Pool & Yu 2021, "Channel permutations for N:M sparsity").
 
-    permutation = find_permutation(denoiser, sample_NCHW, scores, patterns)
+    permutation = find_permutation(denoiser, inputs, scores, patterns)
     permute_(denoiser, permutation)
     scores = permuted(scores, permutation)
 
@@ -29,6 +29,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.layers import to_groups, why_not_nm
 from prunedm.masks import Pattern
@@ -51,12 +52,9 @@ class Permutation:
 
 def find_permutation(
     denoiser: nn.Module,
-    sample_NCHW: torch.Tensor,
+    inputs: Inputs,
     scores: Mapping[str, torch.Tensor],
     patterns: Mapping[str, Pattern],
-    *,
-    class_labels: torch.Tensor | None = None,
-    timestep: torch.Tensor | int = 0,
 ) -> Permutation:
     """A permutation that raises the score kept by the `patterns` of these layers (local optimum).
 
@@ -70,7 +68,7 @@ def find_permutation(
     rows = {name: _normalised_rows(denoiser, name, scores, p) for name, p in patterns.items()}
     order: dict[tuple[str, Side], torch.Tensor] = {}
     kept: dict[str, tuple[float, float]] = {}
-    groups = free_groups(denoiser, sample_NCHW, timestep=timestep, class_labels=class_labels)
+    groups = free_groups(denoiser, inputs)
     for group in groups:
         places = _places(group)
         views = _views(places, rows, patterns)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunedm.architecture import answer
 from prunedm.data import to_uint8
 from prunedm.errors import UserError
 from prunedm.inference import evaluating
@@ -118,10 +119,11 @@ def _sample(
     if "generator" in inspect.signature(sampler.step).parameters:
         arguments["generator"] = generators
     x_NCHW = (noise * sampler.init_noise_sigma).to(device)
-    labels = None if labels is None else labels.to(device)
+    given = {} if labels is None else {"class_labels": labels.to(device)}
     for t in sampler.timesteps:
         model_input = sampler.scale_model_input(x_NCHW, t)
-        output = denoiser(model_input, t.to(device), labels, return_dict=False)[0]
+        inputs = {"sample": model_input, "timestep": t.to(device).repeat(len(x_NCHW))} | given
+        output = answer(denoiser, inputs)
         output = for_sampler(sampler, output, x_NCHW)
         x_NCHW = sampler.step(output, t, x_NCHW, **arguments).prev_sample
         bar.advance()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunedm.architecture import Inputs, answer
 from prunedm.errors import first_line
 from prunedm.layers import replace_module
 
@@ -58,43 +59,39 @@ class FastDenoiser(nn.Module):
         return self._compiled is not None
 
     def forward(
-        self,
-        x_NCHW: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        return_dict: bool = False,
+        self, sample: torch.Tensor, *, return_dict: bool = False, **others: torch.Tensor
     ) -> tuple[torch.Tensor]:
         """As the denoiser's, float32 in and out; always a tuple."""
         assert not return_dict
-        x_NCHW = x_NCHW.contiguous(memory_format=torch.channels_last)
+        inputs = others | {"sample": sample.contiguous(memory_format=torch.channels_last)}
         self.seen += 1
         if self.seen == 1 and self.compiling == "on":
-            self._compile(x_NCHW, t, labels)
+            self._compile(inputs)
         if self.seen == 2 and self.compiling == "auto":  # the first one warms up
             started = self._now()
-            output = self._run(self.inner, x_NCHW, t, labels)
+            output = self._run(self.inner, inputs)
             took, left = self._now() - started, self.calls - self.seen
             if compiling_pays(took, left, count_layers(self), self.device.type):
-                self._compile(x_NCHW, t, labels)
+                self._compile(inputs)
             return (output,)
         call = self.inner if self._compiled is None else self._compiled
-        return (self._run(call, x_NCHW, t, labels),)
+        return (self._run(call, inputs),)
 
-    def _run(self, call: Callable[..., Any], *inputs: Any) -> torch.Tensor:
+    def _run(self, call: Any, inputs: Inputs) -> torch.Tensor:
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if half else None, enabled=half):
-            output: torch.Tensor = call(*inputs, return_dict=False)[0]
+            output = answer(call, inputs)
         # the next call of a CUDA graph writes where this one's output lies
         return output.float().clone() if self.graphs else output.float()
 
-    def _compile(self, *inputs: Any) -> None:
+    def _compile(self, inputs: Inputs) -> None:
         started = self._now()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of diffusers' code, and harmless
                 mode = "reduce-overhead" if self.graphs else None
                 call = torch.compile(self.inner, dynamic=False, mode=mode)
-                self._run(call, *inputs)
+                self._run(call, inputs)
             self._compiled = call
         # compilers, their absence, and what they call raise whatever they like
         except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import one_call
 from prunedm.inference import evaluating
@@ -86,19 +87,18 @@ def time_graphs(calls: Sequence[Call]) -> list[float]:
 @torch.no_grad()
 def use_sparse_kernels(
     denoiser: nn.Module,
-    shape: tuple[int, int, int],
+    inputs: Inputs,
     *,
-    batch: int,
     dtype: torch.dtype = torch.float16,
     kernels: Sequence[Kernel] | None = None,
     timer: Timer = time_in_turns,
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> Selection:
-    """Replace, in place, each 2:4 layer whose sparse form is faster, for calls of `batch` images.
+    """Replace, in place, each 2:4 layer whose sparse form is faster, for calls like `inputs`.
 
     Layers to be replaced have weights of `dtype` on an NVIDIA GPU: cast and move the denoiser before,
-    and compile it after, with `timer=time_graphs`. `shape` is (C, H, W). `kernels`: those of the GPU.
+    and compile it after, with `timer=time_graphs`. `kernels`: those of the GPU.
     Where there is none, nothing is timed or changed, and the choices say which layers would be
     eligible. Raises `UserError`, with the dense layers back in place, where the denoiser's answer
     moved by more than `tolerance`.
@@ -111,7 +111,7 @@ def use_sparse_kernels(
     if why:
         progress.say(f"nothing is made sparse: {why}")
         return Selection([_unmeasured(n, layer, dtype) for n, layer in layers.items()])
-    call = _steady(denoiser, shape, batch, dtype)
+    call = _steady(denoiser, inputs, dtype)
     with evaluating(denoiser):
         before, met = _observed(call, layers)
         choices, faster = [], {}
@@ -232,17 +232,13 @@ def _observed(
             hook.remove()
 
 
-def _steady(
-    denoiser: nn.Module, shape: tuple[int, int, int], batch: int, dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    """The denoiser's answer to the same images, as float32, at each call."""
-    run = one_call(denoiser, shape, batch)
+def _steady(denoiser: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """The denoiser's answer to these inputs, as float32, at each call."""
+    run = one_call(denoiser, inputs)
 
     def call() -> torch.Tensor:
         with _autocast(denoiser, dtype):
-            answer: Any = run()
-        output: torch.Tensor = answer[0].float()
-        return output
+            return run().float()
 
     return call
 

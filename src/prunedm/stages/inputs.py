@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet, load_images
-from prunedm.diffusion import DenoisingProblems, ProblemBatch, time_range
+from prunedm.diffusion import DenoisingProblems, time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model, load
@@ -17,6 +17,7 @@ from prunedm.options import CalibrationOptions, DataOptions, ModelOptions, Score
 from prunedm.progress import Progress
 from prunedm.record import Record, Source, file_hash
 from prunedm.scores import Calibration, score_layers
+from prunedm.task import Batch
 from prunedm.training import processes
 
 
@@ -139,7 +140,7 @@ def training_problems(
     )
 
 
-def held_out_problems(model: Model, options: DataOptions, count: int) -> list[ProblemBatch]:
+def held_out_problems(model: Model, options: DataOptions, count: int) -> list[Batch]:
     """Fixed problems on the test images, the same for every model and stage of one seed."""
     problems = problems_on(images_for(model, options, "test"), model, options.seed)
     return fixed_batches(problems, count)

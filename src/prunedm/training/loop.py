@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from prunedm.diffusion import DenoisingProblems, ProblemBatch
+from prunedm.diffusion import DenoisingProblems
 from prunedm.errors import NotFinite, UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Progress, Task
 from prunedm.randomness import seed_for
+from prunedm.task import Batch
 from prunedm.training import processes
 from prunedm.training.checkpoint import (
     History,
@@ -34,7 +35,7 @@ from prunedm.training.ema import Ema
 from prunedm.training.optimizer import adamw, learning_rate_share
 from prunedm.training.tracking import Shown, Tracking, new_run, tracked
 
-Objective = Callable[[nn.Module, ProblemBatch, int], torch.Tensor]  # (module, batch, step) -> loss
+Objective = Callable[[nn.Module, Batch, int], torch.Tensor]  # (module, batch, step) -> loss
 Observe = Callable[[nn.Module], dict[str, float]]  # figures to keep beside the held-out loss
 Show = Callable[[nn.Module], Shown]  # what only a tracker sees beside them
 FLUSH_EVERY = 10  # steps between looks at the losses: a look waits for the device
@@ -234,7 +235,7 @@ def _step(
     objective: Objective,
     *,
     prepared: nn.Module,
-    batches: Iterator[ProblemBatch],
+    batches: Iterator[Batch],
     step: int,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,

@@ -147,7 +147,7 @@ class _Measuring:
         reloads = self._reloads()
         denoiser.to(self.device)
         self._note("size", self._sizes)
-        self._note("macs", lambda: {"macs": count_macs(denoiser, model.sample_shape)})
+        self._note("macs", lambda: {"macs": count_macs(denoiser, model.example())})
         layers = steps.take("sparsity", lambda: layer_sparsity(denoiser, model.masks))
         self._note("loss", self._loss)
         drawn = False
@@ -207,7 +207,7 @@ class _Measuring:
         denoiser = self.model.denoiser
         batch = max(batches_of(self.options))
         with torch.inference_mode():
-            call = one_call(denoiser, self.model.sample_shape, batch)
+            call = one_call(denoiser, self.model.example(batch))
             peak = peak_memory(denoiser, call, self.device) / MEGABYTE
         return {"peak_memory_mb": peak, "peak_memory_batch": batch}
 

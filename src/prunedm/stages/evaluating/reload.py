@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
+from prunedm.architecture import answer, like_weights
 from prunedm.errors import UserError
 from prunedm.folder import PACKED_FILE, Model, load, model_folder
 from prunedm.model_files.configs import DENOISERS
 from prunedm.model_files.weights import weight_files
-from prunedm.randomness import generator_for
 
 DIFFERS = "gives another output"
 
@@ -48,13 +48,5 @@ def _load_again(place: Path, name: str) -> torch.nn.Module:
 
 
 def _outputs(denoiser: torch.nn.Module, model: Model) -> torch.Tensor:
-    """The answer to two fixed noisy images, late and early, in float32 on the denoiser's device."""
-    weight = next(denoiser.parameters())
-    noise = torch.randn((2, *model.sample_shape), generator=generator_for(0, "reload check", 0))
-    last = model.scheduler.config.num_train_timesteps - 1
-    timesteps = torch.tensor([last // 100, last], device=weight.device)
-    labels = torch.zeros(2, dtype=torch.long, device=weight.device) if model.conditional else None
-    output: torch.Tensor = denoiser(
-        noise.to(weight.device, weight.dtype), timesteps, labels, return_dict=False
-    )[0]
-    return output.float()
+    """The answer to two fixed noisy images, early and late, in float32 on the denoiser's device."""
+    return answer(denoiser, like_weights(denoiser, model.example(2))).float()

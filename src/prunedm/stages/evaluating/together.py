@@ -62,8 +62,7 @@ def _in_turns(
 
     def work(chosen: Sequence[Entry], repeats: int) -> list[Timing]:
         return timings(
-            [entry.model.denoiser for entry in chosen],
-            chosen[0].model.sample_shape,
+            [(entry.model.denoiser, entry.model.example(way.batch)) for entry in chosen],
             way,
             repeats=repeats,
             device=device_for(options.device),

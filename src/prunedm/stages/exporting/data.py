@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import ProblemBatch
 from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model
@@ -12,14 +11,15 @@ from prunedm.record import Source
 from prunedm.sampling import make_sampler, set_steps
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
+from prunedm.task import Batch
 
 
 @dataclass(frozen=True)
 class Data:
     """Opened before any work, so that what is missing is told at once."""
 
-    calibration: list[ProblemBatch]  # of training images, antithetic over all timesteps
-    held_out: list[ProblemBatch]
+    calibration: list[Batch]  # of training images, antithetic over all timesteps
+    held_out: list[Batch]
     reference: ImageSet  # images behind the distances
     evaluate: EvaluateOptions
     network: FeatureNetwork | None

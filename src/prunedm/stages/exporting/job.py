@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunedm.architecture import answer
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
@@ -19,7 +20,6 @@ from prunedm.folder import Model
 from prunedm.options import ExportOptions
 from prunedm.packed import FLOATS
 from prunedm.progress import Progress
-from prunedm.randomness import generator_for
 from prunedm.stages.exporting.data import Data
 
 CHECKED = 16  # images of the check
@@ -66,22 +66,17 @@ class Job:
         return self.graph() if dtype == torch.float32 else HalfInside(self.graph(), dtype)
 
     def inputs(self, count: int = CHECKED) -> dict[str, torch.Tensor]:
-        """`count` images of seeded noise at timesteps from the first to the last, by input name."""
-        generator = generator_for(self.options.seed, "export", 0)
-        steps = self.model.scheduler.config.num_train_timesteps
-        inputs = {
-            "sample": torch.randn((count, *self.model.sample_shape), generator=generator),
-            "timestep": torch.linspace(0, steps - 1, count),
-        }
-        if self.model.conditional:
-            classes = self.model.denoiser.config.num_class_embeds
-            if classes is None:
-                raise UserError(
-                    "export takes class labels as numbers; this model embeds them otherwise "
-                    f"(class_embed_type {self.model.denoiser.config.class_embed_type!r})"
-                )
-            inputs["class_labels"] = torch.arange(count) % classes
-        return inputs
+        """`count` images of seeded noise at timesteps from the first to the last, by input name.
+
+        Raises `UserError` for class labels that are not numbers.
+        """
+        model = self.model
+        if model.conditional and model.denoiser.config.num_class_embeds is None:
+            raise UserError(
+                "export takes class labels as numbers; this model embeds them otherwise "
+                f"(class_embed_type {model.denoiser.config.class_embed_type!r})"
+            )
+        return model.example(count, seed=self.options.seed)
 
     def shapes(self) -> dict[str, list[int | str]]:
         """Of inputs and output, as the graph has them."""
@@ -94,18 +89,14 @@ class Job:
         """Batches of real denoising problems by input name."""
         assert self.data is not None
         for batch in self.data.calibration:
-            inputs = {
-                "sample": batch.noisy_NCHW.numpy(),
-                "timestep": batch.timesteps_N.float().numpy(),
-            }
-            if batch.labels_N is not None:
-                inputs["class_labels"] = batch.labels_N.numpy()
-            yield inputs
+            timestep = batch.inputs["timestep"].float()
+            inputs = {**batch.inputs, "timestep": timestep}
+            yield {name: tensor.numpy() for name, tensor in inputs.items()}
 
     def check(self, output_NCHW: torch.Tensor, what: str) -> tuple[float, float]:
         """Relative and largest error of an output for `inputs()`; `UserError` above the tolerance."""
         with torch.no_grad():
-            due = self.model.denoiser.eval()(*self.inputs().values(), return_dict=False)[0].double()
+            due = answer(self.model.denoiser.eval(), self.inputs()).double()
         error = output_NCHW.double() - due
         relative, largest = float(error.norm() / due.norm()), float(error.abs().max())
         tolerance = float(self.options.tolerance or 0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from prunedm.architecture import answer
 from prunedm.deployment import int8, onnx_file, openvino_file, tensorrt, torch_program
 from prunedm.deployment.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
 from prunedm.deployment.zeros import check_zeros
@@ -22,7 +23,7 @@ def write_packed(job: Job) -> Written:
     again = load(job.folder)
     again.denoiser.float()
     with torch.no_grad():
-        output = again.denoiser(*job.inputs().values(), return_dict=False)[0]
+        output = answer(again.denoiser, job.inputs())
     errors = job.check(output, PACKED_FILE)
     if precision in FLOATS:
         _check_bits(job, again.denoiser, FLOATS[precision])
@@ -99,8 +100,7 @@ WRITERS: dict[str, Callable[[Job], Written]] = {
 
 
 def _run(job: Job, denoiser: ExportedDenoiser) -> torch.Tensor:
-    inputs = job.inputs()
-    return denoiser(inputs["sample"], inputs["timestep"], inputs.get("class_labels"))[0]
+    return answer(denoiser, job.inputs())
 
 
 def _check_bits(job: Job, again: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -49,16 +49,8 @@ class Job:
         return [step for step in (16, 8, 4, 2, 1) if step <= (16 if widest > 64 else 8)]
 
     @cached_property
-    def sample(self) -> torch.Tensor:
-        return torch.zeros(1, *self.model.sample_shape)
-
-    @cached_property
-    def labels(self) -> torch.Tensor | None:
-        return torch.zeros(1, dtype=torch.long) if self.model.conditional else None
-
-    @cached_property
     def positions(self) -> dict[str, int]:
-        return layer_positions(self.model.denoiser.cpu(), self.sample, class_labels=self.labels)
+        return layer_positions(self.model.denoiser.cpu(), self.model.example())
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Of the model as it is now; it ends on the CPU."""

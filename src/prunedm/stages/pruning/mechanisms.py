@@ -76,8 +76,7 @@ def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[
     for round_to in job.roundings:
         groups = channel_groups(
             denoiser,
-            job.sample,
-            class_labels=job.labels,
+            job.model.example(),
             protect=[n for n in PROTECTED if not (options.narrow_ends and n in ENDS)],
             round_to=round_to,
         )
@@ -247,9 +246,7 @@ def _permute(
     Returns the scores in the new order, and what the patterns keep of them before and after, by
     coupled set.
     """
-    permutation = find_permutation(
-        job.model.denoiser, job.sample, scores, patterns, class_labels=job.labels
-    )
+    permutation = find_permutation(job.model.denoiser, job.model.example(), scores, patterns)
     permute_(job.model.denoiser, permutation)
     return permuted(scores, permutation), permutation.kept
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from prunedm.architecture import answer
 from prunedm.data import ImageSet
-from prunedm.diffusion import whole_output
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
@@ -249,7 +248,7 @@ def _objective(
             seed=options.seed,
             reordered=_reorderings(model) != _reorderings(teacher),
         ),
-        outputs=lambda batch: known(batch, partial(whole_output, network)),
+        outputs=lambda batch: known(batch, lambda b: answer(network, b.inputs)),
     )
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import ProblemBatch
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.evaluation.pictures import grid
@@ -29,6 +28,7 @@ from prunedm.stages.inputs import (
 from prunedm.stages.pruning.job import Job, check_options
 from prunedm.stages.pruning.mechanisms import MECHANISMS
 from prunedm.stages.verbs.sample import labels_for
+from prunedm.task import Batch
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
@@ -73,7 +73,7 @@ def prune(
 def _prune(
     model: Model, images: ImageSet, options: PruneOptions, folder: Path, *, progress: Progress
 ) -> dict[str, Any]:
-    macs = count_macs(model.denoiser, model.sample_shape)
+    macs = count_macs(model.denoiser, model.example())
     affordable = max(FEWEST, int(HELD_OUT_MACS / macs))  # the loss is given with its standard error
     held_out = held_out_problems(model, options, min(HELD_OUT, affordable))
     before = _summary(model, held_out, options)
@@ -91,14 +91,14 @@ def _prune(
     return {"loss_before": before["loss"], **after, **removed, **shown}
 
 
-def _summary(model: Model, held_out: list[ProblemBatch], options: PruneOptions) -> dict[str, Any]:
+def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict[str, Any]:
     device = device_for(options.device)
     loss = denoising_loss(model.denoiser.to(device), held_out, device=device)
     model.denoiser.cpu()
     return {
         "params": count_parameters(model.denoiser),
         "nonzero": count_nonzero(model.denoiser),
-        "macs": count_macs(model.denoiser, model.sample_shape),
+        "macs": count_macs(model.denoiser, model.example()),
         "loss": loss.mean,
         "loss_se": loss.standard_error,
     }
