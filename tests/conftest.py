@@ -1,10 +1,12 @@
-"""One thread: the test models are too small for more to help, and idle threads spin."""
+"""One thread: the test models are too small for more to help."""
 
 import os
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+
+import prunedm  # noqa: F401 - before torch: its threads then wait as prunedm lets them
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
