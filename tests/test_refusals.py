@@ -131,7 +131,7 @@ def test_a_recipe_that_is_no_file_is_refused_at_once(words, what, tmp_path, caps
         path.mkdir()
     places = {"F": path, "OUT": tmp_path / "out"}
     assert call(*[places.get(word, word) for word in words]) == 2
-    assert "not a file" in capsys.readouterr().err
+    assert "not a regular file" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
