@@ -599,3 +599,22 @@ def test_python_dash_m_is_the_command(tmp_path):
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     assert done.stdout.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["prune", "digitz", "out"], "did you mean 'digits'?"),
+        (["finetune", "digits", "out", "--dataset", "digitz"], "unknown dataset 'digitz'"),
+        (["compare", "digits", "notes.txt", "--out", "out"], "no model at 'notes.txt'"),
+        (["run", "--set", "dataset=imgs.zip"], "unknown dataset 'imgs.zip'"),
+    ],
+)
+def test_names_of_nothing_are_refused_before_pytorch_is_imported(
+    words, expected, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "prunedm.stages")
+    assert call(*words) == 2
+    assert expected in capsys.readouterr().err
+    assert "prunedm.stages" not in sys.modules

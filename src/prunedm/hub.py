@@ -25,6 +25,12 @@ _KINDS = {
 
 def find(source: str | Path) -> Path:
     """The local folder of a model: itself, the embedded one, or the hub's snapshot."""
+    folder = find_locally(source)
+    return _snapshot(str(source)) if folder is None else folder
+
+
+def find_locally(source: str | Path) -> Path | None:
+    """The folder, or None for a hub id. Raises `UserError` for what is neither."""
     name = str(source)
     try:
         path = expanded(source)
@@ -42,7 +48,7 @@ def find(source: str | Path) -> Path:
             f"no model at {shortened(name)!r}: give a folder, a hub id like owner/name, or digits"
             + near(name, EMBEDDED)
         )
-    return _snapshot(name)
+    return None
 
 
 def _about_file(path: Path) -> str:

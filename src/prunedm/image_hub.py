@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from prunedm.errors import UserError, first_line
@@ -21,6 +22,7 @@ _FILES = re.compile(
 )
 
 
+@cache
 def open_hub(name: str) -> dict[str, "Dataset"]:
     """The splits of the hub's dataset `name`.
 

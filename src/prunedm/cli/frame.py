@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,16 +54,33 @@ Model = Annotated[str, Parameter(help="a model folder, a hub id like owner/name,
 Out = Annotated[Path, Parameter(help="the new folder", converter=to_output)]
 
 
-def report(
-    stage: Callable[..., tuple["Record", bool]], *arguments: Any, overwrite: bool
-) -> "Record":
+def report(verb: str, *arguments: Any, overwrite: bool) -> "Record":
     """Run a stage with bars, and say in one line what came out."""
+    check_names(*arguments)
+    from prunedm import stages
+
     out = next(a for a in reversed(arguments) if isinstance(a, Path))
-    with watched_terminal(out, stage.__name__) as terminal:
-        record, made = stage(*arguments, progress=terminal, overwrite=overwrite)
+    with watched_terminal(out, verb) as terminal:
+        record, made = getattr(stages, verb)(*arguments, progress=terminal, overwrite=overwrite)
         terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
         terminal.result(record.figures, made=made)
     return record
+
+
+def check_names(*arguments: Any) -> None:
+    """Raise `UserError` for a model or dataset that is nowhere, before PyTorch is imported."""
+    from prunedm.hub import find_locally
+    from prunedm.image_files import locate
+
+    for given in arguments:
+        for name in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(name, str):
+                find_locally(name)
+        dataset = getattr(given, "dataset", None)
+        if dataset and dataset != "digits" and locate(dataset) is None:
+            from prunedm.image_hub import open_hub
+
+            open_hub(dataset)
 
 
 def watched_terminal(out: Path, stage: str = "") -> "Watched":

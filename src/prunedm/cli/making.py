@@ -13,6 +13,7 @@ from prunedm.cli.frame import (
     Out,
     Overwrite,
     app,
+    check_names,
     report,
     show_comparison,
     watched_terminal,
@@ -67,6 +68,7 @@ def run(
         for line in unused(recipe):
             Terminal().say(line)
         return
+    check_names(recipe.model, recipe)
     with watched_terminal(out, "run") as terminal:
         report_folder = run_recipe(recipe, out, progress=terminal, overwrite=overwrite)
     show_comparison(report_folder)
@@ -93,12 +95,10 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a dense model from scratch; --preset digits makes the embedded one."""
-    from prunedm.stages import train as stage
-
     options = merge_file(options, config)
     if preset is not None:
         options = merge_file(options, preset_file("train", preset))
-    report(stage, out, options, overwrite=overwrite)
+    report("train", out, options, overwrite=overwrite)
 
 
 @app.command
@@ -111,10 +111,9 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Remove channels, single weights, or N:M weights, by a score or by OBS."""
+    report("prune", model, out, merge_file(options, config), overwrite=overwrite)
     from prunedm.console import pruning_table
-    from prunedm.stages import prune as stage
 
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
     pruning_table(out / "pruning_stats.json")
 
 
@@ -132,12 +131,10 @@ def learn(
     overwrite: Overwrite = False,
 ) -> None:
     """Learn which N of every M weights to keep; the weights stay as they are."""
-    from prunedm.stages import learn as stage
-
     options = merge_file(options, config)
     if preset is not None:
         options = with_preset(options, preset)
-    report(stage, model, out, options, overwrite=overwrite)
+    report("learn", model, out, options, overwrite=overwrite)
 
 
 @app.command
@@ -150,9 +147,7 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Train the weights that are left, masks held exactly; distils from the dense model."""
-    from prunedm.stages import finetune as stage
-
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    report("finetune", model, out, merge_file(options, config), overwrite=overwrite)
 
 
 @app.command
@@ -165,8 +160,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write one file for another runtime: packed, ONNX, OpenVINO, torch.export, TensorRT; int8 too."""
+    report("export", model, out, merge_file(options, config), overwrite=overwrite)
     from prunedm.console import export_lines
-    from prunedm.stages import export as stage
 
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
     export_lines(out)

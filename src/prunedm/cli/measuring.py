@@ -21,9 +21,7 @@ def sample(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw images; image i depends on the seed and i alone. An interrupted run continues."""
-    from prunedm.stages import sample as stage
-
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    report("sample", model, out, merge_file(options, config), overwrite=overwrite)
 
 
 @app.command
@@ -36,9 +34,7 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure one model: loss, FD, size, speed, sparsity."""
-    from prunedm.stages import evaluate as stage
-
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
+    report("evaluate", model, out, merge_file(options, config), overwrite=overwrite)
     show_comparison(out)
 
 
@@ -53,10 +49,8 @@ def compare(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure several models on the same problems and noise; table and report.html."""
-    from prunedm.stages import compare as stage
-
     labels = _labels(models)
-    report(stage, labels, out, merge_file(options, config), overwrite=overwrite)
+    report("compare", labels, out, merge_file(options, config), overwrite=overwrite)
     show_comparison(out)
 
 
@@ -71,9 +65,8 @@ def loss(
 ) -> None:
     """Measure the denoising loss batch by batch, with other masks put on first if wanted."""
     from prunedm.console import loss_line
-    from prunedm.stages import loss as stage
 
-    loss_line(report(stage, model, out, merge_file(options, config), overwrite=overwrite))
+    loss_line(report("loss", model, out, merge_file(options, config), overwrite=overwrite))
 
 
 @app.command
@@ -86,10 +79,9 @@ def analyze(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure what layers see at each noise level: JSON, heat map, and which score to try."""
+    report("analyze", model, out, merge_file(options, config), overwrite=overwrite)
     from prunedm.console import analysis_table
-    from prunedm.stages import analyze as stage
 
-    report(stage, model, out, merge_file(options, config), overwrite=overwrite)
     analysis_table(out)
 
 
