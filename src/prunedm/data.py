@@ -16,7 +16,7 @@ from prunedm.errors import UserError
 from prunedm.image_files import SUFFIXES, Found, find_images, locate, open_image, shown
 from prunedm.image_hub import open_hub
 from prunedm.image_labels import Labels, file_labels
-from prunedm.image_tables import Tables, open_folder, open_parquet, table_files
+from prunedm.image_tables import Tables, open_folder, open_parquet, table_file, table_files
 from prunedm.splits import HELD_OUT, choose, held_out, split_of_path
 
 # bands of other meanings, which would pass as colours or grey
@@ -181,7 +181,7 @@ def _open(name: str, size: int, label_column: str, image_column: str) -> _Source
             return _folder(path, found, label_column)
         tables = open_folder(path, files, name)
     elif path is not None:
-        tables = open_parquet(path.parent, [_table_file(path, name)], name)
+        tables = open_parquet(path.parent, [table_file(path, name)], name)
     else:
         tables = open_hub(name)
     opened = Tables(name, tables, image_column, label_column)
@@ -193,23 +193,6 @@ def _refuse_columns(what: str, label_column: str, image_column: str) -> None:
     for option, value in (("--label-column", label_column), ("--image-column", image_column)):
         if value:
             raise UserError(f"{option} {value}: {what} no columns; leave it out")
-
-
-def _table_file(path: Path, name: str) -> Path:
-    """A parquet file. Raises `UserError` for any other, with what to give instead."""
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        raise UserError(f"dataset {shown(name)!r} is neither a folder nor a regular file")
-    if suffix != ".parquet":
-        packed = suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar", ".zst")
-        way = (
-            "unpack it and give the folder" if packed
-            else "give the folder it is in" if suffix in SUFFIXES
-            else "only fid and stats read an .npz; give a folder of images" if suffix == ".npz"
-            else "give a folder of images, a parquet file or a hub id"
-        )  # fmt: skip
-        raise UserError(f"dataset {shown(name)!r} is a file and no set of images; {way}")
-    return path
 
 
 def _folder(folder: Path, found: Found, label_column: str) -> _Source:

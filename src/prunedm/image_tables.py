@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import BROKEN, open_lazily, shown
+from prunedm.image_files import BROKEN, SUFFIXES, open_lazily, shown
 from prunedm.image_labels import Labels, label_column, number
 from prunedm.reading import check_regular
 from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
@@ -139,6 +139,23 @@ def _is_image(rows: Column, index: int) -> bool:
     except BROKEN:
         return False
     return True
+
+
+def table_file(path: Path, name: str) -> Path:
+    """A parquet file. Raises `UserError` for any other, with what to give instead."""
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"dataset {shown(name)!r} is neither a folder nor a regular file")
+    if suffix != ".parquet":
+        packed = suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar", ".zst")
+        way = (
+            "unpack it and give the folder" if packed
+            else "give the folder it is in" if suffix in SUFFIXES
+            else "only fid and stats read an .npz; give a folder of images" if suffix == ".npz"
+            else "give a folder of images, a parquet file or a hub id"
+        )  # fmt: skip
+        raise UserError(f"dataset {shown(name)!r} is a file and no set of images; {way}")
+    return path
 
 
 def table_files(folder: Path, parquet: Sequence[Path]) -> list[Path]:

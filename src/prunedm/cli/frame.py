@@ -77,10 +77,15 @@ def check_names(*arguments: Any) -> None:
             if isinstance(name, str):
                 find_locally(name)
         dataset = getattr(given, "dataset", None)
-        if dataset and dataset != "digits" and locate(dataset) is None:
+        if dataset and dataset != "digits":
             from prunedm.image_hub import open_hub
+            from prunedm.image_tables import table_file
 
-            open_hub(dataset)
+            path = locate(dataset)
+            if path is None:
+                open_hub(dataset)
+            elif not path.is_dir():
+                table_file(path, dataset)
 
 
 def watched_terminal(out: Path, stage: str = "") -> "Watched":

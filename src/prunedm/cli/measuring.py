@@ -64,9 +64,10 @@ def loss(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure the denoising loss batch by batch, with other masks put on first if wanted."""
+    record = report("loss", model, out, merge_file(options, config), overwrite=overwrite)
     from prunedm.console import loss_line
 
-    loss_line(report("loss", model, out, merge_file(options, config), overwrite=overwrite))
+    loss_line(record)
 
 
 @app.command
