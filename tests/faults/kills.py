@@ -132,7 +132,7 @@ class Changes:
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._inside:
             return
-        if event == "open" and isinstance(arguments[0], (str, bytes)) and _is_change(arguments[2]):
+        if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & _WRITES:
             self._note("open", arguments[0], None, arguments[2])
         elif event in _CHANGES:
             path, descriptor = _CHANGES[event]
@@ -146,7 +146,8 @@ class Changes:
             if folder is not None and folder >= 0:
                 path = str(Path(f"/proc/self/fd/{folder}").readlink() / path)
             path = os.path.abspath(path)  # noqa: PTH100
-            if not f"{path}/".startswith(self.folder):
+            nameless = what == "open" and Path(path).is_dir()  # a temporary file in it
+            if nameless or not f"{path}/".startswith(self.folder):
                 return
             self.seen.append(f"{what} {path[len(self.folder) :] or '.'}")
             number, half = self.at or (-1, False)
@@ -238,11 +239,6 @@ def spread(every: list[Any], count: int | None, ends: int = ENDS) -> list[Any]:
         *(middle[k * len(middle) // chosen] for k in range(chosen)),
         *every[len(every) - ends :],
     ]
-
-
-def _is_change(flags: int) -> bool:
-    """Whether a named file is opened to be written; a nameless one leaves nothing behind."""
-    return bool(flags & _WRITES) and flags & os.O_TMPFILE != os.O_TMPFILE
 
 
 def snapshot(folder: Path) -> dict[str, str]:
