@@ -3,18 +3,17 @@
 Shapes: N problems, B time bins, I input channels, a Conv2d's kernel kh x kw.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
-from prunedm.layers import padded_inputs
+from prunedm.layers import padded_inputs, watching
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.task import Batch
@@ -164,13 +163,12 @@ def _watch_inputs(
     """`add(name, inputs, timesteps_N)` for every layer and batch."""
     timesteps_N = torch.empty(0, dtype=torch.long)
 
-    def watch(name: str) -> Any:
-        return lambda _, inputs: add(name, inputs[0].detach(), timesteps_N)
+    def hear(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], __: object) -> None:
+        add(name, inputs[0].detach(), timesteps_N)
 
     denoiser.eval()  # dropout would blur the statistics
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     bars = (progress or Silent()).task("activations", len(batches))
-    with _hooks(handles), torch.no_grad(), bars as bar:
+    with watching(layers, hear), torch.no_grad(), bars as bar:
         for batch in batches:
             timesteps_N = batch.inputs["timestep"]
             predict(denoiser, batch.to(device))
@@ -263,12 +261,3 @@ def _check_reached(reducers: Mapping[str, _Mean], bins: TimeBins | None = None) 
                 f"{int(reducer.counts_B.sum())} calibration problems leave a time bin of "
                 f"{bins.count} empty; give more problems, or fewer bins"
             )
-
-
-@contextmanager
-def _hooks(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -25,7 +25,7 @@ from prunedm.evaluation.columns import Column
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
 from prunedm.masks import Masks
-from prunedm.progress import Task
+from prunedm.progress import Bar
 from prunedm.reading import read_json
 from prunedm.recipe import Planned
 from prunedm.record import Record, read_record
@@ -43,7 +43,7 @@ class Terminal:
     """Progress bars by rich; on a pipe or in CI, one line at the end of each task."""
 
     @contextmanager
-    def task(self, label: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
         columns = (
             TextColumn("{task.description:<14}"),
             BarColumn(bar_width=12),

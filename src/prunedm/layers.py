@@ -9,7 +9,10 @@ output channel and kernel tap, the one layout that sparse hardware accepts:
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +22,22 @@ from prunedm.errors import UserError
 
 ENDS = ("conv_in", "conv_out")
 PROTECTED = (*ENDS, "time_embedding", "class_embedding")
+
+
+Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, inputs, output
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
+    """`hook(name, module, inputs, output)` after every call of these modules, while this lasts."""
+    handles = [
+        module.register_forward_hook(partial(hook, name)) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def prunable_layers(

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
-class Task(Protocol):
+class Bar(Protocol):
     """One bar: `advance` by finished units, with the latest figure beside it."""
 
     def advance(self, units: int = 1, note: str = "") -> None: ...
@@ -17,12 +17,12 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where bars are shown; `say` prints one line between them."""
 
-    def task(self, label: str, total: int, done: int = 0) -> AbstractContextManager[Task]: ...
+    def task(self, label: str, total: int, done: int = 0) -> AbstractContextManager[Bar]: ...
 
     def say(self, text: str) -> None: ...
 
 
-class _SilentTask:
+class _SilentBar:
     def advance(self, units: int = 1, note: str = "") -> None:
         pass
 
@@ -34,8 +34,8 @@ class Silent:
     """The default of every library function: no output at all."""
 
     @contextmanager
-    def task(self, label: str, total: int, done: int = 0) -> Iterator[Task]:
-        yield _SilentTask()
+    def task(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
+        yield _SilentBar()
 
     def say(self, text: str) -> None:
         pass

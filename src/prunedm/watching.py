@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from prunedm.errors import first_line, masked
-from prunedm.progress import Progress, Task
+from prunedm.progress import Bar, Progress
 from prunedm.running import Entry, Finished, add_finished, remove_entry, write_entry
 
 LOG = "PRUNEDM_LOG"  # where whoever started the process sends what it prints
@@ -67,7 +67,7 @@ class Watched:
         self._write()
 
     @contextmanager
-    def task(self, label: str, total: int, done: int = 0) -> Iterator[Task]:
+    def task(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
         outer, recent = {name: getattr(self.entry, name) for name in _OF_TASK}, self._recent
         with self._progress.task(label, total, done) as bar:
             self._set(label=label, total=total, done=done, note="", rate=None)
@@ -152,7 +152,7 @@ class Watched:
 
 
 class _WatchedTask:
-    def __init__(self, bar: Task, watched: Watched) -> None:
+    def __init__(self, bar: Bar, watched: Watched) -> None:
         self._bar, self._watched = bar, watched
 
     def advance(self, units: int = 1, note: str = "") -> None:

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
+from prunedm.layers import watching
 
 Side = Literal["in", "out"]
 Removed = Mapping[tuple[str, Side], int]  # positions that go, by layer and side
@@ -54,19 +55,13 @@ def count_macs(
 def layer_positions(denoiser: nn.Module, inputs: Inputs) -> dict[str, int]:
     """Output positions (pixels, tokens) of each Conv2d and Linear, for each row of `inputs`."""
     positions: dict[str, int] = {}
-    handles = []
-    for name, module in denoiser.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
 
-            def record(layer: nn.Module, _: object, output: torch.Tensor, name: str = name) -> None:
-                positions[name] = output.numel() // (len(output) * width(layer, "out"))
+    def record(name: str, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        positions[name] = output.numel() // (len(output) * width(layer, "out"))
 
-            handles.append(module.register_forward_hook(record))
-    try:
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    with watching(layers, record):
         answer(denoiser, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return positions
 
 

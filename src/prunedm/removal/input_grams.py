@@ -7,15 +7,13 @@ N problems; Y, X output rows and columns; r, s kernel taps.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import nn
 
 from prunedm.diffusion import predict
-from prunedm.layers import padded_inputs
-from prunedm.progress import Task
+from prunedm.layers import padded_inputs, watching
+from prunedm.progress import Bar
 from prunedm.removal.influence import influence, random_signs
 from prunedm.task import Batch
 
@@ -45,13 +43,7 @@ def execution_order(
 ) -> list[str]:
     """Names of the layers in the order in which a forward pass first reaches them."""
     order: dict[str, None] = {}
-    with ExitStack() as hooks, torch.no_grad():
-        for name, layer in layers.items():
-
-            def record(_: nn.Module, __: object, name: str = name) -> None:
-                order.setdefault(name)
-
-            hooks.callback(layer.register_forward_pre_hook(record).remove)
+    with watching(layers, lambda name, *_: order.setdefault(name)), torch.no_grad():
         predict(denoiser, batch)
     return list(order)
 
@@ -64,7 +56,7 @@ def input_grams(
     weigh: Callable[[torch.Tensor], torch.Tensor],
     guidance: float = 0.0,
     device: torch.device | str = "cpu",
-    bar: Task | None = None,
+    bar: Bar | None = None,
 ) -> dict[str, torch.Tensor]:
     """sum over problems n and positions p of `weigh(t_n)` e_np^guidance x_np^T x_np, (K, K) a layer.
 
@@ -88,20 +80,17 @@ def input_grams(
                 start += len(x_PK)
             _add_upper(grams[name], scaled_PK)
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if not guidance:
-                add(name, inputs[0])
-                return
-            if not output.requires_grad:  # of a frozen model
-                output.requires_grad_()
-            seen.append((name, inputs[0], output))
+    def hear(
+        name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        if not guidance:
+            add(name, inputs[0])
+            return
+        if not output.requires_grad:  # of a frozen model
+            output.requires_grad_()
+        seen.append((name, inputs[0], output))
 
-        return hook
-
-    with ExitStack() as hooks, torch.set_grad_enabled(guidance > 0):
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_hook(watch(name)).remove)
+    with watching(layers, hear), torch.set_grad_enabled(guidance > 0):
         done = 0
         for cpu_batch in batches:
             batch = cpu_batch.to(device)

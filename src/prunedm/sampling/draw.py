@@ -12,7 +12,7 @@ from prunedm.architecture import answer
 from prunedm.data import to_uint8
 from prunedm.errors import UserError
 from prunedm.inference import evaluating
-from prunedm.progress import Progress, Silent, Task
+from prunedm.progress import Bar, Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.sampling.fast import FastDenoiser, native_types
 from prunedm.sampling.schedule import for_sampler, set_steps
@@ -110,7 +110,7 @@ def _sample(
     seed: int,
     labels: torch.Tensor | None,
     device: torch.device | str,
-    bar: Task,
+    bar: Bar,
 ) -> torch.Tensor:
     generators = [generator_for(seed, "sample", i) for i in indices]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators])

@@ -14,7 +14,7 @@ from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import one_call
 from prunedm.inference import evaluating
-from prunedm.layers import prunable_layers, replace_module
+from prunedm.layers import prunable_layers, replace_module, watching
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
 from prunedm.sparse_kernels.gemm import HALF, Kernel, find_kernels, in_words
@@ -217,19 +217,11 @@ def _observed(
     """The denoiser's answer, and what each layer met on the way."""
     met: dict[str, Met] = {}
 
-    def watch(name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(layer: Any, inputs: Any, output: torch.Tensor) -> None:
-            pixels = output.numel() // layer.weight.shape[0]
-            met.setdefault(name, (inputs[0].to("meta"), pixels))
+    def hear(name: str, layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        met.setdefault(name, (inputs[0].to("meta"), output.numel() // layer.weight.shape[0]))
 
-        return hook
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    with watching(layers, hear):
         return call(), met
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _steady(denoiser: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Callable[[], torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 from prunedm.diffusion import DenoisingProblems
 from prunedm.errors import NotFinite, UserError
 from prunedm.options import LoopOptions
-from prunedm.progress import Progress, Task
+from prunedm.progress import Bar, Progress
 from prunedm.randomness import seed_for
 from prunedm.task import Batch
 from prunedm.training import processes
@@ -167,7 +167,7 @@ class _Run:
     show: Show
     best: Path | None
     tracking: Tracking
-    bar: Task
+    bar: Bar
     pending: list[torch.Tensor] = field(default_factory=list)  # losses still on the device
 
     def after_step(self, options: LoopOptions) -> None:
