@@ -428,7 +428,8 @@ def of_recipe(sound: Path) -> Iterator[Damage]:
         yield from (
             (f"{name} = {what}", _yaml(recipe | {name: "@"}, value))
             for what, value in VALUES.items()
-            if what in (*FEW, "NaN", "5,000 digits", "NUL")
+            if what in (*FEW, "NaN", "{}", "5,000 digits", "NUL")
+            and (name, what) != ("evaluate", "{}")  # sound: it measures in Inception's features
         )
         inner = getattr(field.annotation, "model_fields", None) or {}
         for option in inner:
