@@ -20,10 +20,10 @@ from prunedm.progress import Silent
 from prunedm.randomness import generator_for
 from prunedm.record import read_record
 from prunedm.recovery.features import (
-    BlockOutputs,
     alignment,
     block_losses,
     block_names,
+    block_outputs,
     feature_losses,
 )
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
@@ -125,8 +125,7 @@ def test_gradients_of_feature_losses(widths):
 
 def test_listening_to_blocks_hears_what_the_network_goes_on_with():
     denoiser, batch = tiny_model().denoiser, problems().batch(range(3))
-    blocks = BlockOutputs(denoiser)
-    with torch.no_grad():
+    with torch.no_grad(), block_outputs(denoiser) as blocks:
         output = predict(denoiser, batch)
         found = blocks.take(3)
         last = found["up_blocks.1"]
@@ -137,7 +136,6 @@ def test_listening_to_blocks_hears_what_the_network_goes_on_with():
     assert list(found) == block_names(denoiser)
     assert torch.allclose(ended, output, atol=1e-6)
     assert torch.allclose(middle, found["mid_block"], atol=1e-6)
-    blocks.close()
     blocks.take(3)
     predict(denoiser, batch)
     assert blocks.take(3) == {}

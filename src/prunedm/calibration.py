@@ -13,7 +13,7 @@ from torch import nn
 
 from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
-from prunedm.layers import padded_inputs, watching
+from prunedm.layers import hooked, padded_inputs
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.task import Batch
@@ -168,7 +168,7 @@ def _watch_inputs(
 
     denoiser.eval()  # dropout would blur the statistics
     bars = (progress or Silent()).task("activations", len(batches))
-    with watching(layers, hear), torch.no_grad(), bars as bar:
+    with hooked(layers, hear), torch.no_grad(), bars as bar:
         for batch in batches:
             timesteps_N = batch.inputs["timestep"]
             predict(denoiser, batch.to(device))

@@ -28,7 +28,7 @@ Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, i
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
+def hooked(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
     """`hook(name, module, inputs, output)` after every call of these modules, while this lasts."""
     handles = [
         module.register_forward_hook(partial(hook, name)) for name, module in modules.items()

@@ -1,25 +1,23 @@
 """Feature matching: the outputs of a UNet's blocks, student against teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from prunedm.errors import UserError
+from prunedm.layers import hooked
 
 _TINY = 1e-12
 
 
 class BlockOutputs:
-    """Listens to the down, mid and up blocks of a UNet: their latest outputs by name, NCHW."""
+    """The latest outputs of the down, mid and up blocks of a UNet, by name, NCHW."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self) -> None:
         self._found: dict[str, torch.Tensor] = {}
-        self._handles = [
-            denoiser.get_submodule(name).register_forward_hook(self._keep(name))
-            for name in block_names(denoiser)
-        ]
 
     def take(self, count: int) -> dict[str, torch.Tensor]:
         """The first `count` rows of what was heard since the last `take`."""
@@ -29,16 +27,18 @@ class BlockOutputs:
             rows[name] = output_NCHW[:count]
         return rows
 
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def keep(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
+        # a down block gives its skips too, which are in its last output
+        self._found[name] = output[0] if isinstance(output, tuple) else output
 
-    def _keep(self, name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            # a down block gives its skips too, which are in its last output
-            self._found[name] = output[0] if isinstance(output, tuple) else output
 
-        return hook
+@contextmanager
+def block_outputs(denoiser: nn.Module) -> Iterator[BlockOutputs]:
+    """Listens to the blocks of a UNet while the context lasts."""
+    outputs = BlockOutputs()
+    blocks = {name: denoiser.get_submodule(name) for name in block_names(denoiser)}
+    with hooked(blocks, outputs.keep):
+        yield outputs
 
 
 def block_names(denoiser: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ carries.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import nn
 from prunedm.architecture import answer
 from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
-from prunedm.recovery.features import BlockOutputs, block_names, feature_losses
+from prunedm.recovery.features import BlockOutputs, block_names, block_outputs, feature_losses
 from prunedm.recovery.sensitivity import (
     perturbed_rows,
     responses,
@@ -69,12 +69,10 @@ def recovery_objective(
         return
     if mixture.features and block_names(student) != block_names(teacher):
         raise UserError("match_features: the teacher has other blocks; give --match-features 0")
-    watched = [BlockOutputs(network) for network in (student, teacher) if mixture.features]
-    try:
+    networks = (student, teacher) if mixture.features else ()
+    with ExitStack() as stack:
+        watched = [stack.enter_context(block_outputs(network)) for network in networks]
         yield partial(_mixed, teacher=teacher, mixture=mixture, watched=watched)
-    finally:
-        for blocks in watched:
-            blocks.close()
 
 
 def _plain(

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
-from prunedm.layers import watching
+from prunedm.layers import hooked
 
 Side = Literal["in", "out"]
 Removed = Mapping[tuple[str, Side], int]  # positions that go, by layer and side
@@ -60,7 +60,7 @@ def layer_positions(denoiser: nn.Module, inputs: Inputs) -> dict[str, int]:
         positions[name] = output.numel() // (len(output) * width(layer, "out"))
 
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    with watching(layers, record):
+    with hooked(layers, record):
         answer(denoiser, inputs)
     return positions
 

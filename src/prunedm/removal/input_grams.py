@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prunedm.diffusion import predict
-from prunedm.layers import padded_inputs, watching
+from prunedm.layers import hooked, padded_inputs
 from prunedm.progress import Bar
 from prunedm.removal.influence import influence, random_signs
 from prunedm.task import Batch
@@ -43,7 +43,7 @@ def execution_order(
 ) -> list[str]:
     """Names of the layers in the order in which a forward pass first reaches them."""
     order: dict[str, None] = {}
-    with watching(layers, lambda name, *_: order.setdefault(name)), torch.no_grad():
+    with hooked(layers, lambda name, *_: order.setdefault(name)), torch.no_grad():
         predict(denoiser, batch)
     return list(order)
 
@@ -90,7 +90,7 @@ def input_grams(
             output.requires_grad_()
         seen.append((name, inputs[0], output))
 
-    with watching(layers, hear), torch.set_grad_enabled(guidance > 0):
+    with hooked(layers, hear), torch.set_grad_enabled(guidance > 0):
         done = 0
         for cpu_batch in batches:
             batch = cpu_batch.to(device)

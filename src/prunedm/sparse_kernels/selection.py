@@ -14,7 +14,7 @@ from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import one_call
 from prunedm.inference import evaluating
-from prunedm.layers import prunable_layers, replace_module, watching
+from prunedm.layers import hooked, prunable_layers, replace_module
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
 from prunedm.sparse_kernels.gemm import HALF, Kernel, find_kernels, in_words
@@ -220,7 +220,7 @@ def _observed(
     def hear(name: str, layer: Any, inputs: Any, output: torch.Tensor) -> None:
         met.setdefault(name, (inputs[0].to("meta"), output.numel() // layer.weight.shape[0]))
 
-    with watching(layers, hear):
+    with hooked(layers, hear):
         return call(), met
 
 
