@@ -49,6 +49,21 @@ class Killed(BaseException):
     """What a test interrupts work with, as Ctrl-C would; pytest would stop at a KeyboardInterrupt."""
 
 
+class Ended:
+    """A child process that has ended."""
+
+    pid = 0
+
+    def __init__(self, returncode: int = 0) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def wait(self, *_) -> int:
+        return self.returncode
+
+
 def tiny_model(**unet: Any) -> Model:
     """A seeded random model with one attention block, in its middle: 8x8 grey unless told."""
     torch.manual_seed(0)

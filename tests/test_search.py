@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import Killed, tiny_folder
+from helpers import Ended, Killed, tiny_folder
 
 from prunedm.errors import UserError
 from prunedm.evaluation.results import Conditions, Evaluation, Figures
@@ -50,21 +50,6 @@ def loss_of(settings: dict) -> float:
     """Lowest at lr = 1e-3 and 500 steps; 1:4 costs."""
     lr, steps = settings.get("finetune.lr", 1e-3), settings.get("finetune.steps", 500)
     return (math.log10(lr) + 3) ** 2 + (500 - steps) / 500 + (settings.get("mask.pattern") == "1:4")
-
-
-class Ended:
-    """A child process that has ended."""
-
-    pid = 0
-
-    def __init__(self, returncode: int = 0) -> None:
-        self.returncode = returncode
-
-    def poll(self) -> int:
-        return self.returncode
-
-    def wait(self, *_) -> int:
-        return self.returncode
 
 
 def finish(store: Store, run: Run) -> None:
@@ -322,7 +307,8 @@ from pathlib import Path
 from prunedm.experiments import sweep as sweeps
 from prunedm.experiments.plan import Sweep
 from prunedm.experiments.workers import Job
-from test_search import Ended, finish
+from helpers import Ended
+from test_search import finish
 
 def start(store, run, slot):
     store.write(run)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import Killed, tiny_folder
+from helpers import Ended, Killed, tiny_folder
 
 from prunedm import stages
 from prunedm.cli import main
@@ -54,21 +54,6 @@ def plan(grid=None, **more) -> Sweep:
 
 
 HASHES = defaultdict(lambda: "abc")  # of whatever a run reads
-
-
-class Ended:
-    """A child process that has ended."""
-
-    pid = 0
-
-    def __init__(self, returncode: int) -> None:
-        self.returncode = returncode
-
-    def poll(self) -> int:
-        return self.returncode
-
-    def wait(self, *_) -> int:
-        return self.returncode
 
 
 @pytest.fixture

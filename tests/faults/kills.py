@@ -305,20 +305,12 @@ def _alone() -> None:
 def _sweep_in_process() -> None:
     """A sweep's runs are made by the same process: a kill ends both, as a power cut does."""
     from prunedm.experiments import chain, sweep, workers
-
-    class Ended:
-        pid = 0
-
-        def __init__(self, returncode: int) -> None:
-            self.returncode = returncode
-
-        def poll(self) -> int:
-            return self.returncode
+    from tests import helpers
 
     def start(store: Any, run: Any, slot: Any) -> Any:
         store.write(run)
         store.set_status(run.id, workers.Status())
-        return workers.Job(run, slot, Ended(chain.main(str(store.out), run.id)))
+        return workers.Job(run, slot, helpers.Ended(chain.main(str(store.out), run.id)))
 
     chain._end_with_scheduler = lambda: None
     sweep.start, sweep._LOOK_EVERY = start, 0.0
