@@ -16,7 +16,7 @@ from prunedm.errors import UserError
 from prunedm.image_files import SUFFIXES, Found, find_images, locate, open_image, shown
 from prunedm.image_hub import open_hub
 from prunedm.image_labels import Labels, file_labels
-from prunedm.image_tables import Tables, open_folder, open_parquet, table_file, table_files
+from prunedm.image_tables import Tables, find_dataset, open_folder, open_parquet, table_files
 from prunedm.splits import HELD_OUT, choose, held_out, split_of_path
 
 # bands of other meanings, which would pass as colours or grey
@@ -169,10 +169,10 @@ def _together(parts: Sequence[Sequence[Any]]) -> Any:
 
 
 def _open(name: str, size: int, label_column: str, image_column: str) -> _Source:
-    path = locate(name)
     if name == "digits":
         _refuse_columns("digits has", label_column, image_column)
         return _digits(size)
+    path = find_dataset(name)
     if path is not None and path.is_dir():
         found = find_images(path)
         files = table_files(path, found.tables)
@@ -181,7 +181,7 @@ def _open(name: str, size: int, label_column: str, image_column: str) -> _Source
             return _folder(path, found, label_column)
         tables = open_folder(path, files, name)
     elif path is not None:
-        tables = open_parquet(path.parent, [table_file(path, name)], name)
+        tables = open_parquet(path.parent, [path], name)
     else:
         tables = open_hub(name)
     opened = Tables(name, tables, image_column, label_column)

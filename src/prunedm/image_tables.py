@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import BROKEN, SUFFIXES, open_lazily, shown
+from prunedm.image_files import BROKEN, SUFFIXES, locate, open_lazily, shown
 from prunedm.image_labels import Labels, label_column, number
 from prunedm.reading import check_regular
 from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
@@ -141,8 +141,14 @@ def _is_image(rows: Column, index: int) -> bool:
     return True
 
 
-def table_file(path: Path, name: str) -> Path:
-    """A parquet file. Raises `UserError` for any other, with what to give instead."""
+def find_dataset(name: str) -> Path | None:
+    """A folder or parquet file, or None where nothing is there: a name for the hub.
+
+    Raises `UserError` for any other file, with what to give instead.
+    """
+    path = locate(name)
+    if path is None or path.is_dir():
+        return path
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"dataset {shown(name)!r} is neither a folder nor a regular file")

@@ -27,13 +27,12 @@ Content = TypeVar("Content", bound=BaseModel)
 def check_regular(path: Path) -> Path:
     """Raises `UserError` for what is missing, and for pipes, sockets and devices, which could hang."""
     try:
-        regular, there = path.is_file(), path.exists()
+        if path.is_file():
+            return path
+        why = "not a regular file" if path.exists() else "missing"
     except OSError:  # a name that is too long, a folder that is closed
-        regular = there = False
-    if not regular:
-        why = "not a regular file" if there else "missing"
-        raise UserError(f"cannot read {shortened(str(path))}: it is {why}")
-    return path
+        why = "missing"
+    raise UserError(f"cannot read {shortened(str(path))}: it is {why}")
 
 
 def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:

@@ -70,7 +70,6 @@ def report(verb: str, *arguments: Any, overwrite: bool) -> "Record":
 def check_names(*arguments: Any) -> None:
     """Raise `UserError` for a model or dataset that is nowhere, before PyTorch is imported."""
     from prunedm.hub import find_locally
-    from prunedm.image_files import locate
 
     for given in arguments:
         for name in given.values() if isinstance(given, dict) else [given]:
@@ -79,13 +78,10 @@ def check_names(*arguments: Any) -> None:
         dataset = getattr(given, "dataset", None)
         if dataset and dataset != "digits":
             from prunedm.image_hub import open_hub
-            from prunedm.image_tables import table_file
+            from prunedm.image_tables import find_dataset
 
-            path = locate(dataset)
-            if path is None:
+            if find_dataset(dataset) is None:
                 open_hub(dataset)
-            elif not path.is_dir():
-                table_file(path, dataset)
 
 
 def watched_terminal(out: Path, stage: str = "") -> "Watched":

@@ -42,14 +42,10 @@ class ExportedDenoiser(nn.Module):
                 f"the exported model takes images of shape {due}, not {tuple(sample.shape[1:])}; "
                 "export the model for those"
             )
+        times_N = torch.as_tensor(timestep).float().cpu().expand(len(sample))
         inputs = {
             "sample": sample.detach().float().cpu().contiguous().numpy(),
-            "timestep": torch.as_tensor(timestep)
-            .float()
-            .cpu()
-            .expand(len(sample))
-            .contiguous()
-            .numpy(),
+            "timestep": times_N.contiguous().numpy(),
         }
         if self.class_embedding is not None:
             if class_labels is None:

@@ -186,7 +186,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any]:
         with safe_open(check_regular(path), framework="pt") as file:
             facts = parse_json((file.metadata() or {})["facts"], "facts")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError, UserError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damaged(path, error) from error
     return tensors, facts
 

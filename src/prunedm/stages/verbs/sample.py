@@ -148,7 +148,7 @@ def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
     """Whether the file holds such images, unharmed; an npz carries checksums."""
     try:
         images = _read(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, UserError):
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return False
     return images.dtype == np.uint8 and images.shape == shape
 
