@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from prunedm.diffusion import predict, problem_losses
 from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.learning.distribution import DISTRIBUTIONS
@@ -21,7 +20,7 @@ from prunedm.progress import Silent
 from prunedm.removal.nm import nm_masks
 from prunedm.scores import score_layers
 from prunedm.stages.inputs import images_for, training_problems
-from prunedm.task import Batch
+from prunedm.task import Batch, predict
 
 REPEATS = 15
 SAMPLED = 36_000_000  # weights
@@ -60,7 +59,7 @@ def _training_step(dense: Model, batch: Batch, autocast: Any) -> Callable[[], No
     def step() -> None:
         denoiser.requires_grad_(True)
         with autocast():
-            loss = problem_losses(predict(denoiser, batch), batch.target).mean()
+            loss = batch.losses(predict(denoiser, batch)).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -120,7 +119,7 @@ def _policy_gradient(
     def forward() -> None:
         with autocast():
             for _ in range(options.samples):
-                problem_losses(predict(dense.denoiser, batch), batch.target).mean()
+                batch.losses(predict(dense.denoiser, batch)).mean()
 
     return _in_turns(step, forward)
 

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
+from prunedm.codec import Pixels
+from prunedm.condition import Unconditional
 from prunedm.data import ImageSet
-from prunedm.diffusion import DenoisingProblems
+from prunedm.denoising import Denoising
 from prunedm.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Pattern
+from prunedm.process import process_of
 from prunedm.record import environment, write_json
 from prunedm.removal.obs import obs_prune
 
@@ -89,7 +92,14 @@ def measure(count: int, *, memory: int) -> dict[str, Any]:
     denoiser, scheduler = UNet2DModel(**UNET).eval(), DDPMScheduler()
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     images = ImageSet(list(pixels), name="noise", size=32, channels=3)
-    problems = DenoisingProblems(images, scheduler, seed=0, purpose="train")
+    problems = Denoising(
+        images,
+        process_of(scheduler),
+        codec=Pixels((3, 32, 32)),
+        condition=Unconditional(),
+        seed=0,
+        purpose="train",
+    )
     batches = [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
     pattern, layers = Pattern(2, 4), prunable_layers(denoiser)
     choices = {n: pattern for n, layer in layers.items() if why_not_nm(layer, 4) is None}
@@ -100,7 +110,6 @@ def measure(count: int, *, memory: int) -> dict[str, Any]:
         denoiser,
         choices,
         batches=batches,
-        train_timesteps=scheduler.config.num_train_timesteps,
         memory=memory,
         progress=clock,
     )

@@ -18,9 +18,12 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from matplotlib.figure import Figure
 
+from prunedm.codec import Pixels
+from prunedm.condition import Classes, Unconditional
 from prunedm.data import ImageSet
-from prunedm.diffusion import DenoisingProblems
+from prunedm.denoising import Denoising
 from prunedm.folder import Model, save
+from prunedm.process import process_of
 from prunedm.task import Batch
 
 TINY: dict[str, Any] = {
@@ -79,16 +82,29 @@ def noise_images(
     return ImageSet(list(pixels), name="noise", size=size, channels=channels, labels=labels)
 
 
-def problems(images: ImageSet | None = None, **options: Any) -> DenoisingProblems:
+def problems(
+    images: ImageSet | None = None,
+    *,
+    scheduler: Any = None,
+    conditional: bool = False,
+    **options: Any,
+) -> Denoising:
     """Denoising problems over `images`, by the default DDPM scheduler."""
-    options = {"scheduler": DDPMScheduler(), "seed": 0, "purpose": "test"} | options
-    return DenoisingProblems(images or noise_images(), **options)
+    images = images or noise_images()
+    return Denoising(
+        images,
+        process_of(scheduler or DDPMScheduler()),
+        codec=Pixels((images.channels, images.size, images.size)),
+        condition=Classes(None) if conditional else Unconditional(),
+        **{"seed": 0, "purpose": "test"} | options,
+    )
 
 
 def batch_of(sample: torch.Tensor, timestep: torch.Tensor, target: torch.Tensor, **more) -> Batch:
     """A batch of these problems, of an unconditional model unless `class_labels` are among `more`."""
     numbers = more.pop("numbers", ())
-    return Batch({"sample": sample, "timestep": timestep} | more, target, numbers)
+    level_N = timestep.double() / 999
+    return Batch({"sample": sample, "timestep": timestep} | more, target, level_N, numbers)
 
 
 def output(denoiser: torch.nn.Module) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from helpers import Killed, problems, tiny_model
 from torch import nn
 
-from prunedm.diffusion import example, predict
+from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.layers import prunable_layers
@@ -26,6 +26,7 @@ from prunedm.removal.channel_costs import count_macs, layer_positions
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import score_layers
+from prunedm.task import predict
 
 P24, P14, P48 = Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)
 CHOICES = (None, P24, P14)

@@ -28,8 +28,9 @@ LEVELS = [
         "sparse_kernels",
     },
     {"training"},
-    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"}
-    | {"architecture", "task"}
+    {"masks", "packed", "layers", "calibration", "record", "data", "pruned_unet"}
+    | {"architecture", "architectures", "task", "denoising", "process", "codec", "condition"}
+    | {"prompts", "tensor_cache"}
     | {
         "image_files",
         "image_labels",

@@ -13,7 +13,6 @@ from PIL import Image
 
 from prunedm.cli.frame import show_comparison
 from prunedm.data import load_images
-from prunedm.diffusion import ProblemStream
 from prunedm.errors import UserError
 from prunedm.evaluation.dashboard import pareto
 from prunedm.evaluation.features import FeatureNetwork, load_features
@@ -36,6 +35,7 @@ from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import held_out_problems
 from prunedm.stages.verbs.compare import read_comparison
 from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
+from prunedm.task import Stream
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 MEASURE = {
@@ -527,7 +527,7 @@ def test_the_loss_does_not_depend_on_the_batch(tmp_path, monkeypatch):
     for losses in found:
         assert losses == pytest.approx(expected.numpy(), rel=1e-5)
     stream = streamed_batches(problems(), 5, 100)
-    assert isinstance(stream, ProblemStream)  # which keeps no batch
+    assert isinstance(stream, Stream)  # which keeps no batch
     assert [batch.numbers for batch in stream] == [(0, 1), (2, 3), (4,)]
 
 

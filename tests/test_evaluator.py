@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_folder, tiny_model
 
 import prunedm
-from prunedm.diffusion import example
+from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.profiling import peak_memory
 from prunedm.evaluation.size import packed_bytes

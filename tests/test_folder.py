@@ -202,7 +202,7 @@ def test_a_bare_denoiser_folder_loads_with_the_papers_scheduler_and_says_so(fold
     assert loaded.record is None
     assert loaded.scheduler_assumed
     (note,) = loaded.notes
-    assert "linear, epsilon, 1,000 steps" in note
+    assert "linear 0.0001 to 0.02, 1000 steps, epsilon" in note
     assert "--scheduler" in note
     assert load(folder).notes == ()
 
@@ -237,7 +237,7 @@ def test_parts_of_a_training_run_have_its_noise_schedule(run, part, linked, tmp_
     config = loaded.scheduler.config
     assert (config.prediction_type, config.num_train_timesteps) == ("v_prediction", 400)
     assert not loaded.scheduler_assumed
-    said = "squaredcos_cap_v2, v_prediction, 400 steps" in " ".join(loaded.notes)
+    said = "squaredcos_cap_v2, 400 steps, v_prediction" in " ".join(loaded.notes)
     assert said == (part != "")
 
 

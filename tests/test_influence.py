@@ -66,7 +66,7 @@ def test_guided_grams_weigh_each_position(kind, chunk, guidance, monkeypatch):
     some = batch()
     denoiser = Scaled(layer, factor, 4)
     gram = input_grams(
-        denoiser, {"layer": layer}, [some], weigh=lambda t: 1 + t.double() / 1000, guidance=guidance
+        denoiser, {"layer": layer}, [some], weigh=lambda level_N: 1 + level_N, guidance=guidance
     )["layer"]
     if kind == "linear":
         x_NPK = some.inputs["sample"].permute(0, 2, 3, 1).flatten(1, 2)
@@ -74,7 +74,7 @@ def test_guided_grams_weigh_each_position(kind, chunk, guidance, monkeypatch):
         unfolded = nn.functional.unfold(some.inputs["sample"], 3, padding=1, stride=layer.stride)
         x_NPK = unfolded.unflatten(1, (4, 9)).transpose(1, 2).flatten(1, 2).transpose(1, 2)
     e_P = (4 * factor.flatten().square()).clamp_min(FLOOR).pow(guidance)
-    weights_N = 1 + some.inputs["timestep"].double() / 1000
+    weights_N = 1 + some.level_N
     expected = torch.einsum("n,p,npk,npl->kl", weights_N, e_P, x_NPK, x_NPK)
     torch.testing.assert_close(gram, expected, rtol=1e-9, atol=1e-9)
 

@@ -91,7 +91,6 @@ def test_obs_finds_the_masks_and_weights_of_the_first_half(guidance):
                 ["mid_block.resnets.0.conv1", "up_blocks.0.resnets.0.conv2"], Pattern(2, 4)
             ),
             batches=batches,
-            train_timesteps=1000,
             guidance=guidance,
         )
         for model in models

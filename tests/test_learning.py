@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import MASKS_FILE, load, save
@@ -41,7 +40,7 @@ from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.scores import score_layers
 from prunedm.stages import finetune, learn, prune
 from prunedm.stages.inputs import held_out_problems
-from prunedm.task import Batch
+from prunedm.task import Batch, predict, squared_errors
 from prunedm.training import loop
 from prunedm.training.loop import make_accelerator
 
@@ -273,7 +272,7 @@ def test_the_loss_mixes_the_dense_output_and_the_data_by_hand():
     random_masks(dense).apply_(masked)
     with torch.no_grad():
         wanted, output = predict(dense, batch), predict(masked, batch)
-        copy, data = (problem_losses(output, t).mean() for t in (wanted, batch.target))
+        copy, data = (squared_errors(output, t).mean() for t in (wanted, batch.target))
     for share in (0.0, 0.25, 1.0):
         step = Step(make_options(logits=500.0, tau=(1e-2, 1e-2), distill=share))
         loss, _ = step.gradients()
@@ -508,7 +507,7 @@ def learned_on_tiny(
     @torch.no_grad()
     def hard_loss(masks: Masks) -> float:
         with masks.applied(denoiser), evaluating(denoiser):
-            return float(problem_losses(predict(denoiser, batch), wanted).mean())
+            return float(squared_errors(predict(denoiser, batch), wanted).mean())
 
     def counted(*given, **named):
         if named["step"] == kill_at:

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Silent
 from prunedm.recovery.objective import data_objective
 from prunedm.stages.inputs import device_for
+from prunedm.task import predict
 from prunedm.training import processes
 from prunedm.training.checkpoint import (
     History,
@@ -79,7 +79,7 @@ def train(module: nn.Module, folder: Path, objective=None, **changes) -> History
 def held_out_loss(module: nn.Module) -> float:
     batch = problems(noise_images(9)).batch(range(4))
     with torch.no_grad():
-        return float(problem_losses(predict(module, batch), batch.target).mean())
+        return float(batch.losses(predict(module, batch)).mean())
 
 
 def slope(module: nn.Module, _, step: int) -> torch.Tensor:
@@ -488,7 +488,7 @@ def test_autocast_ends_with_the_training(tmp_path):
 
     def objective(module: nn.Module, batch, step: int) -> torch.Tensor:
         inside.append(nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
-        return problem_losses(predict(module, batch), batch.target).mean()
+        return batch.losses(predict(module, batch)).mean()
 
     model = tiny_model().denoiser
     train(model, tmp_path, objective, steps=1, batch_size=2, mixed_precision="bf16")

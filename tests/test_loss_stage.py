@@ -9,7 +9,6 @@ from helpers import tiny_folder, tiny_model
 
 from prunedm.cli import main
 from prunedm.data import load_images
-from prunedm.diffusion import DenoisingProblems
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
@@ -18,7 +17,7 @@ from prunedm.masks import Masks, save_masks
 from prunedm.options import FinetuneOptions, LossOptions
 from prunedm.record import read_record
 from prunedm.stages import finetune, loss
-from prunedm.stages.inputs import held_out_problems
+from prunedm.stages.inputs import held_out_problems, problems_on
 
 QUICK = {"problems": 22, "batch_size": 4, "device": "cpu"}
 
@@ -158,7 +157,7 @@ def test_the_split_is_the_users(tmp_path):
     record, _ = loss(tiny_folder(), tmp_path / "train", LossOptions(**QUICK, split="train"))
     model = load(tiny_folder())
     images = load_images("digits", split="train", size=8, channels=1)
-    problems = DenoisingProblems(images, model.scheduler, seed=0, purpose="held out")
+    problems = problems_on(images, model, 0)
     expected = denoising_loss(model.denoiser, [problems.batch(range(22))])
     assert record.figures["loss"] == pytest.approx(expected.mean, rel=1e-6)
     test, _ = loss(tiny_folder(), tmp_path / "test", LossOptions(**QUICK))

@@ -17,7 +17,6 @@ from PIL import Image
 
 import prunedm
 from prunedm.data import digits
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
@@ -29,7 +28,7 @@ from prunedm.masks import Masks, Pattern
 from prunedm.options import DataOptions
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import held_out_problems, images_for, training_problems
-from prunedm.task import Batch
+from prunedm.task import Batch, predict
 
 ESTIMATORS = ["relaxed", "reinforce"]
 CALLS = [
@@ -133,7 +132,7 @@ def test_reinforce_follows_the_losses_less_the_moving_baseline():
     for batch in batches(made, 3):
         before = logits(made)
         twin = deepcopy(made.model).train()
-        loss = problem_losses(predict(twin, batch), batch.target).mean()
+        loss = batch.losses(predict(twin, batch)).mean()
         log_prob = sum(layer.log_prob() for layer in maskpro_layers(twin).values())
         value = float(loss.detach())
         baseline = value if baseline is None else baseline

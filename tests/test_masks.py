@@ -10,12 +10,12 @@ from helpers import noise_images, problems, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.layers import PROTECTED, from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
 from prunedm.removal.nm import exact_pattern, nm_mask, nm_masks, project
 from prunedm.removal.weights import weight_masks
+from prunedm.task import predict
 
 LAYERS = {
     "linear": nn.Linear(16, 3),
@@ -225,7 +225,7 @@ def test_hold_keeps_zeros_through_optimizer_steps_and_trains_the_rest():
     for step in range(3):
         batch = problems(noise_images(4)).batch(range(4 * step, 4 * step + 4))
         optimizer.zero_grad()
-        problem_losses(predict(denoiser, batch), batch.target).mean().backward()
+        batch.losses(predict(denoiser, batch)).mean().backward()
         optimizer.step()
         assert masks.violations(denoiser)
         hold()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import noise_images, tiny_model
 
-from prunedm.diffusion import example
+from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model, load, save

@@ -10,12 +10,12 @@ import pytest
 from diffusers import DDPMScheduler, UNet2DModel
 from helpers import TINY, problems, tiny_folder, tiny_model
 
-from prunedm.diffusion import check_scheduler, scheduler_class
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config
 from prunedm.model_files.schedule import read_scheduler
+from prunedm.process import check_scheduler, scheduler_class
 from prunedm.sampling import make_sampler, sample_batches
 
 SECONDS = 5.0  # of processor time, for one refusal; what hangs takes far more
@@ -194,7 +194,11 @@ def test_a_config_of_many_gigabytes_is_refused_before_any_is_allocated(tmp_path)
         ({"prediction_type": "flow"}, "is not"),
         ({"_class_name": "SchedulerMixin"}, "names no diffusers scheduler"),
         ({"_class_name": ["os"]}, "names no diffusers scheduler"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ""),
+        (
+            {"_class_name": "EDMEulerScheduler"},
+            "variance-preserving noise (DDPM) and flow matching",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": -1.0}, "out of range"),
     ],
 )
 def test_what_is_wrong_with_a_schedule_is_named(tmp_path, change, reason):

@@ -76,7 +76,7 @@ def unfolded(layer: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(batches) -> torch.Tensor:
-    return torch.cat([log_time_weights(b.inputs["timestep"], 1000, (1.2, 0.8)) for b in batches])
+    return torch.cat([log_time_weights(b.level_N, (1.2, 0.8)) for b in batches])
 
 
 def gram_of(layer: nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def matrix(weight: torch.Tensor) -> torch.Tensor:
 def prune(denoiser: nn.Module, choice, x_NCHW: torch.Tensor, **options) -> torch.Tensor:
     batches = options.pop("batches", None) or batches_of(x_NCHW, len(x_NCHW))
     chosen = {"layer": choice}
-    return obs_prune(denoiser, chosen, batches=batches, train_timesteps=1000, **options)["layer"]
+    return obs_prune(denoiser, chosen, batches=batches, **options)["layer"]
 
 
 def reference_sweep(w_OK: torch.Tensor, h_KK: torch.Tensor, choice) -> tuple:
@@ -144,7 +144,7 @@ def test_grams_are_those_of_a_materialised_unfold(kind, chunk, monkeypatch):
             denoiser,
             {"layer": denoiser.layer},
             batches,
-            weigh=lambda t: log_time_weights(t, 1000, (1.2, 0.8)),
+            weigh=lambda level_N: log_time_weights(level_N, (1.2, 0.8)),
         )["layer"]
         torch.testing.assert_close(gram, gram_of(denoiser.layer, x), rtol=1e-10, atol=1e-10)
 
@@ -168,7 +168,7 @@ def test_tokens_folded_into_the_batch_have_their_problems_weights():
             return (self.layer(rows),)
 
     denoiser, x = Folding(nn.Linear(8, 4).double()), inputs()
-    options = {"weigh": lambda t: log_time_weights(t, 1000, (1.2, 0.8))}
+    options = {"weigh": lambda level_N: log_time_weights(level_N, (1.2, 0.8))}
     gram = input_grams(denoiser, {"layer": denoiser.layer}, batches_of(x), **options)["layer"]
     torch.testing.assert_close(gram, gram_of(denoiser.layer, x), rtol=1e-10, atol=1e-10)
 
@@ -182,7 +182,7 @@ def test_columns_of_weight_and_gram_are_in_one_order(kind):
 
 
 def test_time_weights_fall_logarithmically_from_the_noisiest_step():
-    weights = log_time_weights(torch.tensor([999, 990, 900, 0]), 1000, (1.2, 0.8))
+    weights = log_time_weights(torch.tensor([999, 990, 900, 0]).double() / 999, (1.2, 0.8))
     expected = torch.tensor([1.2, 1.2 - 0.4 / 3, 1.2 - 0.8 / 3, 0.8], dtype=torch.float64)
     torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
 
@@ -339,9 +339,7 @@ def eligible(denoiser: nn.Module) -> dict[str, Pattern]:
 
 def pruned_tiny(batches, **options) -> tuple[UNet2DModel, dict[str, torch.Tensor]]:
     denoiser = tiny_model().denoiser
-    masks = obs_prune(
-        denoiser, eligible(denoiser), batches=batches, train_timesteps=1000, **options
-    )
+    masks = obs_prune(denoiser, eligible(denoiser), batches=batches, **options)
     return denoiser, masks
 
 
@@ -388,7 +386,7 @@ def test_layers_go_in_the_order_of_execution_each_after_those_before_it():
     with torch.no_grad():
         again(batches[0].inputs["sample"], batches[0].inputs["timestep"])
     for name in sorted(names, key=forwards.__getitem__):  # one call each, in that order
-        obs_prune(again, {name: Pattern(2, 4)}, batches=batches, train_timesteps=1000)
+        obs_prune(again, {name: Pattern(2, 4)}, batches=batches)
     for name in names:
         expected = again.get_submodule(name).weight
         torch.testing.assert_close(denoiser.get_submodule(name).weight, expected)
@@ -398,7 +396,7 @@ def test_nothing_is_left_behind():
     untouched = tiny_model().denoiser.state_dict()
     batches = [problems().batch(range(4)), problems().batch(range(4, 6))]
     denoiser = tiny_model().denoiser.train()
-    masks = obs_prune(denoiser, eligible(denoiser), batches=batches, train_timesteps=1000)
+    masks = obs_prune(denoiser, eligible(denoiser), batches=batches)
     assert denoiser.training
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in denoiser.modules())
     assert all(p.grad is None and p.requires_grad for p in denoiser.parameters())
@@ -440,21 +438,21 @@ def test_what_cannot_be_pruned_is_named():
     with pytest.raises(UserError, match="layer: H has no inverse"):
         prune(one_layer(), 0.5, inputs() * torch.nan)
     with pytest.raises(UserError, match="at least one"):
-        obs_prune(one_layer(), {"layer": 0.5}, batches=[], train_timesteps=1000)
+        obs_prune(one_layer(), {"layer": 0.5}, batches=[])
     grouped = OneLayer(nn.Conv2d(8, 4, 3, groups=2).double())
     with pytest.raises(UserError, match="layer: OBS takes Conv2d of one group"):
         prune(grouped, 0.5, inputs())
     idle = one_layer()
     idle.other = nn.Linear(4, 4)
     with pytest.raises(UserError, match="other takes no part"):
-        obs_prune(idle, {"other": 0.5}, batches=batches_of(inputs()), train_timesteps=1000)
+        obs_prune(idle, {"other": 0.5}, batches=batches_of(inputs()))
 
 
 def test_class_labels_reach_the_denoiser():
     denoiser = UNet2DModel(**TINY, num_class_embeds=3).eval()
     batch = problems().batch(range(3))
     batch = replace(batch, inputs={**batch.inputs, "class_labels": torch.tensor([0, 1, 2])})
-    masks = obs_prune(denoiser, eligible(denoiser), batches=[batch], train_timesteps=1000)
+    masks = obs_prune(denoiser, eligible(denoiser), batches=[batch])
     assert all((to_groups(mask, 4).sum(1) == 2).all() for mask in masks.values())
 
 
@@ -465,9 +463,7 @@ def test_swaps_lower_the_layers_error_and_keep_n(kind):
     errors = {}
     for rounds in (0, 20):
         dense, pruned = one_layer(kind), one_layer(kind)
-        masks = obs_prune(
-            pruned, {"layer": Pattern(1, 4)}, batches=batches, train_timesteps=10, swaps=rounds
-        )
+        masks = obs_prune(pruned, {"layer": Pattern(1, 4)}, batches=batches, swaps=rounds)
         assert (to_groups(masks["layer"], 4).sum(1) == 1).all()
         assert (pruned.layer.weight[~masks["layer"]] == 0).all()
         with torch.no_grad():

@@ -12,7 +12,6 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from prunedm.architecture import answer
-from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.folder import load, save
 from prunedm.options import FinetuneOptions, LoopOptions, PruneOptions
@@ -35,6 +34,7 @@ from prunedm.recovery.sensitivity import (
     with_perturbed,
 )
 from prunedm.stages import finetune, prune
+from prunedm.task import predict
 from prunedm.training import compiling
 from prunedm.training.ema import Ema
 
@@ -476,8 +476,13 @@ def test_a_model_whose_channels_were_reordered_is_known_by_its_lineage(narrow, t
     ("unet", "scheduler", "more", "message"),
     [
         ({"sample_size": 16}, {}, {}, r"images of \(1, 16, 16\), .* \(1, 8, 8\)"),
-        ({"num_class_embeds": 3}, {}, {}, "classes: 3, .* None"),
-        ({}, {"prediction_type": "v_prediction"}, {}, "prediction_type = v_prediction"),
+        ({"num_class_embeds": 3}, {}, {}, "classes: 3, .* 0"),
+        (
+            {},
+            {"prediction_type": "v_prediction"},
+            {},
+            "another prediction type",
+        ),
         ({}, {"beta_schedule": "squaredcos_cap_v2"}, {}, "another noise schedule"),
         (
             {

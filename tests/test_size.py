@@ -6,7 +6,7 @@ import torch
 from helpers import noise_images, problems, tiny_model
 from torch import nn
 
-from prunedm.diffusion import example
+from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import LossEstimate, denoising_loss, fixed_batches

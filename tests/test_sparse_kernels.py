@@ -8,7 +8,7 @@ import torch
 from helpers import output, tiny_model
 from torch import nn
 
-from prunedm.diffusion import example
+from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.layers import from_groups, prunable_layers, to_groups
 from prunedm.masks import Pattern

@@ -1,12 +1,134 @@
-"""How a network is asked: keyword tensors go in, one tensor comes out."""
+"""What the engine must be told about a class of networks: a record, and one line in a table.
 
-from collections.abc import Mapping
+A network is asked with *inputs*: keyword tensors of N rows, by names that all families share. A record
+says how its class wants them, and what of its output is the answer. Nothing else in the package knows a
+class's name. Shared names: `sample` (N, C, H, W), `timestep` (N,), `class_labels` (N,),
+`encoder_hidden_states` (N, L, D), `input_ids` (N, L); further ones are a family's own.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-Inputs = Mapping[str, torch.Tensor]  # a network's keyword arguments, N rows each
+from prunedm.randomness import generator_for
+
+Inputs = Mapping[str, torch.Tensor]
+Shape = tuple[int, int, int]  # (C, H, W)
+
+ARCHITECTURES = {
+    "UNet2DModel": "prunedm.architectures.unet2d",
+    "UNet2DConditionModel": "prunedm.architectures.unet2d_condition",
+    "DiTTransformer2DModel": "prunedm.architectures.dit",
+    "SD3Transformer2DModel": "prunedm.architectures.sd3",
+    "FluxTransformer2DModel": "prunedm.architectures.flux",
+    "LlamaForCausalLM": "prunedm.architectures.causal_lm",
+}
+
+
+def told_as_named(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The shared names are the class's own."""
+    return dict(inputs)
+
+
+def first_of(network: nn.Module, output: Any, inputs: Inputs) -> torch.Tensor:
+    """The answer is the first of a tuple."""
+    answer: torch.Tensor = output[0]
+    return answer
+
+
+def square_sample(network: Any) -> Shape:
+    """`sample_size`, one side or two, of `in_channels`."""
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return network.config.in_channels, height, width
+
+
+def labels_of_embedding(network: Any) -> int | None:
+    """Of a `class_embedding`, if there is one: `num_class_embeds`."""
+    if getattr(network, "class_embedding", None) is None:
+        return 0
+    count: int | None = network.config.num_class_embeds
+    return count
+
+
+def no_more(network: nn.Module, count: int, generator: torch.Generator) -> Inputs:
+    """Besides noise, time and class nothing is told."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is to be known of one class of networks.
+
+    component: its folder in a pipeline; "" where its folder is the model.
+    told: its own keyword arguments for inputs of the shared names.
+    heard: the answer in its output, laid out as the noisy sample is, with a learned variance behind it.
+    shape: (C, H, W) of one noisy sample.
+    classes: how many classes it is told of; 0 where it is told none, None where labels are not counted.
+    more: what else it is told, random, for `count` samples; to trace, time and count with.
+    prompts: what a pipeline's text encoders make of a text, one row each, or None where it is told none.
+    protect: modules that stay whole, as patterns: the network's interface and its embeddings.
+    ends: those of them that see or make the sample; `--narrow-ends` may cut their inner side.
+    blocks: modules whose outputs features compare, in the order of computation, as patterns.
+    precise: modules that keep float32 where the rest runs in half precision, as patterns.
+    text: whether it continues texts, and is not a denoiser.
+    """
+
+    component: str = "unet"
+    told: Callable[[nn.Module, Inputs], dict[str, Any]] = told_as_named
+    heard: Callable[[nn.Module, Any, Inputs], torch.Tensor] = first_of
+    shape: Callable[[Any], Shape] = square_sample
+    classes: Callable[[Any], int | None] = labels_of_embedding
+    more: Callable[[Any, int, torch.Generator], Inputs] = no_more
+    prompts: Callable[[Any, str], Inputs] | None = None
+    protect: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
+    text: bool = False
+
+
+@cache
+def architecture_named(name: str) -> Architecture | None:
+    """The record of a class or of its narrowed kind, or None where the table has none."""
+    module = ARCHITECTURES.get(name.removeprefix("Pruned"))
+    record: Architecture | None = importlib.import_module(module).RECORD if module else None
+    return record
+
+
+def architecture_of(network: nn.Module) -> Architecture:
+    """The record of a network, whatever it is wrapped in; a default one for a class without any.
+
+    The default suits what is called by the shared names, as our own wrappers are.
+    """
+    return architecture_named(type(unwrapped(network)).__name__) or _DEFAULT
+
+
+_DEFAULT = Architecture(
+    protect=(
+        "conv_in", "conv_out", "time_embedding", "class_embedding",  # of UNets
+        "pos_embed", "patch_embed", "x_embedder", "context_embedder", "time_text_embed",
+        "proj_in", "proj_out", "norm_out", "time_embed", "caption_projection",
+        "condition_embedder", "embed_tokens", "lm_head",
+    ),
+)  # fmt: skip
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside torch.compile's and DistributedDataParallel's wrappers."""
+    while inner := getattr(network, "_orig_mod", None) or (
+        network.module
+        if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        else None
+    ):
+        network = inner
+    return network
 
 
 def answer(
@@ -16,12 +138,35 @@ def answer(
 
     `weights`: tensors in the place of the parameters of these names.
     """
-    told = dict(inputs) | {"return_dict": False}
-    if weights is None:
-        answered: torch.Tensor = network(**told)[0]
-    else:
-        answered = functional_call(network, dict(weights), (), told)[0]
-    return answered
+    record, inner = architecture_of(network), unwrapped(network)
+    told = record.told(inner, inputs) | {"return_dict": False}
+    call = partial(functional_call, network, dict(weights), ()) if weights else None
+    output = call(told) if call else network(**told)
+    return record.heard(inner, output, inputs)
+
+
+def example(network: nn.Module, count: int = 1, *, last: float = 999, seed: int = 0) -> Inputs:
+    """Inputs to trace, time, count and export with: noise at timesteps from 0 to `last`.
+
+    Classes come in turn, whatever else is told is random.
+    """
+    record = architecture_of(network)
+    generator = generator_for(seed, "export", 0)
+    if record.text:
+        return record.more(network, count, generator)
+    inputs = {
+        "sample": torch.randn((count, *record.shape(network)), generator=generator),
+        "timestep": torch.linspace(0, last, count),
+    }
+    classes = record.classes(network)
+    if classes != 0:
+        inputs["class_labels"] = torch.arange(count) % (classes or 1)
+    return inputs | dict(record.more(network, count, generator))
+
+
+def protected(network: nn.Module) -> tuple[str, ...]:
+    """Modules that stay whole unless a user names others."""
+    return architecture_of(network).protect
 
 
 def like_weights(network: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Statistics of layers over a stream of denoising problems. Memory does not grow with the stream.
+"""Statistics of layers over a stream of problems. Memory does not grow with the stream.
 
 Shapes: N problems, B time bins, I input channels, a Conv2d's kernel kh x kw.
 """
@@ -11,12 +11,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.layers import hooked, padded_inputs
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
-from prunedm.task import Batch
+from prunedm.task import Batch, Times, predict
 
 OverProblems = Literal["mean", "max", "median"]
 RESERVOIR = 32  # problems of a time bin that a median is taken over
@@ -24,11 +23,17 @@ RESERVOIR = 32  # problems of a time bin that a median is taken over
 
 @dataclass(frozen=True)
 class TimeBins:
-    """`count` bins of equal width over the timesteps first..last, noisiest last."""
+    """`count` bins of equal width over steps first..last of T noise levels, noisiest last."""
 
     first: int
     last: int
     count: int
+    steps: int = 1000  # T
+
+    @classmethod
+    def over(cls, times: Times, count: int) -> "TimeBins":
+        """Bins over the steps that a task draws its problems at."""
+        return cls(times.first, times.last, count, times.steps)
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.last - self.first + 1:
@@ -37,14 +42,15 @@ class TimeBins:
                 f"{self.last - self.first + 1} bins"
             )
 
-    def of(self, timesteps_N: torch.Tensor) -> torch.Tensor:
-        """The bin of each timestep, (N,)."""
+    def of(self, level_N: torch.Tensor) -> torch.Tensor:
+        """The bin of each noise level, (N,)."""
         width = self.last - self.first + 1
-        return (timesteps_N - self.first) * self.count // width
+        step_N = (level_N * (self.steps - 1)).round().long()
+        return (step_N - self.first) * self.count // width
 
     @property
     def edges(self) -> list[tuple[int, int]]:
-        """First and last timestep of each bin."""
+        """First and last step of each bin."""
         width = self.last - self.first + 1
         starts = [self.first + -(-width * b // self.count) for b in range(self.count + 1)]
         return [(start, after - 1) for start, after in pairwise(starts)]
@@ -68,8 +74,8 @@ def input_squares(
     """
     reducers = {name: _REDUCERS[over_problems](bins.count) for name in layers}
 
-    def add(name: str, inputs: torch.Tensor, timesteps_N: torch.Tensor) -> None:
-        reducers[name].add(tap_means(layers[name], inputs.square()), bins.of(timesteps_N))
+    def add(name: str, inputs: torch.Tensor, level_N: torch.Tensor) -> None:
+        reducers[name].add(tap_means(layers[name], inputs.square()), bins.of(level_N))
 
     _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
     _check_reached(reducers, bins)
@@ -87,8 +93,8 @@ def input_variances(
     """Variance over problems and positions of each layer's inputs: (I,) or (I, kh, kw); float64."""
     moments = {name: (_Mean(1), _Mean(1)) for name in layers}
 
-    def add(name: str, inputs: torch.Tensor, timesteps_N: torch.Tensor) -> None:
-        one_bin_N = torch.zeros_like(timesteps_N)
+    def add(name: str, inputs: torch.Tensor, level_N: torch.Tensor) -> None:
+        one_bin_N = torch.zeros_like(level_N, dtype=torch.long)
         for power, moment in enumerate(moments[name], start=1):
             moment.add(tap_means(layers[name], inputs**power), one_bin_N)
 
@@ -109,7 +115,7 @@ def loss_gradients(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the mean denoising loss over all problems, by layer, of the weight's shape.
+    """Gradient of the mean loss over all problems, by layer, of the weight's shape.
 
     It ends before the first batch whose loss is below `stop_below` times the largest so far.
     `total`: batches there may be, for the progress of an iterable that does not say.
@@ -122,7 +128,7 @@ def loss_gradients(
     with (progress or Silent()).task("gradients", length) as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            loss = problem_losses(predict(denoiser, batch), batch.target).mean()
+            loss = batch.losses(predict(denoiser, batch)).mean()
             value = float(loss.detach())
             largest = max(largest, value)
             if value < stop_below * largest:  # before the backward pass: this one is not in
@@ -160,17 +166,17 @@ def _watch_inputs(
     device: torch.device | str,
     progress: Progress | None,
 ) -> None:
-    """`add(name, inputs, timesteps_N)` for every layer and batch."""
-    timesteps_N = torch.empty(0, dtype=torch.long)
+    """`add(name, inputs, level_N)` for every layer and batch."""
+    level_N = torch.empty(0)
 
     def hear(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], __: object) -> None:
-        add(name, inputs[0].detach(), timesteps_N)
+        add(name, inputs[0].detach(), level_N)
 
     denoiser.eval()  # dropout would blur the statistics
     bars = (progress or Silent()).task("activations", len(batches))
     with hooked(layers, hear), torch.no_grad(), bars as bar:
         for batch in batches:
-            timesteps_N = batch.inputs["timestep"]
+            level_N = batch.level_N
             predict(denoiser, batch.to(device))
             bar.advance()
 

@@ -28,9 +28,10 @@ _EIGHT_BITS = {
 class ImageSet:
     """A finite, ordered set of images of one shape.
 
-    `images[i]` is uint8 CHW; `images.label(i)` its class or None. `source` is any sequence of PIL
-    images, file paths, files' bytes, or uint8 HW / HWC arrays, decoded and resized only when asked
-    for. Where there are no labels, `unlabelled` says why; `left_out` what of a source is not in it.
+    `images[i]` is uint8 CHW; `images.label(i)` its class or None; `captions[i]` its text. `source` is
+    any sequence of PIL images, file paths, files' bytes, or uint8 HW / HWC arrays, decoded and resized
+    only when asked for. Where there are no labels, `unlabelled` says why; `left_out` what of a source
+    is not in it.
     """
 
     def __init__(
@@ -41,13 +42,15 @@ class ImageSet:
         size: int,
         channels: int,
         labels: Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
         convert: bool = False,
         unlabelled: str = "",
         left_out: str = "",
     ) -> None:
         if len(source) == 0:
             raise UserError(f"dataset {name!r} holds no images; give a folder or dataset with some")
-        self.source, self.labels, self.name = source, labels, name
+        self.source, self.name = source, name
+        self.labels, self.captions = labels, captions
         self.size, self.channels, self.convert = size, channels, convert
         self.unlabelled, self.left_out = unlabelled, left_out
 

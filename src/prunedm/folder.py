@@ -8,12 +8,15 @@ are looked up in the short tables below, weights are safetensors (or `.bin` read
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunedm.diffusion import example, sample_shape
+from prunedm.architecture import Architecture, Inputs, architecture_of, example
+from prunedm.codec import Codec, Pixels
+from prunedm.condition import Classes, Condition, Unconditional
 from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
@@ -21,6 +24,7 @@ from prunedm.model_files.configs import read_unet_config
 from prunedm.model_files.schedule import find_scheduler
 from prunedm.model_files.weights import check_state, filled, load_network, weight_files
 from prunedm.packed import load_packed
+from prunedm.process import Process, process_of
 from prunedm.reading import read_object
 from prunedm.record import Record, read_record, write_json, write_record
 
@@ -47,16 +51,34 @@ class Model:
     scheduler_assumed: bool = False
 
     @property
+    def architecture(self) -> Architecture:
+        """What is to be known of the denoiser's class."""
+        return architecture_of(self.denoiser)
+
+    @property
+    def process(self) -> Process:
+        """The noise that the denoiser was trained with."""
+        return process_of(self.scheduler)
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        return sample_shape(self.denoiser)
+        """(C, H, W) of one noisy sample."""
+        return self.architecture.shape(self.denoiser)
 
-    def example(self, count: int = 1, *, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Inputs to trace, time, count and export with: noise at timesteps from first to last.
+    @cached_property
+    def codec(self) -> Codec:
+        """Between images and noisy samples."""
+        return Pixels(self.sample_shape)
 
-        Classes come in turn.
-        """
-        last = self.scheduler.config.num_train_timesteps - 1
+    @cached_property
+    def condition(self) -> Condition:
+        """What the denoiser is told besides noise and time."""
+        classes = self.architecture.classes(self.denoiser)
+        return Unconditional() if classes == 0 else Classes(classes)
+
+    def example(self, count: int = 1, *, seed: int = 0) -> Inputs:
+        """Inputs to trace, time, count and export with: noise at timesteps from first to last."""
+        last = float(self.process.timesteps(torch.ones(1, dtype=torch.float64)))
         return example(self.denoiser, count, last=last, seed=seed)
 
     def round_to_dtype(self) -> None:
@@ -67,7 +89,7 @@ class Model:
     @property
     def conditional(self) -> bool:
         """Whether the denoiser wants class labels."""
-        return getattr(self.denoiser, "class_embedding", None) is not None
+        return self.architecture.classes(self.denoiser) != 0
 
 
 def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunedm.architecture import Inputs
 from prunedm.errors import UserError, first_line
 
 
-def write_onnx(
-    graph: nn.Module, inputs: dict[str, torch.Tensor], path: Path, *, opset: int
-) -> None:
+def write_onnx(graph: nn.Module, inputs: Inputs, path: Path, *, opset: int) -> None:
     """Export a graph of `(sample, timestep[, class_labels])`; the batch is dynamic.
 
     Raises `UserError` naming the operator where one has no ONNX form.

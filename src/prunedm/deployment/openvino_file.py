@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from prunedm.architecture import Inputs
 from prunedm.errors import UserError, first_line
 
 
-def to_openvino(graph: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+def to_openvino(graph: nn.Module, inputs: Inputs) -> Any:
     """An openvino model of a graph of `(sample, timestep[, class_labels])`; the batch is dynamic.
 
     Raises `UserError` naming the operator where OpenVINO has none.

@@ -13,9 +13,9 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from prunedm.architecture import architecture_of
 from prunedm.deployment.description import Description
 from prunedm.deployment.extras import require
-from prunedm.diffusion import sample_shape
 from prunedm.errors import UserError, first_line
 
 
@@ -36,7 +36,7 @@ class ExportedDenoiser(nn.Module):
     ) -> tuple[torch.Tensor]:
         """Raises `UserError` for images of another shape than the file was made for."""
         assert not return_dict
-        due = sample_shape(self)
+        due = architecture_of(self).shape(self)
         if tuple(sample.shape[1:]) != due:
             raise UserError(
                 f"the exported model takes images of shape {due}, not {tuple(sample.shape[1:])}; "

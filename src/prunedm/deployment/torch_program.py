@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunedm.architecture import Inputs
 from prunedm.errors import UserError, first_line
 
 
-def write_program(graph: nn.Module, inputs: dict[str, torch.Tensor], path: Path) -> None:
+def write_program(graph: nn.Module, inputs: Inputs, path: Path) -> None:
     """Export a graph of `(sample, timestep[, class_labels])`; the batch is dynamic, 2 or more.
 
     Raises `UserError` where torch.export cannot trace it.
@@ -38,7 +39,7 @@ def program_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         yield name, tensor.detach().float().numpy()
 
 
-def run_program(path: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def run_program(path: Path, inputs: Inputs) -> torch.Tensor:
     """The output of the program in a file that was just written here."""
     with torch.no_grad():
         output: torch.Tensor = torch.export.load(path).module()(*inputs.values())

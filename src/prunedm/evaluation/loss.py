@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunedm.diffusion import DenoisingProblems, ProblemStream, predict, problem_losses
 from prunedm.errors import NotFinite
 from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent
-from prunedm.task import Batch
+from prunedm.task import Batch, Stream, Task, predict
 
 BATCH = 100
 MOST_VALUES = 2**21  # pixels times channels of a batch that is not kept
@@ -32,15 +31,14 @@ class LossEstimate:
         return cls(float(losses_N.double().mean()), error, losses_N)
 
 
-def fixed_batches(problems: DenoisingProblems, count: int) -> list[Batch]:
+def fixed_batches(problems: Task, count: int) -> list[Batch]:
     """Problems 0..count-1, drawn once and kept: for a loss that is asked for many times."""
     return [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
 
 
-def streamed_batches(problems: DenoisingProblems, count: int, size: int) -> ProblemStream:
+def streamed_batches(problems: Task, count: int, size: int) -> Stream:
     """Problems 0..count-1, `size` at a time or as many as stay small, drawn as they are wanted."""
-    images = problems.images
-    fitting = max(1, MOST_VALUES // (images.channels * images.size**2))
+    fitting = max(1, MOST_VALUES // problems.batch([0]).target.numel())
     return problems.stream(count, size=min(size, fitting))
 
 
@@ -61,7 +59,7 @@ def denoising_loss(
     with evaluating(denoiser), task as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            losses.append(problem_losses(predict(denoiser, batch), batch.target).cpu())
+            losses.append(batch.losses(predict(denoiser, batch)).cpu())
             bar.advance()
     losses_N = torch.cat(losses)
     _check_finite(losses_N)

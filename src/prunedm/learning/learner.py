@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.diffusion import problem_losses
 from prunedm.learning.estimator import Estimator, Trial
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.memo import Memo
@@ -62,10 +61,10 @@ class Learner(nn.Module):
         def losses(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             with autocast:
                 output = self._output(weights, batch)
-            data = problem_losses(output, batch.target) if self.share < 1 else 0.0
+            data = batch.losses(output) if self.share < 1 else 0.0
             if target is None:
                 return torch.as_tensor(data)
-            return (1 - self.share) * data + self.share * problem_losses(output, target)
+            return (1 - self.share) * data + self.share * batch.distances(output, target)
 
         def first_loss() -> torch.Tensor:
             first = {n: self.weights[n] * m.to(device) for n, m in self.logits.first}

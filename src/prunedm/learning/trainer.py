@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.diffusion import DenoisingProblems
 from prunedm.learning import make_estimator
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
@@ -20,7 +19,7 @@ from prunedm.masks import Masks
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
 from prunedm.randomness import seed_for
-from prunedm.task import Batch
+from prunedm.task import Batch, Task
 from prunedm.training.checkpoint import History, load_parameters
 from prunedm.training.loop import fit
 from prunedm.training.tracking import Shown, distribution
@@ -43,7 +42,7 @@ def learn_masks(
     logits: MaskLogits,
     *,
     teacher: nn.Module | None,
-    problems: DenoisingProblems,
+    problems: Task,
     options: LearnOptions,
     accelerator: Accelerator,
     resume: Path,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from prunedm.diffusion import DenoisingProblems, add_noise, prediction_target
+from prunedm.denoising import Denoising
 from prunedm.errors import UserError
 from prunedm.folder import Model
 from prunedm.task import Batch
@@ -15,7 +15,7 @@ from prunedm.task import Batch
 class Epochs:
     """Batches of one pass over the images; every `iter` begins the next pass, in another order."""
 
-    def __init__(self, problems: DenoisingProblems, batch_size: int) -> None:
+    def __init__(self, problems: Denoising, batch_size: int) -> None:
         self.problems, self.batch_size, self.epoch = problems, batch_size, 0
 
     def __len__(self) -> int:
@@ -35,11 +35,11 @@ def problems_of(images: Any, model: Model, generator: torch.Generator) -> Batch:
     """
     clean_NCHW = _checked(images, model).cpu()
     noise_NCHW = torch.randn(clean_NCHW.shape, generator=generator)
-    steps: int = model.scheduler.config.num_train_timesteps
-    t_N = torch.randint(steps, (len(clean_NCHW),), generator=generator)
-    noisy_NCHW = add_noise(model.scheduler, clean_NCHW, noise_NCHW, t_N)
-    target_NCHW = prediction_target(model.scheduler, clean_NCHW, noise_NCHW, t_N)
-    return Batch({"sample": noisy_NCHW, "timestep": t_N}, target_NCHW)
+    process = model.process
+    step_N = torch.randint(process.steps, (len(clean_NCHW),), generator=generator)
+    level_N = process.level(step_N)
+    noisy_NCHW, timestep_N, target_NCHW = process.corrupt(clean_NCHW, noise_NCHW, level_N)
+    return Batch({"sample": noisy_NCHW, "timestep": timestep_N}, target_NCHW, level_N)
 
 
 def _checked(images: Any, model: Model) -> torch.Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
@@ -40,7 +39,7 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
-from prunedm.task import Batch
+from prunedm.task import Batch, predict
 
 Made = TypeVar("Made")
 
@@ -156,7 +155,7 @@ class DiffusionMaskProTrainer:
             layer.temperature = tau
         torch.manual_seed(seed_for(config.seed, "dropout", self.steps))
         self.model.train()
-        diffusion = problem_losses(predict(self.model, problems), problems.target).mean()
+        diffusion = problems.losses(predict(self.model, problems)).mean()
         value = float(diffusion.detach())
         baseline = value if self.baseline is None else self.baseline
         mask_loss = torch.zeros((), device=self.device)

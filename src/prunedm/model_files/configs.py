@@ -54,6 +54,10 @@ SCHEDULER_RANGES: Mapping[str, Range] = {
     "sample_max_value": (1e-6, 1e6),
     "steps_offset": (0, 1000),
     "solver_order": (1, 4),
+    "shift": (1e-3, 1000),
+    "flow_shift": (1e-3, 1000),
+    "base_shift": (-10, 10),
+    "max_shift": (-10, 10),
 }
 LONGEST = 100_000  # values in a list: betas, one a timestep
 MOST_LAYERS = 64  # blocks times layers of each

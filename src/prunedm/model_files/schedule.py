@@ -7,10 +7,10 @@ from typing import Any
 
 from diffusers import DDPMScheduler
 
-from prunedm.diffusion import check_scheduler, scheduler_class
 from prunedm.errors import UserError, first_line
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, shown
 from prunedm.places import expanded
+from prunedm.process import check_scheduler, process_of, scheduler_class
 from prunedm.reading import read_object
 
 FILE = "scheduler_config.json"
@@ -82,8 +82,5 @@ def _note(scheduler: Any, file: Path) -> str:
 
 
 def _in_words(scheduler: Any) -> str:
-    config = scheduler.config
-    own = config.get("trained_betas") is not None
-    betas = "its own betas" if own else config.get("beta_schedule", "its own schedule")
-    kind = config.prediction_type
-    return f"{betas}, {kind}, {config.num_train_timesteps:,} steps"
+    process = process_of(scheduler)
+    return f"{process.schedule_in_words()}, {process.prediction}"

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.diffusion import predict, problem_losses
 from prunedm.errors import UserError
 from prunedm.recovery.features import BlockOutputs, block_names, block_outputs, feature_losses
 from prunedm.recovery.sensitivity import (
@@ -23,7 +22,7 @@ from prunedm.recovery.sensitivity import (
     sensitivity_losses,
     with_perturbed,
 )
-from prunedm.task import Batch
+from prunedm.task import Batch, predict
 from prunedm.training.loop import Objective
 
 Outputs = Callable[[Batch], torch.Tensor]  # the teacher's, NCHW
@@ -49,7 +48,7 @@ class Mixture:
 
 def data_objective(module: nn.Module, batch: Batch, _: int = 0) -> torch.Tensor:
     """The denoising loss alone."""
-    return problem_losses(predict(module, batch), batch.target).mean()
+    return batch.losses(predict(module, batch)).mean()
 
 
 @contextmanager
@@ -80,12 +79,12 @@ def _plain(
 ) -> torch.Tensor:
     """One pass of the student; the teacher's output alone."""
     output_NCHW = answer(student, batch.inputs)
-    data = problem_losses(output_NCHW, batch.target).mean()
+    data = batch.losses(output_NCHW).mean()
     if share == 0:
         return data
     with torch.no_grad():
         wanted_NCHW = outputs(batch)
-    return (1 - share) * data + share * problem_losses(output_NCHW, wanted_NCHW).mean()
+    return (1 - share) * data + share * batch.distances(output_NCHW, wanted_NCHW).mean()
 
 
 def _mixed(
@@ -104,8 +103,8 @@ def _mixed(
     with torch.no_grad():
         wanted_NCHW = answer(teacher, joined.inputs)
     output_NCHW = answer(student, joined.inputs)
-    data = problem_losses(output_NCHW[:count], batch.target).mean()
-    copy = problem_losses(output_NCHW[:count], wanted_NCHW[:count]).mean()
+    data = batch.losses(output_NCHW[:count]).mean()
+    copy = batch.distances(output_NCHW[:count], wanted_NCHW[:count]).mean()
     loss = (1 - mixture.output) * data + mixture.output * copy
     if watched:
         own, wanted = (blocks.take(count) for blocks in watched)

@@ -16,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunedm.diffusion import predict
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
 from prunedm.progress import Progress, Silent
-from prunedm.task import Batch
+from prunedm.task import Batch, predict
 
 Choice: TypeAlias = Pattern | float | None
 """N:M, the share of the layer's weights removed, or None for dense."""

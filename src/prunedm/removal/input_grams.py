@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from prunedm.diffusion import predict
 from prunedm.layers import hooked, padded_inputs
 from prunedm.progress import Bar
 from prunedm.removal.influence import influence, random_signs
-from prunedm.task import Batch
+from prunedm.task import Batch, predict
 
 CHUNK = 1 << 24  # entries of an unfolded input held at once
+STEPS = 1000  # of the scale that time weights fall along, whatever the scheduler has
 ROWS = 512  # rows of a Gram computed together; what lies below the diagonal is mirrored
 
 
@@ -26,15 +26,13 @@ def columns_of(layer: nn.Module) -> int:
     return layer.get_parameter("weight")[0].numel()
 
 
-def log_time_weights(
-    timesteps_N: torch.Tensor, train_timesteps: int, ends: tuple[float, float]
-) -> torch.Tensor:
-    """Weights that fall with the logarithm of the denoising step s = T-1-t (OBS-Diff 2025).
+def log_time_weights(level_N: torch.Tensor, ends: tuple[float, float]) -> torch.Tensor:
+    """Weights that fall with the logarithm of the denoising step, counted from noise (OBS-Diff 2025).
 
-    `ends`: the weight of the noisiest step (t = T-1), and of the last (t = 0).
+    `ends`: the weight of the noisiest level (1), and of the cleanest (0), `STEPS` steps away.
     """
-    step_N = train_timesteps - 1 - timesteps_N.double()
-    share_N = torch.log1p(step_N) / math.log(max(train_timesteps, 2))
+    step_N = (STEPS - 1) * (1 - level_N)
+    share_N = torch.log1p(step_N) / math.log(STEPS)
     return ends[0] + (ends[1] - ends[0]) * share_N
 
 
@@ -58,7 +56,7 @@ def input_grams(
     device: torch.device | str = "cpu",
     bar: Bar | None = None,
 ) -> dict[str, torch.Tensor]:
-    """sum over problems n and positions p of `weigh(t_n)` e_np^guidance x_np^T x_np, (K, K) a layer.
+    """sum over problems n and positions p of `weigh(level_n)` e_np^guidance x_np^T x_np, (K, K) a layer.
 
     e_np is the position's influence on the model's output (removal/influence.py). A guidance of 0
     leaves X^T X, and takes no backward pass.
@@ -94,7 +92,7 @@ def input_grams(
         done = 0
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
-            weights_N = weigh(batch.inputs["timestep"])
+            weights_N = weigh(batch.level_N).to(device)
             output = predict(denoiser, batch)
             if guidance:
                 signs = random_signs(cpu_batch, done, output)

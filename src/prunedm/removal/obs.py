@@ -37,7 +37,6 @@ def obs_prune(
     choices: Mapping[str, Choice],
     *,
     batches: Sequence[Batch],
-    train_timesteps: int,
     time_weights: tuple[float, float] = (1.2, 0.8),
     damping: float = 0.01,
     swaps: int = 0,
@@ -67,7 +66,7 @@ def obs_prune(
         raise UserError("OBS looks at the layers' inputs; give it at least one denoising problem")
     was_training = denoiser.training
     denoiser.eval()
-    weigh = partial(log_time_weights, train_timesteps=train_timesteps, ends=time_weights)
+    weigh = partial(log_time_weights, ends=time_weights)
     order = execution_order(denoiser, layers, batches[0].to(device))
     if missed := sorted(layers.keys() - set(order)):
         raise UserError(f"{missed[0]} takes no part in the forward pass; leave it out")

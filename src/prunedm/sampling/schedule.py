@@ -8,8 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from prunedm.diffusion import scheduler_class, without_variance
 from prunedm.errors import UserError
+from prunedm.process import scheduler_class
+from prunedm.task import without_variance
 
 SAMPLERS = {
     "ddpm": "DDPMScheduler",

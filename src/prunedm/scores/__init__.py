@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prunedm.architecture import architecture_of
 from prunedm.calibration import (
     OverProblems,
     TimeBins,
@@ -18,11 +19,11 @@ from prunedm.calibration import (
     input_variances,
     loss_gradients,
 )
-from prunedm.diffusion import DenoisingProblems, ProblemStream, check_sample_shape
 from prunedm.errors import UserError
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
 from prunedm.scores import diff_pruning, fluctuation, magnitude, random, taylor, wanda
+from prunedm.task import Batch, Stream, Task
 
 Statistics = dict[str, torch.Tensor]
 
@@ -31,7 +32,7 @@ Statistics = dict[str, torch.Tensor]
 class Calibration:
     """The problems that scores are measured on, and how their statistics are taken."""
 
-    problems: DenoisingProblems
+    problems: Task
     count: int = 512
     batch_size: int = 64
     time_bins: int = 10  # wanda
@@ -42,7 +43,7 @@ class Calibration:
     device: torch.device | str = "cpu"
 
     @property
-    def batches(self) -> ProblemStream:
+    def batches(self) -> Stream:
         return self.problems.stream(self.count, size=self.batch_size)
 
 
@@ -88,7 +89,7 @@ def score_layers(
     weights = {n: layer.get_parameter("weight").detach().cpu() for n, layer in layers.items()}
     if score.needs_problems:
         assert calibration is not None, f"{name} needs problems"
-        check_sample_shape(denoiser, calibration.problems.batch([0]))
+        _check_shape(denoiser, calibration.problems.batch([0]))
         statistics = _STATISTICS[score.statistic](denoiser, layers, calibration, progress)
     elif score.statistic == "noise":
         statistics = {
@@ -106,6 +107,19 @@ def score_layers(
     return scores
 
 
+def _check_shape(network: nn.Module, problems: Batch) -> None:
+    """Raise `UserError` where problems have another shape than the network was trained on."""
+    record = architecture_of(network)
+    if record.text:
+        return
+    wanted, given = record.shape(network), tuple(problems.inputs["sample"].shape[1:])
+    if given != wanted:
+        shapes = ["x".join(map(str, shape)) for shape in (given, wanted)]
+        raise UserError(
+            f"calibration images are {shapes[0]}, the model takes {shapes[1]}; resize them"
+        )
+
+
 def _input_norms(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -117,7 +131,7 @@ def _input_norms(
         denoiser,
         layers,
         calibration.batches,
-        bins=TimeBins(problems.first, problems.last, calibration.time_bins),
+        bins=TimeBins.over(problems.times, calibration.time_bins),
         over_problems=calibration.over_problems,
         device=calibration.device,
         progress=progress,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from prunedm.calibration import loss_gradients
-from prunedm.diffusion import DenoisingProblems
 from prunedm.progress import Progress
 from prunedm.scores.taylor import taylor
+from prunedm.task import Task
 
 diff_pruning = taylor  # of the gradients below
 
@@ -21,7 +21,7 @@ diff_pruning = taylor  # of the gradients below
 def low_noise_gradients(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
-    problems: DenoisingProblems,
+    problems: Task,
     *,
     images: int = 16,
     threshold: float = 0.05,
@@ -34,7 +34,7 @@ def low_noise_gradients(
         layers,
         problems.sweep(images),
         stop_below=threshold,
-        total=problems.last - problems.first + 1,
+        total=problems.times.last - problems.times.first + 1,
         device=device,
         progress=progress,
     )

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet, load_images
-from prunedm.diffusion import DenoisingProblems, time_range
+from prunedm.denoising import Denoising
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model, load
 from prunedm.hub import EMBEDDED
-from prunedm.image_files import shown
 from prunedm.options import CalibrationOptions, DataOptions, ModelOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import Record, Source, file_hash
@@ -100,22 +99,8 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
         label_column=options.label_column,
         image_column=options.image_column,
     )
-    if model.conditional:
-        _check_labels(model, images, options.dataset)
+    model.condition.check(images)
     return images
-
-
-def _check_labels(model: Model, images: ImageSet, dataset: str) -> None:
-    if images.labels is None:
-        why = f": {images.unlabelled}" if images.unlabelled else ""
-        raise UserError(
-            f"the model is class-conditional, and {shown(dataset)!r} has no labels{why}"
-        )
-    classes, highest = model.denoiser.config.num_class_embeds, max(images.labels)
-    if (lowest := min(images.labels)) < 0:
-        raise UserError(f"{shown(dataset)!r} has label {lowest}, and labels start at 0")
-    if classes is not None and highest >= classes:
-        raise UserError(f"{dataset!r} has label {highest}, and the model {classes} classes")
 
 
 def training_problems(
@@ -125,16 +110,17 @@ def training_problems(
     *,
     time_range: tuple[int, int] | None = None,
     cycle: int = 0,
-) -> DenoisingProblems:
+) -> Denoising:
     """The stream that training, learning and calibration read: endless, or the first `cycle`."""
-    return DenoisingProblems(
+    return Denoising(
         images,
-        model.scheduler,
+        model.process,
+        codec=model.codec,
+        condition=model.condition,
         seed=options.seed,
         purpose="train",
         shuffle=True,
         flip=options.flip,
-        conditional=model.conditional,
         time_range=time_range,
         cycle=cycle,
     )
@@ -146,26 +132,23 @@ def held_out_problems(model: Model, options: DataOptions, count: int) -> list[Ba
     return fixed_batches(problems, count)
 
 
-def problems_on(images: ImageSet, model: Model, seed: int) -> DenoisingProblems:
+def problems_on(images: ImageSet, model: Model, seed: int) -> Denoising:
     """The endless stream whose first are the held-out problems."""
-    if model.conditional:
-        _check_labels(model, images, images.name)
-    return DenoisingProblems(
+    model.condition.check(images)
+    return Denoising(
         images,
-        model.scheduler,
+        model.process,
+        codec=model.codec,
+        condition=model.condition,
         seed=seed,
         purpose="held out",
-        conditional=model.conditional,
     )
 
 
-def calibration_problems(
-    model: Model, options: CalibrationOptions, images: ImageSet
-) -> DenoisingProblems:
+def calibration_problems(model: Model, options: CalibrationOptions, images: ImageSet) -> Denoising:
     """The training stream, narrowed to the options' timesteps."""
-    steps = model.scheduler.config.num_train_timesteps
     return training_problems(
-        model, options, images, time_range=time_range(options.time_range, steps)
+        model, options, images, time_range=model.process.time_range(options.time_range)
     )
 
 

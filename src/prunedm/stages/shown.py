@@ -27,7 +27,7 @@ def samples(model: Model, options: LoopOptions, device: torch.device) -> dict[st
         model.denoiser,
         make_sampler(model.scheduler, "ddim"),
         count=count,
-        steps=min(STEPS, model.scheduler.config.num_train_timesteps),
+        steps=min(STEPS, model.process.steps),
         shape=model.sample_shape,
         seed=options.seed,
         batch_size=count,

@@ -16,12 +16,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from prunedm.diffusion import DenoisingProblems
 from prunedm.errors import NotFinite, UserError
 from prunedm.options import LoopOptions
 from prunedm.progress import Bar, Progress
 from prunedm.randomness import seed_for
-from prunedm.task import Batch
+from prunedm.task import Batch, Task
 from prunedm.training import processes
 from prunedm.training.checkpoint import (
     History,
@@ -45,7 +44,7 @@ def fit(
     module: nn.Module,
     objective: Objective,
     *,
-    problems: DenoisingProblems,
+    problems: Task,
     options: LoopOptions,
     accelerator: Accelerator,
     checkpoint: Path,

@@ -1,10 +1,5 @@
 """What a model's record and scheduler tell of the conditions under which it is measured."""
 
-from hashlib import sha256
-from typing import Any
-
-import numpy as np
-
 from prunedm.evaluation.results import EMA, LAST, Asked
 from prunedm.record import Record
 
@@ -29,16 +24,3 @@ def weights_in_words(record: Record | None) -> str:
         if decay is not None and own:
             return f"{EMA}{decay:g}" if decay else LAST
     return ""
-
-
-def schedule_in_words(config: Any) -> str:
-    """The noise schedule of a diffusers scheduler."""
-    steps = f"{config['num_train_timesteps']} steps"
-    given = config.get("trained_betas")
-    if given is not None:
-        digest = sha256(np.asarray(given, np.float64).tobytes()).hexdigest()[:8]
-        return f"betas of its own ({digest}), {steps}"
-    kind = config.get("beta_schedule", "")
-    ends = [f"{config[key]:g}" for key in ("beta_start", "beta_end") if key in config]
-    words = [f"{kind} {' to '.join(ends)}" if "linear" in kind else kind, steps]
-    return ", ".join(words + ["zero at the end"] * bool(config.get("rescale_betas_zero_snr")))

@@ -31,7 +31,7 @@ from prunedm.progress import Progress
 from prunedm.reading import check_regular, read_as, validated
 from prunedm.record import Source, bare_paths, device_name, write_json
 from prunedm.sampling import make_sampler
-from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
+from prunedm.stages.evaluating.conditions import asked, weights_in_words
 from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, features_of
 from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
@@ -268,8 +268,8 @@ class _Measuring:
             dtype=dtype_in_words(self.model.denoiser),
             threads=torch.get_num_threads(),
             weights=weights_in_words(self.model.record),
-            prediction=self.model.scheduler.config.prediction_type,
-            schedule=schedule_in_words(self.model.scheduler.config),
+            prediction=self.model.process.prediction,
+            schedule=self.model.process.schedule_in_words(),
             latency_batch=options.latency_batch,
             latency_repeats=options.latency_repeats,
         )

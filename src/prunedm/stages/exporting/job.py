@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunedm.architecture import answer
+from prunedm.architecture import Inputs, answer
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
@@ -65,7 +65,7 @@ class Job:
         dtype = FLOATS.get(str(self.options.precision), torch.float32)
         return self.graph() if dtype == torch.float32 else HalfInside(self.graph(), dtype)
 
-    def inputs(self, count: int = CHECKED) -> dict[str, torch.Tensor]:
+    def inputs(self, count: int = CHECKED) -> Inputs:
         """`count` images of seeded noise at timesteps from the first to the last, by input name.
 
         Raises `UserError` for class labels that are not numbers.

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import PruneOptions, parse_target
+from prunedm.process import Process
 from prunedm.progress import Progress
 from prunedm.removal.allocation import Choice
 from prunedm.removal.channel_costs import count_macs, layer_positions
@@ -98,10 +98,10 @@ def widths(layer: nn.Module) -> list[int]:
     return [weight.shape[1], weight.shape[0]]
 
 
-def check_options(options: PruneOptions, train_timesteps: int) -> None:
+def check_options(options: PruneOptions, process: Process) -> None:
     """Raise `UserError` for what a mechanism cannot do, before any work."""
     kind, ratio = parse_target(options.target)
-    time_range(options.time_range, train_timesteps)
+    process.time_range(options.time_range)
     if options.mechanism == "channels":
         if options.targets:
             raise UserError(

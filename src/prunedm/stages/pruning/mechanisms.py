@@ -225,7 +225,6 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
         job.model.denoiser.to(device),
         chosen,
         batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
-        train_timesteps=job.model.scheduler.config.num_train_timesteps,
         time_weights=options.obs_time_weights,
         damping=options.obs_damping,
         swaps=options.obs_swaps,

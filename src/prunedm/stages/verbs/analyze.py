@@ -91,7 +91,7 @@ def _activations(
     denoiser = model.denoiser.to(device)
     layers = prunable_layers(denoiser, options.targets)
     problems = calibration_problems(model, options, images)
-    bins = TimeBins(problems.first, problems.last, options.time_bins)
+    bins = TimeBins.over(problems.times, options.time_bins)
     batches = problems.stream(options.calibration_problems, size=options.calibration_batch)
     squares = input_squares(denoiser, layers, batches, bins=bins, device=device, progress=progress)
     variances = input_variances(denoiser, layers, batches, device=device, progress=progress)

@@ -125,23 +125,16 @@ def _check_teacher(model: Model, teacher: Model) -> None:
     for what, own, other in (
         ("images of", model.sample_shape, teacher.sample_shape),
         ("output channels:", *(m.denoiser.config.out_channels for m in (model, teacher))),
-        ("classes:", *(_classes(m) for m in (model, teacher))),
-        *((f"{name} =", *(m.scheduler.config.get(name) for m in (model, teacher)))
-          for name in ("prediction_type", "num_train_timesteps")),
+        ("classes:", *(m.architecture.classes(m.denoiser) for m in (model, teacher))),
     ):  # fmt: skip
         if own != other:
             raise UserError(
                 f"teacher {teacher.name} has {what} {other}, {model.name} {own}; give another --teacher"
             )
-    if not torch.allclose(model.scheduler.alphas_cumprod, teacher.scheduler.alphas_cumprod):
+    if other := model.process.differs_from(teacher.process):
         raise UserError(
-            f"teacher {teacher.name} was trained on another noise schedule; give another --teacher"
+            f"teacher {teacher.name} was trained with another {other}; give another --teacher"
         )
-
-
-def _classes(model: Model) -> int | None:
-    classes: int | None = model.denoiser.config.get("num_class_embeds")
-    return classes
 
 
 def _reorderings(model: Model) -> list[str]:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from prunedm.data import ImageSet
-from prunedm.diffusion import DenoisingProblems, ProblemStream
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model
@@ -17,8 +16,16 @@ from prunedm.options import LossOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, Source
 from prunedm.stages.frame import run_stage
-from prunedm.stages.inputs import data_source, device_for, given_model, images_for, model_sources
+from prunedm.stages.inputs import (
+    data_source,
+    device_for,
+    given_model,
+    images_for,
+    model_sources,
+    problems_on,
+)
 from prunedm.stages.masks import masks_from
+from prunedm.task import Stream, Task
 
 BATCHES = "losses.npy"
 PROBLEMS = "per_problem.npy"
@@ -72,13 +79,8 @@ def _losses(
     model: Model, images: ImageSet, options: LossOptions, progress: Progress
 ) -> list[torch.Tensor]:
     """Losses of each batch's problems (N,)."""
-    problems = DenoisingProblems(
-        images,
-        model.scheduler,
-        seed=options.seed,
-        purpose="held out",  # as of every held-out loss: they compare problem by problem
-        conditional=model.conditional,
-    )
+    # those of every held-out loss: they compare problem by problem
+    problems = problems_on(images, model, options.seed)
     device = device_for(options.device)
     denoiser = model.denoiser.to(device)
     stream = _stream(problems, options)
@@ -91,7 +93,7 @@ def _losses(
     return losses
 
 
-def _stream(problems: DenoisingProblems, options: LossOptions) -> ProblemStream:
+def _stream(problems: Task, options: LossOptions) -> Stream:
     size = options.batch_size
     most = options.problems if options.max_batches is None else options.max_batches * size
     return problems.stream(min(options.problems, most), size=size)

@@ -50,7 +50,7 @@ def prune(
     model = given_model(source, options, progress)
     if model.masks is not None:
         raise UserError(f"{source} has masks already; prune the model that they were made from")
-    check_options(options, model.scheduler.config.num_train_timesteps)
+    check_options(options, model.process)
     images = images_for(model, options, "train")
     inputs = {**model_sources(model), "dataset": data_source(images)}
 

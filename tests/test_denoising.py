@@ -8,8 +8,9 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import batch_of, noise_images, problems, tiny_model
 
-from prunedm.diffusion import predict, problem_losses, scheduler_class, time_range
 from prunedm.errors import UserError
+from prunedm.process import process_of, scheduler_class
+from prunedm.task import predict, squared_errors
 
 FIELDS = ("sample", "timestep", "class_labels", "target")
 
@@ -62,7 +63,7 @@ def test_noise_is_standard_normal():
 
 def test_timesteps_are_antithetic_and_uniform():
     stream = problems(scheduler=DDPMScheduler(num_train_timesteps=50))
-    t = np.array([stream._timestep(p) for p in range(4000)])
+    t = np.array([stream._step(p) for p in range(4000)])
     assert (t[0::2] + t[1::2] == 49).all()
     counts = np.bincount(t[0::2], minlength=50)  # 2,000 independent draws, 40 expected in each
     assert len(counts) == 50
@@ -97,11 +98,11 @@ def test_noisy_and_target_are_the_closed_forms(kind):
     batch, items = stream.batch(range(20)), [stream[p] for p in range(20)]
     for k, item in enumerate(items):
         clean = item["image"].numpy().astype(np.float64) / 255 * 2 - 1
-        noise, a = item["noise"].numpy().astype(np.float64), alpha_bar()[item["timestep"]]
+        noise, a = item["noise"].numpy().astype(np.float64), alpha_bar()[item["step"]]
         noisy = math.sqrt(a) * clean + math.sqrt(1 - a) * noise
         velocity = math.sqrt(a) * noise - math.sqrt(1 - a) * clean
         target = {"epsilon": noise, "sample": clean, "v_prediction": velocity}[kind]
-        assert batch.inputs["timestep"][k] == item["timestep"]
+        assert batch.inputs["timestep"][k] == item["step"]
         np.testing.assert_allclose(batch.inputs["sample"][k], noisy, rtol=0, atol=2e-6)
         np.testing.assert_allclose(batch.target[k], target, rtol=0, atol=2e-6)
 
@@ -130,7 +131,7 @@ def test_losses_are_means_over_each_problem():
     output_NCHW, target_NCHW = torch.randn(2, 3, 2, 4, 4).to(torch.bfloat16)
     difference = output_NCHW.double().numpy() - target_NCHW.double().numpy()
     expected = (difference**2).reshape(3, -1).mean(1)
-    losses = problem_losses(output_NCHW, target_NCHW)
+    losses = squared_errors(output_NCHW, target_NCHW)
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
@@ -165,7 +166,7 @@ def test_only_diffusers_schedulers_are_found():
     ],
 )
 def test_time_ranges_are_named_by_noise(text, expected):
-    assert time_range(text, 1000) == expected
+    assert process_of(DDPMScheduler()).time_range(text) == expected
     drawn = problems(time_range=expected).batch(range(200)).inputs["timestep"]
     assert bool(((drawn >= expected[0]) & (drawn <= expected[1])).all())
     assert bool((drawn[::2] + drawn[1::2] == sum(expected)).all())  # still antithetic
@@ -175,7 +176,7 @@ def test_time_ranges_are_named_by_noise(text, expected):
 @pytest.mark.parametrize("text", ["900-1000", "500-100", "late-early", "-5", ""])
 def test_time_ranges_outside_the_scheduler_are_refused(text):
     with pytest.raises(UserError, match=r"0-999|try 100-500"):
-        time_range(text, 1000)
+        process_of(DDPMScheduler()).time_range(text)
 
 
 def test_a_stream_is_the_same_problems_drawn_when_asked_for():

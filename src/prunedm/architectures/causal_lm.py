@@ -1,0 +1,31 @@
+"""Causal language models of transformers: Llama (Touvron et al. 2023) and its kin."""
+
+from typing import Any
+
+import torch
+
+from prunedm.architecture import Architecture, Inputs
+
+LENGTH = 128  # tokens of an example
+
+
+def told(network: Any, inputs: Inputs) -> dict[str, Any]:
+    """As named; keys and values are not kept."""
+    return dict(inputs) | {"use_cache": False}
+
+
+def more(network: Any, count: int, generator: torch.Generator) -> Inputs:
+    """Random tokens (N, L)."""
+    length = min(LENGTH, network.config.max_position_embeddings)
+    shape = (count, length)
+    return {"input_ids": torch.randint(network.config.vocab_size, shape, generator=generator)}
+
+
+RECORD = Architecture(
+    component="",
+    told=told,
+    more=more,
+    protect=("lm_head", r".*embed_tokens"),
+    blocks=(r"model\.layers\.\d+",),
+    text=True,
+)

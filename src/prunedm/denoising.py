@@ -1,0 +1,104 @@
+"""Denoising: the task of every generator of images. Its process, codec and condition are arguments.
+
+Problem p is a function of (seed, p) alone: its image, flip, noise level and noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from prunedm.codec import Codec
+from prunedm.condition import Condition
+from prunedm.data import ImageSet
+from prunedm.process import Process
+from prunedm.randomness import generator_for
+from prunedm.task import Batch, Task, Times
+
+
+class Denoising(Task, Dataset[dict[str, Any]]):
+    """A seeded, endless stream of denoising problems over a set of images.
+
+    `shuffle` draws a fresh order of the images each epoch; `flip` mirrors half of them. Noise levels
+    are antithetic: problem 2k draws step t, problem 2k+1 takes T-1-t, which halves their variance over
+    a batch. With `cycle`, problem p is problem p mod cycle: a fixed set, read again and again.
+    `time_range`: the first and last step that is drawn, 0..T-1.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        process: Process,
+        *,
+        codec: Codec,
+        condition: Condition,
+        seed: int,
+        purpose: str,
+        shuffle: bool = False,
+        flip: bool = False,
+        time_range: tuple[int, int] | None = None,
+        cycle: int = 0,
+    ) -> None:
+        self.images, self.process, self.codec, self.condition = images, process, codec, condition
+        self.seed, self.purpose, self.cycle = seed, purpose, cycle
+        self.shuffle, self.flip = shuffle, flip
+        self.times = Times(*(time_range or (0, process.steps - 1)), process.steps)
+        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
+
+    def __getitem__(self, p: int) -> dict[str, Any]:
+        """What is read and drawn for problem p; an image is uint8 CHW."""
+        p = p % self.cycle if self.cycle else p
+        generator = generator_for(self.seed, self.purpose, p)
+        index = self._image_index(p)
+        image = self.images[index]
+        if self.flip and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)
+        noise = torch.randn(self.codec.shape, generator=generator)
+        return {"image": image, "noise": noise, "step": self._step(p), "number": p, "index": index}
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The problems of these numbers, on the CPU."""
+        return self._batch(_stacked([self[p] for p in numbers]))
+
+    def batches(self, number_lists: Sequence[Any], *, workers: int = 0) -> Iterator[Batch]:
+        """One batch a list of numbers, in order; images are read by `workers` processes."""
+        loader = DataLoader(
+            self, batch_sampler=number_lists, num_workers=workers, collate_fn=_stacked
+        )
+        return map(self._batch, loader)
+
+    def sweep(self, count: int) -> Iterator[Batch]:
+        """Problems 0..count-1 at the first step, then the next, ...: the same images and noise."""
+        for step in range(self.times.first, self.times.last + 1):
+            yield self._batch(_stacked([self[p] | {"step": step} for p in range(count)]))
+
+    def _step(self, p: int) -> int:
+        first, last = self.times.first, self.times.last
+        generator = generator_for(self.seed, self.purpose + "/t", p // 2)
+        step = first + int(torch.randint(last - first + 1, (), generator=generator))
+        return step if p % 2 == 0 else first + last - step
+
+    def _image_index(self, p: int) -> int:
+        epoch, position = divmod(p, len(self.images))
+        if not self.shuffle:
+            return position
+        if self._order[0] != epoch:
+            generator = generator_for(self.seed, self.purpose + "/order", epoch)
+            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
+        return int(self._order[1][position])
+
+    def _batch(self, read: dict[str, Any]) -> Batch:
+        level_N, numbers = self.process.level(read["step"]), tuple(read["number"])
+        noisy, timestep_N, target = self.process.corrupt(
+            self.codec.encode(read["image"]), read["noise"], level_N
+        )
+        told = self.condition.of(self.images, read["index"], numbers, seed=self.seed)
+        return Batch({"sample": noisy, "timestep": timestep_N, **told}, target, level_N, numbers)
+
+
+def _stacked(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was read for N problems, tensors of N rows and lists."""
+    read: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
+    stacked = {name: torch.stack(read[name]) for name in ("image", "noise")}
+    return read | stacked | {"step": torch.tensor(read["step"])}

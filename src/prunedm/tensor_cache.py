@@ -1,0 +1,60 @@
+"""Tensors that are dear to compute, kept on disk by the content that they were computed from."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+Tensors = dict[str, torch.Tensor]
+
+
+def cache_folder() -> Path:
+    """$PRUNEDM_CACHE, or prunedm in the user's cache folder; whatever is in it may be deleted."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(os.environ.get("PRUNEDM_CACHE") or Path(base) / "prunedm")
+
+
+class TensorCache:
+    """One file an entry, below a folder for `kind` and one for the `maker`'s key."""
+
+    def __init__(self, kind: str, maker: str) -> None:
+        self.folder = cache_folder() / kind / maker
+
+    def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The entry, computed where it is not there or cannot be read."""
+        path = self.folder / key[:2] / f"{key}.safetensors"
+        try:
+            if path.is_file():
+                return load_file(path)
+        except (OSError, SafetensorError):
+            pass  # written by a machine that went down: computed again
+        tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
+        _keep(tensors, path)
+        return tensors
+
+
+def content_key(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's shape, type and numbers."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def text_key(text: str) -> str:
+    """A hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _keep(tensors: Tensors, path: Path) -> None:
+    aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, aside)
+        aside.replace(path)
+    except OSError:  # a full or read-only disk only costs time
+        aside.unlink(missing_ok=True)
