@@ -167,7 +167,8 @@ def drawn(denoiser: nn.Module, model: Model, count: int, batch: int, steps: int)
         make_sampler(model.scheduler, "ddim"),
         count=count,
         steps=steps,
-        shape=model.sample_shape,
+        codec=model.codec,
+        condition=model.condition,
         seed=SEED,
         batch_size=batch,
     )

@@ -192,7 +192,8 @@ class Bench:
                 make_sampler(model.scheduler, "ddim"),
                 count=self.arguments.samples,
                 steps=self.arguments.sampling_steps,
-                shape=model.sample_shape,
+                codec=model.codec,
+                condition=model.condition,
                 batch_size=80,
             )
             drawn = torch.cat(list(batches))

@@ -18,7 +18,8 @@ def _confidences(
         make_sampler(model.scheduler, "ddim"),
         count=count,
         steps=steps,
-        shape=model.sample_shape,
+        codec=model.codec,
+        condition=model.condition,
         batch_size=batch,
     )
     probabilities = load_digits_cnn().logits(torch.cat(list(batches))).softmax(1)

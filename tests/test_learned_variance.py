@@ -104,7 +104,13 @@ def test_obs_finds_the_masks_and_weights_of_the_first_half(guidance):
 def drawn(model: Model, sampler: str) -> torch.Tensor:
     made = make_sampler(model.scheduler, sampler)
     batches = sample_batches(
-        model.denoiser, made, count=3, steps=4, shape=model.sample_shape, batch_size=3
+        model.denoiser,
+        made,
+        count=3,
+        steps=4,
+        codec=model.codec,
+        condition=model.condition,
+        batch_size=3,
     )
     return next(batches)
 

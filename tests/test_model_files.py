@@ -86,7 +86,8 @@ def works_or_is_refused(folder: Path, file: str) -> None:
                     count=1,
                     steps=1,
                     batch_size=1,
-                    shape=model.sample_shape,
+                    codec=model.codec,
+                    condition=model.condition,
                 )
             )
     except UserError:  # of the combination: noise that goes beyond numbers, a sampler that cannot

@@ -17,12 +17,14 @@ from diffusers import (
 from helpers import Killed, tiny_folder, tiny_model
 from PIL import Image
 
+from prunedm.codec import Pixels
+from prunedm.condition import Classes, Unconditional
 from prunedm.data import to_uint8
 from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
 from prunedm.options import SampleOptions
 from prunedm.randomness import generator_for
-from prunedm.sampling import class_labels, make_sampler, sample_batches, set_steps
+from prunedm.sampling import make_sampler, sample_batches, set_steps
 from prunedm.sampling.schedule import spaced
 from prunedm.stages import sample
 
@@ -39,7 +41,9 @@ def denoiser():
 def draw(
     denoiser, count: int, *, sampler: str = "ddim", spacing: str = "trailing", **options
 ) -> torch.Tensor:
-    options = {"steps": 3, "shape": SHAPE, "seed": 0, "batch_size": 4} | options
+    options = {
+        "steps": 3, "codec": Pixels(SHAPE), "condition": Unconditional(), "seed": 0, "batch_size": 4
+    } | options  # fmt: skip
     sampler = make_sampler(TRAINED, sampler, spacing)
     return torch.cat(list(sample_batches(denoiser, sampler, count=count, **options)))
 
@@ -303,18 +307,18 @@ def test_the_noise_schedule_is_the_trained_one():
 
 
 def test_class_labels_by_hand():
-    assert class_labels(3, 7, None).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert class_labels(3, 4, 2).tolist() == [2, 2, 2, 2]
+    assert Classes(3).drawn(range(7))["class_labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert Classes(3, only=2).drawn(range(4))["class_labels"].tolist() == [2, 2, 2, 2]
     with pytest.raises(UserError, match="label 3 is not below the model's 3 classes"):
-        class_labels(3, 4, 3)
+        Classes(3, only=3)
 
 
 def test_an_image_has_its_own_class_whatever_its_batch():
     model = tiny_model(num_class_embeds=3).denoiser
     torch.nn.init.normal_(model.class_embedding.weight, std=3.0)
-    turn = draw(model, 5, labels=class_labels(3, 5, None))
+    turn = draw(model, 5, condition=Classes(3))
     for label in range(3):
-        same = draw(model, 5, labels=class_labels(3, 5, label))
+        same = draw(model, 5, condition=Classes(3, only=label))
         equal = [i for i in range(5) if (turn[i].int() - same[i].int()).abs().max() <= 1]
         assert equal == [i for i in range(5) if i % 3 == label]
 

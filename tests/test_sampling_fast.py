@@ -6,15 +6,18 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import tiny_folder, tiny_model
 
+from prunedm.codec import Pixels
+from prunedm.condition import Classes, Unconditional
 from prunedm.errors import UserError
 from prunedm.folder import load
 from prunedm.options import SampleOptions
 from prunedm.progress import Silent
-from prunedm.sampling import FastDenoiser, class_labels, draw, fast, make_sampler, sample_batches
+from prunedm.sampling import FastDenoiser, draw, fast, make_sampler, sample_batches
 from prunedm.sampling.fast import compiling_pays, count_layers, native_types
 from prunedm.stages import sample
 
 SHAPE = (1, 8, 8)
+ASKED = {"codec": Pixels(SHAPE), "condition": Unconditional()}
 TIME = torch.tensor(300)
 
 
@@ -40,10 +43,10 @@ def answer(module, x_NCHW, **more) -> torch.Tensor:
     return module(sample=x_NCHW, timestep=TIME, return_dict=False, **more)[0]
 
 
-def drawn(denoiser, count: int = 4, *, steps: int = 4, shape=SHAPE, **options) -> torch.Tensor:
+def drawn(denoiser, count: int = 4, *, steps: int = 4, **options) -> torch.Tensor:
     sampler = make_sampler(DDPMScheduler(), "ddim")
     batches = sample_batches(
-        denoiser, sampler, count=count, steps=steps, shape=shape, batch_size=4, **options
+        denoiser, sampler, count=count, steps=steps, batch_size=4, **ASKED | options
     )
     return torch.cat(list(batches))
 
@@ -90,11 +93,8 @@ def test_labels_reach_the_copy():
         wanted = answer(denoiser, noise(), **classes)
         found = answer(quick, noise(), **classes)
         assert (found - wanted).norm() <= 1e-2 * wanted.norm()
-    labels = class_labels(3, 4, None)
-    assert (
-        psnr(drawn(denoiser, labels=labels, speed="fast"), drawn(denoiser, labels=labels)).min()
-        > 30
-    )
+    labels = {"condition": Classes(3)}
+    assert psnr(drawn(denoiser, **labels, speed="fast"), drawn(denoiser, **labels)).min() > 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -102,7 +102,7 @@ def test_images_of_a_trained_model_are_over_45_db(monkeypatch, dtype):
     monkeypatch.setattr(fast, "native_types", lambda device: [dtype])
     model = load("digits")
     quick, exact = (
-        drawn(model.denoiser, 8, steps=8, shape=model.sample_shape, speed=speed)
+        drawn(model.denoiser, 8, steps=8, codec=model.codec, speed=speed)
         for speed in ("fast", "exact")
     )
     assert not torch.equal(quick, exact)
@@ -237,9 +237,9 @@ def test_where_compiling_fails_it_says_so_once_and_goes_on(monkeypatch, denoiser
 @pytest.mark.slow
 def test_compiled_images_are_over_45_db():
     model = load("digits")
-    exact = drawn(model.denoiser, steps=4, shape=model.sample_shape)
+    exact = drawn(model.denoiser, steps=4, codec=model.codec)
     quick = FastDenoiser(model.denoiser, calls=100, compiling="on")
-    images = drawn(quick, steps=4, shape=model.sample_shape)
+    images = drawn(quick, steps=4, codec=model.codec)
     assert quick.is_compiled
     assert psnr(images, exact).median() > 45
 

@@ -293,7 +293,7 @@ def test_nothing_is_made_without_a_tracker(dense, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("drawn")
 
-    monkeypatch.setattr(shown, "sample_batches", never)
+    monkeypatch.setattr(shown, "draw_images", never)
     monkeypatch.setattr("prunedm.learning.trainer.distribution", never)
     listener = Listener()
     learn(

@@ -21,8 +21,8 @@ class Condition(Protocol):
     ) -> Inputs:
         """What a dataset says of its images of these indices, in the problems of these numbers."""
 
-    def drawn(self, count: int) -> Inputs:
-        """What samples 0..count-1 are told, where nobody says."""
+    def drawn(self, indices: Sequence[int]) -> Inputs:
+        """What the samples of these indices are told."""
 
     def check(self, images: ImageSet) -> None:
         """Raise `UserError` where a dataset does not say what the network must be told."""
@@ -37,7 +37,7 @@ class Unconditional:
         """No inputs."""
         return {}
 
-    def drawn(self, count: int) -> Inputs:
+    def drawn(self, indices: Sequence[int]) -> Inputs:
         """No inputs."""
         return {}
 
@@ -46,10 +46,16 @@ class Unconditional:
 
 
 class Classes:
-    """A class label each. count: of the classes, or None where the network takes other numbers."""
+    """A class label each.
 
-    def __init__(self, count: int | None) -> None:
-        self.count = count
+    count: of the classes, or None where the network takes other numbers. only: the one class of all
+    samples, which take all classes in turn otherwise. Raises `UserError` where there is no such class.
+    """
+
+    def __init__(self, count: int | None, only: int | None = None) -> None:
+        if only is not None and count is not None and only >= count:
+            raise UserError(f"label {only} is not below the model's {count} classes")
+        self.count, self.only = count, only
 
     def of(
         self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
@@ -57,9 +63,11 @@ class Classes:
         """The images' labels."""
         return {"class_labels": torch.tensor([images.label(index) for index in indices])}
 
-    def drawn(self, count: int) -> Inputs:
-        """All classes in turn."""
-        return {"class_labels": torch.arange(count) % (self.count or 1)}
+    def drawn(self, indices: Sequence[int]) -> Inputs:
+        """All classes in turn, or the one."""
+        if self.only is not None:
+            return {"class_labels": torch.full((len(indices),), self.only)}
+        return {"class_labels": torch.tensor([i % (self.count or 1) for i in indices])}
 
     def check(self, images: ImageSet) -> None:
         """Raise `UserError` where there are no labels, or some that the network has no class for."""
@@ -96,9 +104,9 @@ class Prompts:
         ]
         return self.encoder(texts)
 
-    def drawn(self, count: int) -> Inputs:
+    def drawn(self, indices: Sequence[int]) -> Inputs:
         """The texts in turn."""
-        return self.encoder([self.texts[i % len(self.texts)] for i in range(count)])
+        return self.encoder([self.texts[i % len(self.texts)] for i in indices])
 
     def check(self, images: ImageSet) -> None:
         """Raise `UserError` where there are no captions."""

@@ -15,9 +15,8 @@ from prunedm.evaluation.speed import Way, one_call, timings
 from prunedm.folder import Model, load, size_on_disk
 from prunedm.hub import find
 from prunedm.progress import Progress, Silent
-from prunedm.sampling import make_sampler, sample_batches
+from prunedm.sampling import images_of
 from prunedm.stages.inputs import dense_source, device_for, reload
-from prunedm.stages.verbs.sample import labels_for
 
 
 class MaskProEvaluator:
@@ -115,20 +114,16 @@ class MaskProEvaluator:
         model = self._one(baseline)
         if n < 1:
             raise UserError(f"n = {n} images; give at least one")
-        batches = sample_batches(
-            model.denoiser,
-            make_sampler(model.scheduler, sampler),
-            count=n,
-            steps=sampling_steps,
-            shape=model.sample_shape,
+        return images_of(
+            model,
+            n,
+            sampling_steps,
+            sampler=sampler,
             seed=seed,
             batch_size=batch_size,
-            labels=labels_for(model, n),
             device=self.device,
             progress=self._progress,
         )
-        images = torch.cat(list(batches)).permute(0, 2, 3, 1)
-        return np.ascontiguousarray(images.numpy())
 
     def benchmark_inference_speed(
         self,

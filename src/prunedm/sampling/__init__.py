@@ -1,14 +1,16 @@
 """Sampling: exactly n images; image i is a function of (seed, i) alone."""
 
-from prunedm.sampling.draw import class_labels, sample_batches
+from prunedm.sampling.draw import sample_batches
 from prunedm.sampling.fast import FastDenoiser
+from prunedm.sampling.images import draw_images, images_of
 from prunedm.sampling.schedule import SAMPLERS, SPACINGS, make_sampler, set_steps
 
 __all__ = [
     "SAMPLERS",
     "SPACINGS",
     "FastDenoiser",
-    "class_labels",
+    "draw_images",
+    "images_of",
     "make_sampler",
     "sample_batches",
     "set_steps",

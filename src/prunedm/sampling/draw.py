@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.architecture import answer
-from prunedm.data import to_uint8
+from prunedm.architecture import Inputs, Shape, answer
+from prunedm.codec import Codec
+from prunedm.condition import Condition
 from prunedm.errors import UserError
 from prunedm.inference import evaluating
 from prunedm.progress import Bar, Progress, Silent
@@ -22,13 +23,13 @@ def sample_batches(
     denoiser: nn.Module,
     sampler: Any,
     *,
+    codec: Codec,
+    condition: Condition,
     count: int,
     steps: int,
-    shape: tuple[int, int, int],
     seed: int = 0,
     batch_size: int = 64,
     starts: Sequence[int] | None = None,
-    labels: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     speed: str = "exact",
     progress: Progress | None = None,
@@ -38,12 +39,12 @@ def sample_batches(
 
     The compute batch is constant, the last one padded, so that an image's bits do not depend on
     how many others are asked for. `starts` are the first images of the batches to draw where not
-    all are wanted. `labels` are the classes of images 0..count-1. `speed` "exact" is float32 as the
+    all are wanted. `condition` says what each image is told. `speed` "exact" is float32 as the
     denoiser is; "fast" see `FastDenoiser`: close to that, not the same bits; `made` is shown each one.
     """
     progress = progress or Silent()
     starts = range(0, count, batch_size) if starts is None else starts
-    set_steps(sampler, steps)
+    set_steps(sampler, steps, codec.shape)
     calls = len(starts) * len(sampler.timesteps)
     denoiser.to(device)
     assert speed in ("exact", "fast"), speed
@@ -55,15 +56,14 @@ def sample_batches(
         with progress.task("sampling", calls) as bar:
             for start in starts:
                 indices = range(start, start + batch_size)
-                of_batch = None if labels is None else labels[[i % len(labels) for i in indices]]
                 draw = partial(
                     _sample,
                     sampler=sampler,
                     indices=indices,
                     steps=steps,
-                    shape=shape,
+                    shape=codec.shape,
                     seed=seed,
-                    labels=of_batch,
+                    told=condition.drawn(indices),
                     device=device,
                     bar=bar,
                 )
@@ -74,7 +74,7 @@ def sample_batches(
                     x_NCHW = draw(call)
                 x_NCHW = x_NCHW[: count - start]
                 _check_finite(x_NCHW, start)
-                yield to_uint8(x_NCHW).cpu()
+                yield codec.decode(x_NCHW).cpu()
 
 
 def _check_finite(x_NCHW: torch.Tensor, start: int) -> None:
@@ -106,33 +106,25 @@ def _sample(
     sampler: Any,
     indices: range,
     steps: int,
-    shape: tuple[int, int, int],
+    shape: Shape,
     seed: int,
-    labels: torch.Tensor | None,
+    told: Inputs,
     device: torch.device | str,
     bar: Bar,
 ) -> torch.Tensor:
     generators = [generator_for(seed, "sample", i) for i in indices]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    set_steps(sampler, steps)
+    set_steps(sampler, steps, shape)
     arguments = {}
     if "generator" in inspect.signature(sampler.step).parameters:
         arguments["generator"] = generators
-    x_NCHW = (noise * sampler.init_noise_sigma).to(device)
-    given = {} if labels is None else {"class_labels": labels.to(device)}
+    x_NCHW = (noise * getattr(sampler, "init_noise_sigma", 1.0)).to(device)
+    scaled = getattr(sampler, "scale_model_input", lambda x, t: x)
+    given = {name: tensor.to(device) for name, tensor in told.items()}
     for t in sampler.timesteps:
-        model_input = sampler.scale_model_input(x_NCHW, t)
-        inputs = {"sample": model_input, "timestep": t.to(device).repeat(len(x_NCHW))} | given
+        inputs = {"sample": scaled(x_NCHW, t), "timestep": t.to(device).repeat(len(x_NCHW))} | given
         output = answer(denoiser, inputs)
         output = for_sampler(sampler, output, x_NCHW)
         x_NCHW = sampler.step(output, t, x_NCHW, **arguments).prev_sample
         bar.advance()
     return x_NCHW
-
-
-def class_labels(model_classes: int, count: int, label: int | None) -> torch.Tensor:
-    """The class of each image: `label`, or all classes in turn."""
-    if label is not None and label >= model_classes:
-        raise UserError(f"label {label} is not below the model's {model_classes} classes")
-    turn = torch.arange(count) % model_classes
-    return turn if label is None else torch.full((count,), label)

@@ -8,13 +8,19 @@ import torch
 from diffusers import DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
+from prunedm.architecture import Shape
 from prunedm.errors import UserError
-from prunedm.process import scheduler_class
+from prunedm.process import FlowMatching, process_of, scheduler_class
 from prunedm.task import without_variance
 
 SAMPLERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+FLOW_SAMPLERS = {
+    "ddim": "FlowMatchEulerDiscreteScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
 }
 SPACINGS = ("trailing", "uniform", "quad")
@@ -27,6 +33,8 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
     2023); for the others see `spaced`. Raises `UserError` for an unknown name, for a scheduler that
     cannot sample from such a model, and for a spacing that it does not take.
     """
+    if isinstance(process_of(trained), FlowMatching):
+        return _flow_sampler(trained, name, spacing)
     cls = scheduler_class(SAMPLERS.get(name, name))
     if cls is None:
         raise UserError(
@@ -55,6 +63,33 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
     return sampler
 
 
+def _flow_sampler(trained: Any, name: str, spacing: str) -> Any:
+    """DDIM's path is Euler's for a flow: both follow the same ordinary differential equation."""
+    cls = scheduler_class(FLOW_SAMPLERS.get(name, name))
+    if cls is None or not ("FlowMatch" in cls.__name__ or _takes_flows(cls)):
+        raise UserError(
+            f"sampler {name!r} cannot sample from this model: it learned a flow; try "
+            f"{', '.join(FLOW_SAMPLERS)}"
+        )
+    if spacing != "trailing":
+        raise UserError(
+            f"spacing {spacing!r}: the steps of a flow are those of its shift; leave it out"
+        )
+    config = {k: v for k, v in trained.config.items() if k != "_use_default_values"}
+    if _takes_flows(cls):
+        config |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        config["flow_shift"] = FlowMatching(trained).shift
+    elif config.get("use_flow_sigmas"):
+        config["shift"] = config["flow_shift"]
+    sampler = cls.from_config(config)
+    _check_steps(sampler, name)
+    return sampler
+
+
+def _takes_flows(cls: Any) -> bool:
+    return "use_flow_sigmas" in inspect.signature(cls.__init__).parameters
+
+
 def _check_fits(sampler: Any, trained: Any, name: str) -> None:
     """Raise `UserError` unless it leads from noise to image on the trained schedule, by seed alone."""
     own, due = getattr(sampler, "alphas_cumprod", torch.empty(0)), trained.alphas_cumprod
@@ -65,7 +100,14 @@ def _check_fits(sampler: Any, trained: Any, name: str) -> None:
         raise _unfit(name, "it goes from image to noise")
     if "noise_sampler_seed" in sampler.config:
         raise _unfit(name, "its noise would depend on an image's neighbours")
-    if not all(hasattr(sampler, part) for part in ("step", "scale_model_input")):
+    if not hasattr(sampler, "scale_model_input"):
+        raise _unfit(name, "it has no plain steps")
+    _check_steps(sampler, name)
+
+
+def _check_steps(sampler: Any, name: str) -> None:
+    """Raise `UserError` unless a step wants the output, the time and the sample alone."""
+    if not hasattr(sampler, "step"):
         raise _unfit(name, "it has no plain steps")
     parameters = inspect.signature(sampler.step).parameters.values()
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -100,15 +142,29 @@ def for_sampler(sampler: Any, output_NCHW: torch.Tensor, x_NCHW: torch.Tensor) -
     return output_NCHW
 
 
-def set_steps(sampler: Any, steps: int) -> None:
-    """Give the sampler its timesteps and an empty memory. Raises `UserError` where it refuses."""
+def set_steps(sampler: Any, steps: int, shape: Shape | None = None) -> None:
+    """Give the sampler its timesteps and an empty memory. Raises `UserError` where it refuses.
+
+    shape: (C, H, W) of a sample, by which some flows shift their steps towards noise.
+    """
     most = sampler.config.num_train_timesteps
     if steps > most:
         raise UserError(f"{steps} sampling steps: the model has {most}; give at most that many")
+    given: dict[str, Any] = {}
+    if sampler.config.get("use_dynamic_shifting"):  # as the pipelines of Flux do
+        given = {"sigmas": np.linspace(1, 1 / steps, steps).tolist(), "mu": _shift(sampler, shape)}
     try:
-        sampler.set_timesteps(steps)
+        sampler.set_timesteps(steps, **given)
     except (ValueError, NotImplementedError, ImportError) as error:
         raise UserError(f"{steps} steps of {type(sampler).__name__}: {error}") from error
+
+
+def _shift(sampler: Any, shape: Shape | None) -> float:
+    """Linear in the number of 2 x 2 patches (Esser et al. 2024, section 5.3.2; diffusers' numbers)."""
+    c = sampler.config
+    tokens = shape[1] * shape[2] / 4 if shape else c.max_image_seq_len
+    slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+    return float(c.base_shift + slope * (tokens - c.base_image_seq_len))
 
 
 def spaced(spacing: str, steps: int, trained: int) -> np.ndarray:

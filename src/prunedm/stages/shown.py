@@ -6,8 +6,7 @@ from torchvision.utils import make_grid
 
 from prunedm.folder import Model
 from prunedm.options import LoopOptions
-from prunedm.sampling import make_sampler, sample_batches
-from prunedm.stages.verbs.sample import labels_for
+from prunedm.sampling import draw_images
 
 STEPS = 20  # of DDIM
 SIDE = 64  # pixels that an image has at least in the picture
@@ -20,18 +19,15 @@ def samples(model: Model, options: LoopOptions, device: torch.device) -> dict[st
     The picture is uint8 HWC, RGB. Noise follows from the seed: it shows the same images again and
     again, as they change. {} where no images are wanted, or channels are no colours.
     """
-    channels, count = model.sample_shape[0], options.track_images
+    channels, count = model.codec.image_shape[0], options.track_images
     if not count or channels not in (1, 3):
         return {}
-    (images_NCHW,) = sample_batches(
-        model.denoiser,
-        make_sampler(model.scheduler, "ddim"),
+    (images_NCHW,) = draw_images(
+        model,
         count=count,
         steps=min(STEPS, model.process.steps),
-        shape=model.sample_shape,
         seed=options.seed,
         batch_size=count,
-        labels=labels_for(model, count),
         device=device,
     )
     return {"samples": picture(images_NCHW)}

@@ -1,20 +1,19 @@
 """What quantisation costs: losses and distances of the model and of the file, beside each other."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.evaluation.paired import psnr
-from prunedm.sampling import make_sampler, sample_batches
+from prunedm.sampling import images_of
 from prunedm.stages.evaluating.quality import distances, features_of
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.inputs import device_for
-from prunedm.stages.verbs.sample import labels_for
 
 
 def before_and_after(job: Job, exported: ExportedDenoiser) -> dict[str, Any]:
@@ -58,16 +57,11 @@ def _distances(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, An
 
 def _images(job: Job, data: Data, denoiser: nn.Module) -> np.ndarray:
     """uint8 NHWC."""
-    count = int(data.evaluate.samples or 0)
-    batches = sample_batches(
-        denoiser,
-        make_sampler(job.model.scheduler, data.evaluate.sampler),
-        count=count,
-        steps=data.evaluate.sampling_steps,
-        shape=job.model.sample_shape,
+    return images_of(
+        replace(job.model, denoiser=denoiser),
+        int(data.evaluate.samples or 0),
+        int(data.evaluate.sampling_steps or 0),
+        sampler=data.evaluate.sampler,
         seed=job.options.seed,
-        batch_size=min(64, count),
-        labels=labels_for(job.model, count),
         progress=job.progress,
     )
-    return torch.cat(list(batches)).permute(0, 2, 3, 1).numpy()

@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
@@ -15,7 +12,7 @@ from prunedm.folder import Model, save
 from prunedm.options import PruneOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record, write_json
-from prunedm.sampling import make_sampler, sample_batches
+from prunedm.sampling import images_of
 from prunedm.stages.frame import Overwrite, run_stage
 from prunedm.stages.inputs import (
     data_source,
@@ -27,7 +24,6 @@ from prunedm.stages.inputs import (
 )
 from prunedm.stages.pruning.job import Job, check_options
 from prunedm.stages.pruning.mechanisms import MECHANISMS
-from prunedm.stages.verbs.sample import labels_for
 from prunedm.task import Batch
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
@@ -108,18 +104,8 @@ def _picture(model: Model, options: PruneOptions, path: Path) -> None:
     count = options.pictures
     if not count:
         return
-    batches = sample_batches(
-        model.denoiser,
-        make_sampler(model.scheduler, "ddim"),
-        count=count,
-        steps=PICTURE_STEPS,
-        shape=model.sample_shape,
-        seed=options.seed,
-        batch_size=count,
-        labels=labels_for(model, count),
-        device=device_for(options.device),
-    )
-    images = torch.cat(list(batches)).permute(0, 2, 3, 1).numpy()
+    device = device_for(options.device)
+    images = images_of(model, count, PICTURE_STEPS, seed=options.seed, device=device)
     model.denoiser.cpu()
     path.parent.mkdir(exist_ok=True)
-    grid(np.ascontiguousarray(images), 8).save(path)
+    grid(images, 8).save(path)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from prunedm.condition import Classes, Condition
 from prunedm.deployment.opening import open_model
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
@@ -18,7 +18,7 @@ from prunedm.options import SampleOptions
 from prunedm.progress import Progress, Silent
 from prunedm.reading import check_regular
 from prunedm.record import Record
-from prunedm.sampling import FastDenoiser, class_labels, make_sampler, sample_batches, set_steps
+from prunedm.sampling import FastDenoiser, draw_images, make_sampler, set_steps
 from prunedm.stages.frame import RESUME, run_stage
 from prunedm.stages.inputs import device_for, model_sources
 from prunedm.training import processes
@@ -48,7 +48,7 @@ def sample(
     set_steps(
         make_sampler(model.scheduler, options.sampler, options.spacing), options.sampling_steps
     )
-    labels_for(model, options.count, options.label)
+    condition_of(model, options)
 
     def make(folder: Path) -> dict[str, Any]:
         used: list[FastDenoiser] = []
@@ -79,14 +79,13 @@ def sample_resumably(
     return images
 
 
-def labels_for(model: Model, count: int, label: int | None = None) -> torch.Tensor | None:
-    """The class of each of `count` images, or None for a model without classes."""
-    classes = getattr(model.denoiser.config, "num_class_embeds", None)
-    if not model.conditional or classes is None:
-        if label is not None:
-            raise UserError(f"label = {label}: the model has no classes; leave --label out")
-        return None
-    return class_labels(classes, count, label)
+def condition_of(model: Model, options: SampleOptions) -> Condition:
+    """What the images are told. Raises `UserError` for a class that the model does not have."""
+    if options.label is None:
+        return model.condition
+    if not model.conditional:
+        raise UserError(f"label = {options.label}: the model has no classes; leave --label out")
+    return Classes(model.architecture.classes(model.denoiser), only=options.label)
 
 
 def _check_speed(model: Model, options: SampleOptions) -> None:
@@ -117,20 +116,20 @@ def _draw(
     """The files of all batches, in order; of several processes each draws its share."""
     starts = range(0, options.count, options.batch_size)
     files = [resume / f"batch-{k:06d}.npz" for k in range(len(starts))]
-    channels, height, width = model.sample_shape
+    channels, height, width = model.codec.image_shape
     shapes = [(min(options.batch_size, options.count - s), height, width, channels) for s in starts]
     mine = range(processes.rank(), len(starts), processes.count())
     missing = [k for k in mine if not _is_whole(files[k], shapes[k])]
-    batches = sample_batches(
-        model.denoiser,
-        make_sampler(model.scheduler, options.sampler, options.spacing),
+    batches = draw_images(
+        model,
         count=options.count,
         steps=options.sampling_steps,
-        shape=model.sample_shape,
+        sampler=options.sampler,
+        spacing=options.spacing,
+        condition=condition_of(model, options),
         seed=options.seed,
         batch_size=options.batch_size,
         starts=[starts[k] for k in missing],
-        labels=labels_for(model, options.count, options.label),
         device=device_for(options.device),
         speed=options.speed,
         progress=progress,
