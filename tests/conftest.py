@@ -32,6 +32,7 @@ def _state_of_running_stages(tmp_path_factory):
     """No test writes to the home directory; of the session, for fixtures of modules too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRUNEDM_STATE", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("PRUNEDM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

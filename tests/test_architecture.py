@@ -30,7 +30,7 @@ LEVELS = [
     {"training"},
     {"masks", "packed", "layers", "calibration", "record", "data", "pruned_unet"}
     | {"architecture", "architectures", "task", "denoising", "process", "codec", "condition"}
-    | {"prompts", "tensor_cache"}
+    | {"prompts", "tensor_cache", "next_token"}
     | {
         "image_files",
         "image_labels",

@@ -57,7 +57,7 @@ def labels_of_embedding(network: Any) -> int | None:
     return count
 
 
-def no_more(network: nn.Module, count: int, generator: torch.Generator) -> Inputs:
+def no_more(network: nn.Module, count: int, generator: torch.Generator | None) -> Inputs:
     """Besides noise, time and class nothing is told."""
     return {}
 
@@ -77,6 +77,8 @@ class Architecture:
     ends: those of them that see or make the sample; `--narrow-ends` may cut their inner side.
     blocks: modules whose outputs features compare, in the order of computation, as patterns.
     precise: modules that keep float32 where the rest runs in half precision, as patterns.
+    pipeline: the class of diffusers that a bare network of this kind is saved for.
+    scheduler: the class of diffusers whose defaults such a network is taken to be trained with.
     text: whether it continues texts, and is not a denoiser.
     """
 
@@ -85,12 +87,14 @@ class Architecture:
     heard: Callable[[nn.Module, Any, Inputs], torch.Tensor] = first_of
     shape: Callable[[Any], Shape] = square_sample
     classes: Callable[[Any], int | None] = labels_of_embedding
-    more: Callable[[Any, int, torch.Generator], Inputs] = no_more
+    more: Callable[[Any, int, torch.Generator | None], Inputs] = no_more
     prompts: Callable[[Any, str], Inputs] | None = None
     protect: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
+    pipeline: str = "DDPMPipeline"
+    scheduler: str = "DDPMScheduler"
     text: bool = False
 
 
@@ -150,8 +154,19 @@ def example(network: nn.Module, count: int = 1, *, last: float = 999, seed: int 
 
     Classes come in turn, whatever else is told is random.
     """
+    return _random_inputs(network, count, last, generator_for(seed, "export", 0))
+
+
+def example_shapes(network: nn.Module, count: int) -> Inputs:
+    """`example` on torch's meta device, which holds shapes and no numbers."""
+    with torch.device("meta"):
+        return _random_inputs(network, count, 999, None)
+
+
+def _random_inputs(
+    network: nn.Module, count: int, last: float, generator: torch.Generator | None
+) -> Inputs:
     record = architecture_of(network)
-    generator = generator_for(seed, "export", 0)
     if record.text:
         return record.more(network, count, generator)
     inputs = {

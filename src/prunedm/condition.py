@@ -14,7 +14,9 @@ from prunedm.randomness import generator_for
 
 
 class Condition(Protocol):
-    """Tensors for a network's inputs, N rows each."""
+    """Tensors for a network's inputs, N rows each. captions: whether a dataset's are needed."""
+
+    captions: bool
 
     def of(
         self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
@@ -30,6 +32,8 @@ class Condition(Protocol):
 
 class Unconditional:
     """Nothing is told."""
+
+    captions = False
 
     def of(
         self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
@@ -51,6 +55,8 @@ class Classes:
     count: of the classes, or None where the network takes other numbers. only: the one class of all
     samples, which take all classes in turn otherwise. Raises `UserError` where there is no such class.
     """
+
+    captions = False
 
     def __init__(self, count: int | None, only: int | None = None) -> None:
         if only is not None and count is not None and only >= count:
@@ -87,6 +93,8 @@ class Prompts:
     empty: the share of problems whose text is left out, for classifier-free guidance (Ho & Salimans
     2022). texts: what samples are told, in turn.
     """
+
+    captions = True
 
     def __init__(
         self, encoder: PromptEncoder, *, empty: float = 0.1, texts: Sequence[str] = ("",)

@@ -15,14 +15,18 @@ from torch.utils.data import ConcatDataset, Subset
 from prunedm.errors import UserError
 from prunedm.image_files import SUFFIXES, Found, find_images, locate, open_image, shown
 from prunedm.image_hub import open_hub
-from prunedm.image_labels import Labels, file_labels
+from prunedm.image_labels import Labels, file_captions, file_labels
 from prunedm.image_tables import Tables, find_dataset, open_folder, open_parquet, table_files
 from prunedm.splits import HELD_OUT, choose, held_out, split_of_path
 
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # bands of other meanings, which would pass as colours or grey
 _EIGHT_BITS = {
     "P": "RGB", "PA": "RGBA", "1": "L", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB",
 }  # fmt: skip
+
+
+Size = int | tuple[int, int]  # a side, or height and width
 
 
 class ImageSet:
@@ -39,7 +43,7 @@ class ImageSet:
         source: Sequence[Any],
         *,
         name: str,
-        size: int,
+        size: Size,
         channels: int,
         labels: Sequence[int] | None = None,
         captions: Sequence[str] | None = None,
@@ -67,21 +71,22 @@ class ImageSet:
                     f"the model takes {self.channels}; pass --convert-channels to convert"
                 )
             image = image.convert("L" if self.channels == 1 else "RGB")
-        array = np.asarray(_square(image, self.size), dtype=np.uint8)
-        return torch.from_numpy(array.reshape(self.size, self.size, self.channels).copy()).permute(
-            2, 0, 1
-        )
+        height, width = sides(self.size)
+        array = np.asarray(_fitted(image, height, width), dtype=np.uint8)
+        return torch.from_numpy(array.reshape(height, width, self.channels).copy()).permute(2, 0, 1)
 
     def label(self, index: int) -> int | None:
         return None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """A hash of the content, and cheap: the length, 64 evenly spaced images, and all labels."""
+        """A hash of the content, and cheap: length, 64 evenly spaced images, all labels and captions."""
         digest = hashlib.sha256(f"{len(self)}x{self.channels}x{self.size}".encode())
         for index in np.linspace(0, len(self) - 1, min(64, len(self))).astype(int):
             digest.update(self[int(index)].contiguous().numpy().tobytes())
         if self.labels is not None:
             digest.update(np.asarray(self.labels, dtype="<i8").tobytes())
+        for caption in self.captions or ():
+            digest.update(caption.encode() + b"\0")
         return digest.hexdigest()[:16]
 
     def _open(self, index: int) -> Image.Image:
@@ -97,6 +102,7 @@ class _Source:
     sizes: Mapping[str, int]
     images: Callable[[str], Sequence[Any]]
     labels: Callable[[str], Labels]
+    captions: Callable[[str, str], list[str] | None]  # (split, column); None where there are none
     left_out: str = ""
 
 
@@ -104,17 +110,20 @@ def load_images(
     name: str,
     *,
     split: str,
-    size: int,
+    size: Size,
     channels: int,
     convert: bool = False,
     labels: Literal["if any", "none", "needed"] = "if any",
+    captions: bool = False,
     label_column: str = "",
+    caption_column: str = "",
     image_column: str = "",
 ) -> ImageSet:
     """Images of `split` ("train" or "test") by name: digits, a folder, or a hub id.
 
     Where labels are needed, held-out images without any do not serve, and some of the training
-    images are held out. Raises `UserError` where the name is none of them, or holds no images.
+    images are held out. Raises `UserError` where the name is none of them, or holds no images, and where
+    captions are wanted and an image has none.
     """
     found = _open(name, size, label_column, image_column)
 
@@ -125,12 +134,14 @@ def load_images(
         found.sizes, split, name, lambda part: labels != "needed" or not labels_of(part).absent
     )
     source, known = found.images(part), labels_of(part)
+    texts = found.captions(part, caption_column) if captions else None
     left_out = [f"{count:,} of {other}" for other, count in found.sizes.items() if other != part]
     if shared:
         picked = held_out(len(source), split)
         left_out += [f"{len(source) - len(picked):,} others"] * (len(picked) < len(source))
         source = _pick(source, picked)
         known = replace(known, values=known.values and [known.values[i] for i in picked])
+        texts = texts and [texts[i] for i in picked]
     return ImageSet(
         source,
         name=str(locate(name) or name),
@@ -138,12 +149,13 @@ def load_images(
         channels=channels,
         convert=convert,
         labels=known.values,
+        captions=texts,
         unlabelled=known.why,
         left_out=", ".join(filter(None, [*left_out, found.left_out])),
     )
 
 
-def all_images(name: str, *, size: int, channels: int, image_column: str = "") -> ImageSet:
+def all_images(name: str, *, size: Size, channels: int, image_column: str = "") -> ImageSet:
     """All images of a folder, whatever its splits; of digits and the hub, those held out, or all."""
     found = _open(name, size, "", image_column)
     if locate(name) is None and set(HELD_OUT) & set(found.sizes):
@@ -171,7 +183,7 @@ def _together(parts: Sequence[Sequence[Any]]) -> Any:
     return ConcatDataset(parts)  # type: ignore[arg-type]
 
 
-def _open(name: str, size: int, label_column: str, image_column: str) -> _Source:
+def _open(name: str, size: Size, label_column: str, image_column: str) -> _Source:
     if name == "digits":
         _refuse_columns("digits has", label_column, image_column)
         return _digits(size)
@@ -189,7 +201,7 @@ def _open(name: str, size: int, label_column: str, image_column: str) -> _Source
         tables = open_hub(name)
     opened = Tables(name, tables, image_column, label_column)
     sizes = {split: len(table) for split, table in tables.items()}
-    return _Source(sizes, opened.images, opened.labels)
+    return _Source(sizes, opened.images, opened.labels, opened.captions)
 
 
 def _refuse_columns(what: str, label_column: str, image_column: str) -> None:
@@ -216,29 +228,31 @@ def _folder(folder: Path, found: Found, label_column: str) -> _Source:
         {split: len(files) for split, files in groups.items()},
         lambda split: groups[split],
         lambda split: labels()(split),  # noqa: PLW0108 - read when asked for
+        lambda split, column: file_captions(folder, groups[split], column),
         found.rest(),
     )
 
 
-def _digits(size: int) -> _Source:
+def _digits(size: Size) -> _Source:
     drawn = {split: digits(split, size) for split in ("train", "test")}
     return _Source(
         {split: len(images) for split, (images, _) in drawn.items()},
         lambda split: list(drawn[split][0]),
         lambda split: Labels(drawn[split][1]),
+        lambda split, _: [DIGITS[digit] for digit in drawn[split][1]],
     )
 
 
 @cache
-def digits(split: str, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """scikit-learn's 1,797 handwritten digits: NHW uint8 of side `size`, every sixth held out."""
+def digits(split: str, size: Size) -> tuple[np.ndarray, tuple[int, ...]]:
+    """scikit-learn's 1,797 handwritten digits: NHW uint8 of this size, every sixth held out."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     chosen = [i for i in range(len(bunch.target)) if (i % 6 == 5) == (split == "test")]
     images = [
         Image.fromarray((bunch.images[i] * 255 / 16).round().astype(np.uint8)).resize(
-            (size, size), Image.Resampling.BICUBIC
+            sides(size)[::-1], Image.Resampling.BICUBIC
         )
         for i in chosen
     ]
@@ -255,13 +269,20 @@ def to_uint8(images_NCHW: torch.Tensor) -> torch.Tensor:
     return ((images_NCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
-    if image.size == (size, size):
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest part around the middle that has the shape, resized."""
+    if image.size == (width, height):
         return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    across = min(image.width, image.height * width // height)
+    down = min(image.height, image.width * height // width)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    box = (left, top, left + across, top + down)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:

@@ -1,51 +1,75 @@
 """The only reader and writer of model folders.
 
-A model folder is a diffusers pipeline folder (`model_index.json`, `unet/`, `scheduler/`) and, where
-we wrote it, `masks.safetensors` and `record.json`. Nothing in a folder is ever executed: class names
-are looked up in the short tables below, weights are safetensors (or `.bin` read as plain tensors).
+A model folder is a diffusers pipeline folder (`model_index.json`, `unet/` or `transformer/`,
+`scheduler/`, companions) or a language model of transformers, and, where we wrote it,
+`masks.safetensors` and `record.json`. Nothing in a folder is ever executed: class names are looked up
+in diffusers and transformers, weights are safetensors (or `.bin` read as plain tensors).
 """
 
-import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunedm.architecture import Architecture, Inputs, architecture_of, example
-from prunedm.codec import Codec, Pixels
-from prunedm.condition import Classes, Condition, Unconditional
+from prunedm.architecture import (
+    Architecture,
+    Inputs,
+    architecture_named,
+    architecture_of,
+    example,
+)
+from prunedm.codec import Codec, Latents, Pixels
+from prunedm.condition import Classes, Condition, Prompts, Unconditional
 from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
-from prunedm.model_files.configs import read_unet_config
-from prunedm.model_files.schedule import find_scheduler
-from prunedm.model_files.weights import check_state, filled, load_network, weight_files
+from prunedm.model_files.companions import Companions, components, hash_files
+from prunedm.model_files.configs import class_name, network_class, read_network_config
+from prunedm.model_files.schedule import Found, find_scheduler
+from prunedm.model_files.weights import (
+    LARGE,
+    Types,
+    check_state,
+    filled,
+    load_network,
+    weight_files,
+)
 from prunedm.packed import load_packed
 from prunedm.process import Process, process_of
+from prunedm.prompts import PromptEncoder
 from prunedm.reading import read_object
 from prunedm.record import Record, read_record, write_json, write_record
 
 MASKS_FILE = "masks.safetensors"
 PACKED_FILE = "packed.safetensors"  # weights and masks in one, as `export` writes them
 EXPORT_FILE = "export.json"
-_DIFFUSERS = "DDPMPipeline"
+DENOISERS = (
+    "unet",
+    "transformer",
+    "prior",
+    "decoder",
+)  # components that are pruned, by their names
 
 
 @dataclass
 class Model:
-    """A trained diffusion model: the denoiser, its noise scheduler, masks if any, and its record."""
+    """A trained model: the network, its noise scheduler if any, masks if any, and its record."""
 
-    denoiser: Any  # a UNet2DModel or PrunedUNet2DModel
-    scheduler: Any
+    denoiser: Any  # a network of diffusers or transformers, or a narrowed one
+    scheduler: Any  # None for language models
     masks: Masks | None = None
     record: Record | None = None
     name: str = ""
     hash: str = ""
     pipeline: str = "DDPMPipeline"
-    dtype: torch.dtype = torch.float32  # of the weights on disk; in memory they are float32
+    dtype: torch.dtype = torch.float32  # of most weights on disk; small networks compute in float32
+    other_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of weights, by name
+    component: str = "unet"  # the network's folder in the pipeline
+    companions: Companions | None = None
     notes: tuple[str, ...] = ()  # what was found, chosen or assumed besides what the folder says
     scheduler_file: Path | None = None  # where it was given, instead of the folder's
     scheduler_assumed: bool = False
@@ -67,12 +91,36 @@ class Model:
 
     @cached_property
     def codec(self) -> Codec:
-        """Between images and noisy samples."""
-        return Pixels(self.sample_shape)
+        """Between images and noisy samples. Raises `UserError` where latents are not all it is told."""
+        shape, companions = self.sample_shape, self.companions
+        if companions is None or not companions.autoencoder:
+            return Pixels(shape)
+        autoencoder = companions.load_autoencoder()
+        channels = autoencoder.config.latent_channels
+        if channels != shape[0]:
+            raise UserError(
+                f"{self.name} takes samples of {shape[0]} channels, and its autoencoder makes "
+                f"{channels}: a model that is told images; what asks it no questions works "
+                "(--score magnitude)"
+            )
+        return Latents(autoencoder, shape, key=companions.key(companions.autoencoder))
 
     @cached_property
     def condition(self) -> Condition:
         """What the denoiser is told besides noise and time."""
+        encode, companions = self.architecture.prompts, self.companions
+        if encode is not None and companions is not None:
+            encoders = [n for n in companions.names if n.startswith(("text_encoder", "tokenizer"))]
+            others = [n for n in companions.names if n not in encoders]
+            return Prompts(
+                PromptEncoder(
+                    companions.folder,
+                    self.pipeline,
+                    encode,
+                    leave_out=[self.component, *others],
+                    key=companions.key(*encoders),
+                )
+            )
         classes = self.architecture.classes(self.denoiser)
         return Unconditional() if classes == 0 else Classes(classes)
 
@@ -83,8 +131,9 @@ class Model:
 
     def round_to_dtype(self) -> None:
         """Give the weights the values that the saved file will hold, so figures are of those."""
-        _set_dtype(self.denoiser, self.dtype)
-        _set_dtype(self.denoiser, torch.float32)
+        memory = memory_dtype(self.denoiser)
+        _set_dtype(self.denoiser, self.dtype, self.other_dtypes)
+        _set_dtype(self.denoiser, memory, {} if memory else self.other_dtypes)
 
     @property
     def conditional(self) -> bool:
@@ -102,18 +151,21 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     """
     folder, notes = model_folder(source)
     index, exported = (_description(folder / name) for name in ("model_index.json", EXPORT_FILE))
-    _refuse_other_components(index, folder)
     if not (folder / PACKED_FILE).exists() and exported:
         raise UserError(
             f"{source} is an exported file, which only `sample` takes; give the model folder that it "
             "was made from, or a packed export"
         )
-    found = find_scheduler(folder, scheduler)
+    component = denoiser_in(index, folder)
+    where = component_folder(folder, component)
+    config = read_network_config(where)
+    record = architecture_named(class_name(config)) or Architecture()
+    text = record.text or hasattr(network_class(class_name(config)), "generate")
+    found = Found(None) if text else find_scheduler(folder, scheduler, record.scheduler)
     if (folder / PACKED_FILE).exists():
-        denoiser, masks, dtype = _load_packed(folder)
+        denoiser, masks, types = _load_packed(config, folder)
     else:
-        where = _component(folder, "unet")
-        denoiser, dtype, variant = load_network(read_unet_config(where), where)
+        denoiser, types, variant = load_network(config, where)
         masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
         notes += [f"weights of the variant {variant}"] if variant else []
     model = Model(
@@ -123,8 +175,11 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
         record=read_record(folder),
         name=str(source),
         hash=hash_folder(folder, *([found.file] if found.file and not scheduler else [])),
-        pipeline=str(index.get("_class_name") or exported.get("pipeline") or _DIFFUSERS),
-        dtype=dtype,
+        pipeline=str(index.get("_class_name") or exported.get("pipeline") or record.pipeline),
+        dtype=types.most,
+        other_dtypes=types.others,
+        component=component or record.component,
+        companions=Companions(folder, index, component) if index else None,
         notes=(*notes, *[found.note] * bool(found.note)),
         scheduler_file=found.file if scheduler else None,
         scheduler_assumed=found.assumed,
@@ -133,6 +188,21 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
         masks.check_pattern()
         _refuse_violations(model, str(source))
     return model
+
+
+def denoiser_in(index: Mapping[str, Any], folder: Path) -> str:
+    """The component of a pipeline that is pruned; "" where there is no model_index.json.
+
+    Raises `UserError` for a pipeline without one.
+    """
+    names = components(index)
+    found = next((name for name in DENOISERS if name in names), "")
+    if index and not found:
+        raise UserError(
+            f"{folder} has no {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]} among its components "
+            f"({', '.join(names)}); give the folder of the network itself"
+        )
+    return found
 
 
 def model_folder(source: str | Path) -> tuple[Path, list[str]]:
@@ -168,41 +238,50 @@ def save(model: Model, folder: Path) -> None:
     The folder must be new or a stage's working folder: stages give it its final name when whole.
     """
     _refuse_violations(model, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    _set_dtype(model.denoiser, model.dtype)
-    model.denoiser.save_pretrained(folder / "unet", safe_serialization=True)
-    _set_dtype(model.denoiser, torch.float32)
-    _forget_origin(folder / "unet" / "config.json")
-    model.scheduler.save_pretrained(folder / "scheduler")
-    cls = type(model.denoiser).__name__
-    library = "prunedm" if cls == "PrunedUNet2DModel" else "diffusers"
-    index = {
-        "_class_name": model.pipeline,
-        "_diffusers_version": model.denoiser.config["_diffusers_version"],
-        "scheduler": ["diffusers", type(model.scheduler).__name__],
-        "unet": [library, cls],
-    }
-    write_json(index, folder / "model_index.json")
+    network, place = model.denoiser, folder / model.component
+    place.mkdir(parents=True, exist_ok=True)
+    memory = memory_dtype(network)
+    _set_dtype(network, model.dtype, model.other_dtypes)
+    network.save_pretrained(place, safe_serialization=True)
+    _set_dtype(network, memory, {} if memory else model.other_dtypes)
+    _forget_origin(place / "config.json")
+    if model.scheduler is not None:
+        model.scheduler.save_pretrained(folder / "scheduler")
+        write_json(_index(model), folder / "model_index.json")
+    if model.companions is not None:
+        model.companions.carry(folder)
     if model.masks is not None:
         save_masks(model.masks, folder / MASKS_FILE)
     if model.record is not None:
         write_record(model.record, folder)
 
 
+def _index(model: Model) -> dict[str, Any]:
+    """The input's model_index.json with this network and scheduler in their places."""
+    name = type(model.denoiser).__name__
+    library = "prunedm" if name.startswith("Pruned") else "diffusers"
+    given = model.companions.index if model.companions is not None else {}
+    own = {
+        "_class_name": model.pipeline,
+        "_diffusers_version": model.denoiser.config["_diffusers_version"],
+        "scheduler": ["diffusers", type(model.scheduler).__name__],
+        model.component: [library, name],
+    }
+    return {**own, **given, **own}
+
+
 def hash_folder(folder: Path, *others: Path) -> str:
-    """A hash of weights, masks, configurations and `others`, whatever the folder is called."""
-    digest = hashlib.sha256()
-    parts = sorted(path for path in folder.rglob("*") if _is_part_of_model(path, folder))
-    for path in (*parts, *others):
-        digest.update((path.name if path in others else str(path.relative_to(folder))).encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    """A hash of weights, masks, configurations, companions and `others`; not of the folder's name."""
+    named = components(_description(folder / "model_index.json"))
+    companions = [folder / n for n in named if n not in ("scheduler", *DENOISERS)]
+    parts = [path for path in folder.rglob("*") if _is_part_of_model(path, folder, companions)]
+    return hash_files(sorted(parts), folder, others)
 
 
-def _is_part_of_model(path: Path, folder: Path) -> bool:
-    if path.parent not in (folder, folder / "unet", folder / "scheduler"):
+def _is_part_of_model(path: Path, folder: Path, companions: Sequence[Path]) -> bool:
+    if any(companion in path.parents for companion in companions):
+        return path.is_file()
+    if path.parent not in (folder, folder / "scheduler", *(folder / name for name in DENOISERS)):
         return False
     configurations = ("model_index.json", "config.json", "scheduler_config.json", EXPORT_FILE)
     return path.name in configurations or path.suffix in (".safetensors", ".bin")
@@ -213,28 +292,26 @@ def size_on_disk(folder: Path) -> int:
     folder, _ = model_folder(folder)
     if (folder / PACKED_FILE).exists():
         return (folder / PACKED_FILE).stat().st_size
-    files, _ = weight_files(_component(folder, "unet"))
+    component = denoiser_in(_description(folder / "model_index.json"), folder)
+    files, _ = weight_files(component_folder(folder, component))
     return sum(path.stat().st_size for path in files)
 
 
-def _set_dtype(denoiser: Any, dtype: torch.dtype) -> None:
-    for parameter in denoiser.parameters():
-        parameter.data = parameter.data.to(dtype)
+def memory_dtype(network: Any) -> torch.dtype | None:
+    """What a network of this size computes in: float32, or for large ones (None) what it has."""
+    return torch.float32 if sum(p.numel() for p in network.parameters()) < LARGE else None
+
+
+def _set_dtype(network: Any, dtype: torch.dtype | None, others: Mapping[str, torch.dtype]) -> None:
+    for name, parameter in network.named_parameters():
+        if wanted := others.get(name, dtype):
+            parameter.data = parameter.data.to(wanted)
 
 
 def _forget_origin(config: Path) -> None:
     # diffusers notes the path a model was loaded from, so equal models would differ in their hash
     kept = {key: value for key, value in read_object(config).items() if key != "_name_or_path"}
     write_json(kept, config)
-
-
-def _refuse_other_components(index: dict[str, Any], folder: Path) -> None:
-    # a latent pipeline's UNet would load, and be taken for one that works on pixels
-    for name, value in index.items():
-        if not name.startswith("_") and name not in ("unet", "scheduler") and value != [None, None]:
-            raise UserError(
-                f"{folder} has a component {name!r}; supported: unet and scheduler only"
-            )
 
 
 def _refuse_violations(model: Model, where: str) -> None:
@@ -249,19 +326,19 @@ def _refuse_violations(model: Model, where: str) -> None:
         )
 
 
-def _component(folder: Path, name: str) -> Path:
-    # old hub repositories (google/ddpm-cifar10-32) keep everything in the root
+def component_folder(folder: Path, name: str) -> Path:
+    """Where a component lies: old hub repositories (google/ddpm-cifar10-32) keep all in the root."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _load_packed(folder: Path) -> tuple[Any, Masks | None, torch.dtype]:
+def _load_packed(config: dict[str, Any], folder: Path) -> tuple[Any, Masks | None, Types]:
     """A denoiser from one file of weights and masks; its arithmetic is float32 as everywhere."""
-    config, path = read_unet_config(folder), folder / PACKED_FILE
+    path = folder / PACKED_FILE
     state, masks = load_packed(path)
     types = Counter(tensor.dtype for tensor in state.values())
     dtype = max(types.items(), key=lambda kind: kind[1], default=(torch.float32, 0))[0]
     check_state(config, state, path)
-    return filled(config, state), masks, dtype
+    return filled(config, state), masks, Types(dtype)
 
 
 def save_config(model: Model, folder: Path) -> None:

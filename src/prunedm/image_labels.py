@@ -7,7 +7,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,6 +19,12 @@ from prunedm.reading import check_regular, parse_json, read_text
 from prunedm.splits import split_of
 
 _METADATA_LIMIT = 1 << 28  # bytes; some 100 a row
+CAPTIONS = (
+    "text",
+    "caption",
+    "captions",
+    "prompt",
+)  # names of a column of texts, the likeliest first
 _NAMES = {"label", "labels", "class", "classes", "category", "target"}  # words of a column's name
 
 
@@ -131,10 +137,7 @@ def _described(
     root: Path, groups: Mapping[str, Sequence[Path]], wanted: str
 ) -> tuple[dict[str, Any] | None, str]:
     """Each file's label by metadata files, where these have labels: else None, and why if known."""
-    folders = {path.parent for files in groups.values() for path in files}
-    folders |= {above for folder in folders for above in folder.parents if root in above.parents}
-    paths = [folder / name for folder in sorted(folders | {root}) for name in METADATA]
-    rows = [(path.parent, row) for path in paths if os.path.lexists(path) for row in _rows(path)]
+    rows = _metadata(root, [path for files in groups.values() for path in files])
     kinds: dict[str, set[type]] = {}
     for _, row in rows:
         for key, value in row.items():
@@ -151,6 +154,50 @@ def _described(
         for folder, row in rows
         if isinstance(row.get("file_name"), str)
     }, ""
+
+
+def file_captions(root: Path, files: Sequence[Path], wanted: str) -> list[str] | None:
+    """The text of each file by metadata files, or None where no column of them is a text.
+
+    Raises `UserError` for a column that is not there, and for a file that has no text.
+    """
+    rows = _metadata(root, files)
+    column = caption_column({key for _, row in rows for key in row}, wanted)
+    if column is None:
+        return None
+    texts = {
+        _key(folder / row["file_name"]): row.get(column)
+        for folder, row in rows
+        if isinstance(row.get("file_name"), str)
+    }
+    found = [texts.get(_key(path)) for path in files]
+    return whole_captions(found, lambda i: shown(files[i].relative_to(root)))
+
+
+def caption_column(columns: Collection[str], wanted: str) -> str | None:
+    """The wanted column of texts, or the one of a usual name. Raises `UserError` where it is missing."""
+    if wanted and wanted not in columns:
+        raise UserError(f"--caption-column: no column {wanted!r}{nearest(wanted, list(columns))}")
+    return wanted or next((name for name in CAPTIONS if name in columns), None)
+
+
+def whole_captions(texts: Sequence[Any], name_of: Callable[[int], str]) -> list[str]:
+    """The texts, if all of them are. Raises `UserError` naming the first image without one."""
+    found = [text for text in texts if isinstance(text, str)]
+    if len(found) < len(texts):
+        first = next(i for i, text in enumerate(texts) if not isinstance(text, str))
+        raise UserError(
+            f"{name_of(first)} has no caption; {len(texts) - len(found)} images have none"
+        )
+    return found
+
+
+def _metadata(root: Path, files: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Rows of the metadata files beside these files or above them, each with its folder."""
+    folders = {path.parent for path in files}
+    folders |= {above for folder in folders for above in folder.parents if root in above.parents}
+    paths = [folder / name for folder in sorted(folders | {root}) for name in METADATA]
+    return [(path.parent, row) for path in paths if os.path.lexists(path) for row in _rows(path)]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

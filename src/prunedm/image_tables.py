@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunedm.errors import UserError, first_line, nearest
 from prunedm.image_files import BROKEN, SUFFIXES, locate, open_lazily, shown
-from prunedm.image_labels import Labels, label_column, number
+from prunedm.image_labels import Labels, caption_column, label_column, number, whole_captions
 from prunedm.reading import check_regular
 from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
 
@@ -85,6 +85,15 @@ class Tables:
         values = self._values(split, column)
         training = values if first == split else self._values(first, column)
         return number(values, training, lambda i: f"image {i}")
+
+    def captions(self, split: str, wanted: str) -> list[str] | None:
+        """The text of each image, or None where no column is one; of several the first."""
+        column = caption_column(self.splits[split].column_names, wanted)
+        if column is None:
+            return None
+        values = self._values(split, column)
+        texts = [value[0] if isinstance(value, list) and value else value for value in values]
+        return whole_captions(texts, lambda i: f"image {i} of {self.name!r}")
 
     def _values(self, split: str, column: str) -> list[Any]:
         found: list[Any] = self.splits[split].select_columns([column]).to_dict()[column]

@@ -18,11 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-
-ENDS = ("conv_in", "conv_out")
-PROTECTED = (*ENDS, "time_embedding", "class_embedding")
-
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, inputs, output
 
@@ -41,13 +38,14 @@ def hooked(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
 
 
 def prunable_layers(
-    denoiser: nn.Module, targets: Iterable[str] = (), *, protect: Iterable[str] = PROTECTED
+    denoiser: nn.Module, targets: Iterable[str] = (), *, protect: Iterable[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Conv2d and Linear layers by name, without the protected ones.
+    """Conv2d and Linear layers by name, without the protected ones: those of its architecture.
 
     `targets` narrows them: each is a prefix of module names, or a regular expression found in them.
     Raises `UserError` for a target that matches nothing.
     """
+    protect = architecture_of(denoiser).protect if protect is None else tuple(protect)
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in denoiser.named_modules()
@@ -104,8 +102,8 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def is_under(name: str, parents: Iterable[str]) -> bool:
-    """Whether a module is one of these, or inside one of them."""
-    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+    """Whether a module is one of these patterns, or inside one of them."""
+    return any(re.fullmatch(rf"{parent}(\..*)?", name) for parent in parents)
 
 
 def _near(target: str, names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ def told(network: Any, inputs: Inputs) -> dict[str, Any]:
     return dict(inputs) | {"use_cache": False}
 
 
-def more(network: Any, count: int, generator: torch.Generator) -> Inputs:
+def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
     """Random tokens (N, L)."""
     length = min(LENGTH, network.config.max_position_embeddings)
     shape = (count, length)

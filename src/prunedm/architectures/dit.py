@@ -19,6 +19,7 @@ def classes(network: Any) -> int:
 
 RECORD = Architecture(
     component="transformer",
+    pipeline="DiTPipeline",
     told=told,
     classes=classes,
     protect=("pos_embed", "proj_out_1", "proj_out_2", r"transformer_blocks\.\d+\.norm1\.emb"),

@@ -67,7 +67,7 @@ def shape(network: Any) -> Shape:
     return network.config.in_channels // 4, SIDE, SIDE
 
 
-def more(network: Any, count: int, generator: torch.Generator) -> Inputs:
+def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
     """Text states (N, L, D), and a pooled one."""
     config = network.config
     width, pooled = config.joint_attention_dim, config.pooled_projection_dim
@@ -86,6 +86,8 @@ def prompts(pipeline: Any, text: str) -> Inputs:
 EMBEDDINGS = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 RECORD = Architecture(
     component="transformer",
+    pipeline="FluxPipeline",
+    scheduler="FlowMatchEulerDiscreteScheduler",
     told=told,
     heard=heard,
     shape=shape,

@@ -14,7 +14,7 @@ def told(network: Any, inputs: Inputs) -> dict[str, Any]:
     return {("hidden_states" if name == "sample" else name): x for name, x in inputs.items()}
 
 
-def more(network: Any, count: int, generator: torch.Generator) -> Inputs:
+def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
     """Text states (N, L, D), and a pooled one."""
     config = network.config
     width, pooled = config.joint_attention_dim, config.pooled_projection_dim
@@ -35,6 +35,8 @@ def prompts(pipeline: Any, text: str) -> Inputs:
 EMBEDDINGS = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
 RECORD = Architecture(
     component="transformer",
+    pipeline="StableDiffusion3Pipeline",
+    scheduler="FlowMatchEulerDiscreteScheduler",
     told=told,
     classes=lambda network: 0,
     more=more,

@@ -19,7 +19,7 @@ def told(network: Any, inputs: Inputs) -> dict[str, Any]:
     return others | ({"added_cond_kwargs": added} if added else {})
 
 
-def more(network: Any, count: int, generator: torch.Generator) -> Inputs:
+def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
     """Text states (N, 77, D); for SDXL also a pooled one and six numbers of sizes and crops."""
     config = network.config
     width = config.cross_attention_dim
@@ -51,6 +51,7 @@ RECORD = replace(
     told=told,
     more=more,
     prompts=prompts,
+    pipeline="StableDiffusionPipeline",
     protect=(*unet2d.RECORD.protect, "add_embedding", "encoder_hid_proj"),
     precise=(*unet2d.RECORD.precise, "add_embedding"),
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 from prunedm.deployment.description import read_description
 from prunedm.deployment.runtimes import open_file
 from prunedm.folder import EXPORT_FILE, Model, hash_folder, load
-from prunedm.model_files.configs import read_unet_config
+from prunedm.model_files.configs import read_network_config
 from prunedm.model_files.schedule import find_scheduler
 from prunedm.record import read_record
 
@@ -20,7 +20,7 @@ def open_model(source: str | Path, *, scheduler: str | Path | None = None) -> Mo
         return load(source, scheduler=scheduler)
     found = find_scheduler(folder, scheduler)
     return Model(
-        denoiser=open_file(description, folder, read_unet_config(folder)).eval(),
+        denoiser=open_file(description, folder, read_network_config(folder)).eval(),
         scheduler=found.scheduler,
         scheduler_file=found.file if scheduler else None,
         scheduler_assumed=found.assumed,

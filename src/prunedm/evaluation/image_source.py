@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prunedm.data import ImageSet, all_images, load_images
+from prunedm.data import ImageSet, all_images, load_images, sides
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import Statistics, load_statistics
 from prunedm.image_arrays import IMAGES, Damaged, Rows, keys
@@ -68,7 +68,7 @@ class Images(ImageSet):
         """C, H, W."""
         assert self._first is not None
         width, height = self._first[1]
-        return self.channels, self.size or height, self.size or width
+        return self.channels, *(sides(self.size) if self.size else (height, width))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Image `index` as uint8 CHW."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from prunedm.errors import UserError
-from prunedm.layers import PROTECTED, from_groups, prunable_layers, to_groups, why_not_nm
+from prunedm.layers import from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.relaxation import relaxed
@@ -166,7 +166,7 @@ def wrap_model_with_maskpro(
     temperature: float = 1.0,
     lead: float = 1.0,
     seed: int = 0,
-    protect: Iterable[str] = PROTECTED,
+    protect: Iterable[str] | None = None,
 ) -> nn.Module:
     """Replace layers by `MaskProLayer`s, in place; returns the model.
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,12 +18,12 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunedm.architecture import answer
+from prunedm.architecture import Shape, answer, architecture_named, example_shapes
 from prunedm.errors import UserError, first_line, shortened
 from prunedm.pruned_unet import PrunedUNet2DModel
 from prunedm.reading import read_object
 
-DENOISERS = {"UNet2DModel": UNet2DModel, "PrunedUNet2DModel": PrunedUNet2DModel}
+_NARROWED = {"PrunedUNet2DModel": PrunedUNet2DModel}
 Range = tuple[float, float]
 WIDTH: Range = (1, 16_384)  # channels; the widest of diffusers' UNets has 2,560
 UNET_RANGES: Mapping[str, Range] = {
@@ -43,6 +44,19 @@ UNET_RANGES: Mapping[str, Range] = {
     "num_class_embeds": (1, 1_000_000),
     "num_train_timesteps": (1, 100_000),
     "widths": WIDTH,
+}
+NETWORK_RANGES: Mapping[str, Range] = {
+    "sample_size": (1, 8192),
+    "in_channels": (1, 4096),
+    "out_channels": (1, 4096),
+    "num_layers": (0, 512),
+    "num_single_layers": (0, 512),
+    "num_attention_heads": (1, 1024),
+    "attention_head_dim": (1, 65_536),
+    "patch_size": (1, 256),
+    "block_out_channels": (1, 65_536),
+    "layers_per_block": (1, 64),
+    "dropout": (0, 1),
 }
 SCHEDULER_RANGES: Mapping[str, Range] = {
     "num_train_timesteps": (1, 100_000),
@@ -94,20 +108,64 @@ def check_config(
         _check_numbers(name, value, where, ranges.get(name), endless=endless)
 
 
-def read_unet_config(folder: Path) -> dict[str, Any]:
-    """A denoiser's config.json, its values checked. Raises `UserError`."""
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class that a config.json of diffusers or of transformers names; "" for none."""
+    named = config.get("_class_name") or config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else named
+    return name if isinstance(name, str) else ""
+
+
+def network_class(name: str) -> Any:
+    """A network of diffusers, a narrowed one, or a causal language model of transformers, or None."""
+    if name in _NARROWED:
+        return _NARROWED[name]
+    if not name.isidentifier():
+        return None
+    return _in_library(name, "diffusers", "ModelMixin") or (
+        _in_library(name, "transformers", "PreTrainedModel") if "For" in name else None
+    )
+
+
+def _in_library(name: str, library: str, base: str) -> Any:
+    module = import_module(library)
+    cls = getattr(module, name, None)
+    known = isinstance(cls, type) and name != base and issubclass(cls, getattr(module, base))
+    return cls if known else None
+
+
+def read_network_config(folder: Path) -> dict[str, Any]:
+    """A network's config.json, its values checked. Raises `UserError`."""
     path = folder / "config.json"
     config = read_object(path)
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in DENOISERS:
+    name = class_name(config)
+    cls = network_class(name)
+    if cls is None:
         raise UserError(
-            f"{folder} holds a {shown(name).strip(chr(39))}; "
-            f"supported denoisers: {', '.join(DENOISERS)}"
+            f"{folder} holds a {shown(name).strip(chr(39))}, which neither diffusers nor transformers "
+            "has; supported: their networks, by the class's name in config.json"
         )
-    check_unet_config(config, path)
-    known = ("widths", *inspect.signature(UNet2DModel.__init__).parameters)
+    if not hasattr(cls, "from_config"):  # of transformers, which checks its own configurations
+        return config
+    check_network_config(config, cls, path)
+    known = inspect.signature(cls.__init__).parameters
     # an EMA's config also has its decay, of which diffusers would complain at every step
     return {n: value for n, value in config.items() if n in known or n.startswith("_")}
+
+
+def check_network_config(config: Mapping[str, Any], cls: Any, where: object) -> None:
+    """Raise `UserError` for values of another type, or out of range, or that make no network."""
+    if issubclass(cls, UNet2DModel):
+        check_unet_config(config, where)
+    else:
+        check_config(config, cls, where, NETWORK_RANGES)
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """The network of a checked config, with weights of its own."""
+    cls = network_class(class_name(config))
+    if hasattr(cls, "from_config"):
+        return cls.from_config(dict(config))
+    return cls(cls.config_class.from_dict(dict(config)))
 
 
 def check_unet_config(config: Mapping[str, Any], where: object) -> None:
@@ -153,33 +211,29 @@ def describe_network(config: Mapping[str, Any], where: object) -> Any:
 @lru_cache(maxsize=16)
 def _described(config: str) -> Any:
     values = json.loads(config)
-    cls = DENOISERS[values["_class_name"]]
     try:
         with torch.device("meta"):
-            network = cls.from_config(values).eval()
+            network = build(values).eval()
     except Exception as error:  # diffusers and torch raise whatever they like
-        raise UserError(f"no {cls.__name__}: {first_line(error)[:160]}") from error
-    _check_runs(network)
+        raise UserError(f"no {class_name(values)}: {first_line(error)[:160]}") from error
+    record = architecture_named(type(network).__name__)
+    if record is not None and not record.text:
+        _check_runs(network, record.shape(network))
     return network
 
 
-def _check_runs(network: Any) -> None:
-    size, channels = network.config.sample_size, network.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
+def _check_runs(network: Any, shape: Shape) -> None:
+    _, height, width = shape
     try:
         with torch.device("meta"), torch.no_grad():
-            zeros_N = torch.zeros(2, dtype=torch.long)
-            inputs = {"sample": torch.zeros(2, channels, height, width), "timestep": zeros_N}
-            if network.class_embedding is not None:
-                inputs["class_labels"] = zeros_N
-            made_NCHW = answer(network, inputs)
+            made_NCHW = answer(network, example_shapes(network, 2))
     except NotImplementedError:  # an operation that knows no meta device
         return
     except Exception as error:
         raise UserError(
             f"a network that cannot run on {height}x{width} images: {first_line(error)[:160]}"
         ) from error
-    if made_NCHW.shape != (2, network.config.out_channels, height, width):
+    if made_NCHW.shape[2:] != (height, width):
         raise UserError(f"a network that makes {tuple(made_NCHW.shape)} of {height}x{width}")
 
 

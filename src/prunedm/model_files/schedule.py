@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDPMScheduler
-
 from prunedm.errors import UserError, first_line
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, shown
 from prunedm.places import expanded
@@ -27,8 +25,13 @@ class Found:
     assumed: bool = False
 
 
-def find_scheduler(folder: Path, given: str | Path | None = None) -> Found:
-    """The one that is `given` (a folder or a file), the folder's, its run's, or the paper's."""
+def find_scheduler(
+    folder: Path, given: str | Path | None = None, default: str = "DDPMScheduler"
+) -> Found:
+    """The one that is `given` (a folder or a file), the folder's, its run's, or the paper's.
+
+    default: the class whose defaults are the paper's.
+    """
     if given:
         file = _given(expanded(given))
         return Found(scheduler := read_scheduler(file), _note(scheduler, file), file)
@@ -41,7 +44,7 @@ def find_scheduler(folder: Path, given: str | Path | None = None) -> Found:
         for file in places:
             if file.is_file():
                 return Found(scheduler := read_scheduler(file), _note(scheduler, file), file)
-    scheduler = DDPMScheduler()  # the paper's
+    scheduler = scheduler_class(default)()
     return Found(
         scheduler,
         f"no scheduler in or above {folder}: assuming {_in_words(scheduler)}; "

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 
 from prunedm.errors import UserError, first_line
-from prunedm.model_files.configs import DENOISERS, describe_network, shown
+from prunedm.model_files.configs import build, describe_network, shown
 
-STEM = "diffusion_pytorch_model"
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
+LARGE = 1 << 30  # weights; from here on they stay in the type of the file
 # .fp16 stands before the shard's number in some repositories, behind it in others
-_NAME = re.compile(STEM + r"(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.(safetensors|bin)")
+_NAME = re.compile(
+    rf"(?:{'|'.join(STEMS)})" + r"(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.(safetensors|bin)"
+)
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DDP and of torch.compile
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -32,24 +36,36 @@ def weight_files(folder: Path) -> tuple[list[Path], str]:
     safetensors before .bin, the plain variant before fp16, fp16 before others.
     """
     found: dict[tuple[bool, bool, bool, str], list[Path]] = {}
-    for path in sorted(folder.glob(f"{STEM}*")):
+    for path in sorted(path for stem in STEMS for path in folder.glob(f"{stem}[.-]*")):
         if match := _NAME.fullmatch(path.name):
             variant = match[1] or match[2] or ""
             rank = (match[3] == "bin", variant != "", variant != "fp16", variant)
             found.setdefault(rank, []).append(path)
     if not found:
         raise UserError(
-            f"{folder} has no weights: {STEM}.safetensors is missing; "
+            f"{folder} has no weights: {STEMS[0]}.safetensors is missing; "
             "copy or download the whole folder"
         )
     best = min(found)
     return found[best], best[-1]
 
 
-def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, torch.dtype, str]:
-    """The network of a checked config with the folder's weights; the type stored, and the variant.
+@dataclass(frozen=True)
+class Types:
+    """Types of stored tensors: that of most numbers, and the others by name."""
 
-    Raises `UserError` where config and files disagree, a file is damaged, or a weight not finite.
+    most: torch.dtype = torch.float32
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def of(self, name: str) -> torch.dtype:
+        return self.others.get(name, self.most)
+
+
+def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, Types, str]:
+    """The network of a checked config with the folder's weights; the types stored, and the variant.
+
+    A network of fewer than `LARGE` weights computes in float32, a larger one in the types stored. Raises
+    `UserError` where config and files disagree, a file is damaged, or a weight is not finite.
     """
     shapes = describe_network(config, folder / "config.json")
     files, variant = weight_files(folder)
@@ -58,22 +74,37 @@ def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, torch.dt
             stored = _Stored(files, open_files)
             names = _current_names(shapes, stored.shapes, folder)
             _check_shapes(shapes, {n: stored.shapes[old] for n, old in names.items()}, folder)
-            state = {name: _whole(stored.take(old), name, folder) for name, old in names.items()}
+            large = sum(math.prod(shape) for shape in stored.shapes.values()) >= LARGE
+            state = {
+                name: _whole(stored.take(old), name, folder, keep=large)
+                for name, old in names.items()
+            }
         except UserError:
             raise
         except Exception as error:  # damaged files make safetensors and torch raise a dozen types
             raise UserError(
                 f"cannot load weights in {folder}: {first_line(error)[:160]}; download it again?"
             ) from error
-    return filled(config, state), stored.dtype, variant
+    others = {new: stored.types[old] for new, old in names.items() if old in stored.types}
+    return filled(config, state), Types(stored.dtype, others), variant
 
 
 def filled(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
     """A network of these very tensors, for evaluation."""
     with init_empty_weights():  # buffers that no file holds are real
-        network = DENOISERS[config["_class_name"]].from_config(dict(config))
-    network.load_state_dict(state, assign=True)
+        network = build(config)
+    missing, _ = network.load_state_dict(state, assign=True, strict=False)
+    assert set(missing) <= tied(network), missing
+    if missing:
+        network.tie_weights()
     return network.eval()
+
+
+def tied(network: Any) -> set[str]:
+    """Names of parameters that are others again: language models tie their head to the embedding."""
+    if not getattr(network.config, "tie_word_embeddings", False):
+        return set()
+    return set(getattr(network, "_tied_weights_keys", None) or ())
 
 
 def check_state(config: Mapping[str, Any], state: dict[str, torch.Tensor], path: Path) -> None:
@@ -91,6 +122,7 @@ class _Stored:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, Any] = {}
         sizes: Counter[str] = Counter()
+        kinds: dict[str, str] = {}
         for path in files:
             if not path.is_file():  # a pipe would hang whoever opens it
                 raise UserError(f"{path} is not a file")
@@ -99,8 +131,10 @@ class _Stored:
                     raise UserError(f"{path}: {name} is in another shard too")
                 self.shapes[name], self._read[name] = shape, read
                 sizes[kind] += math.prod(shape)
+                kinds[name] = kind
         most = sizes.most_common(1)[0][0] if sizes else ""
         self.dtype = _TYPES.get(most, torch.float32)  # most of the numbers'; float32 for .bin files
+        self.types = {n: _TYPES.get(k, torch.float32) for n, k in kinds.items() if k != most}
 
     def take(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._read.pop(name)()  # let go of: a .bin file's are in memory
@@ -131,12 +165,14 @@ def _current_names(network: Any, stored: Mapping[str, object], folder: Path) -> 
     for old in stored:
         if names.setdefault(new := _WRAPPERS.sub("", old), old) != old:
             raise UserError(f"weights in {folder} hold {new} twice, as {names[new]} and {old}")
-    network._fix_state_dict_keys_on_load(names)  # query => to_q and so on
+    if hasattr(network, "_fix_state_dict_keys_on_load"):  # of diffusers: query => to_q and so on
+        network._fix_state_dict_keys_on_load(names)
     return names
 
 
 def _check_shapes(network: Any, stored: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    again = tied(network) - stored.keys()
+    wanted = {n: tuple(t.shape) for n, t in network.state_dict().items() if n not in again}
     start = f"weights in {where} are not those of its config.json"
     for kind, names in (
         ("missing", wanted.keys() - stored.keys()),
@@ -149,11 +185,12 @@ def _check_shapes(network: Any, stored: Mapping[str, tuple[int, ...]], where: Pa
             raise UserError(f"{start}: {name} is {stored[name]}, and by the config {shape}")
 
 
-def _whole(tensor: torch.Tensor, name: str, where: Path) -> torch.Tensor:
-    """A float32 copy. Raises `UserError` where it is of no floats, or not finite."""
+def _whole(tensor: torch.Tensor, name: str, where: Path, *, keep: bool = False) -> torch.Tensor:
+    """A copy, float32 unless its type stays. Raises `UserError` where it is not finite floats."""
     if not tensor.is_floating_point():
         raise UserError(f"{where}: {name} holds {tensor.dtype}, which are no weights")
-    copy = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    dtype = tensor.dtype if keep else torch.float32
+    copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if copy.numel() and not all(
         bool(end.isfinite()) for end in copy.aminmax()
     ):  # no mask in memory

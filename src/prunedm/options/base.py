@@ -118,6 +118,9 @@ class DataOptions(Options):
         "digits", description="digits, a hub id, a dataset folder or an image folder"
     )
     label_column: str = Field("", description="the column of classes, where several could be")
+    caption_column: str = Field(
+        "", description="the column of texts, where it is not called text or caption"
+    )
     image_column: str = Field("", description="the column of images, where several could be")
     flip: bool = Field(False, description="mirror half of the training images")
     convert_channels: bool = Field(False, description="convert images of other channel counts")

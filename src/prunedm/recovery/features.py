@@ -1,5 +1,6 @@
-"""Feature matching: the outputs of a UNet's blocks, student against teacher."""
+"""Feature matching: the outputs of a network's blocks, student against teacher."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
 from prunedm.layers import hooked
 
@@ -14,7 +16,7 @@ _TINY = 1e-12
 
 
 class BlockOutputs:
-    """The latest outputs of the down, mid and up blocks of a UNet, by name, NCHW."""
+    """The latest outputs of a network's blocks, by name, NCHW or NLC."""
 
     def __init__(self) -> None:
         self._found: dict[str, torch.Tensor] = {}
@@ -28,32 +30,31 @@ class BlockOutputs:
         return rows
 
     def keep(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        # a down block gives its skips too, which are in its last output
-        self._found[name] = output[0] if isinstance(output, tuple) else output
+        # a down block gives its skips too, in a tuple; a block of two streams gives the image's last
+        parts = output if isinstance(output, tuple) else (output,)
+        self._found[name] = [part for part in parts if torch.is_tensor(part)][-1]
 
 
 @contextmanager
 def block_outputs(denoiser: nn.Module) -> Iterator[BlockOutputs]:
-    """Listens to the blocks of a UNet while the context lasts."""
+    """Listens to the blocks of a network while the context lasts."""
     outputs = BlockOutputs()
     blocks = {name: denoiser.get_submodule(name) for name in block_names(denoiser)}
     with hooked(blocks, outputs.keep):
         yield outputs
 
 
-def block_names(denoiser: nn.Module) -> list[str]:
-    """Names of a UNet's blocks in the order of computation. Raises `UserError` if it has none."""
-    down, up = (
-        [f"{kind}.{k}" for k in range(len(getattr(denoiser, kind, ())))]
-        for kind in ("down_blocks", "up_blocks")
-    )
-    middle = ["mid_block"] if getattr(denoiser, "mid_block", None) is not None else []
-    if not (down or up):
+def block_names(network: nn.Module) -> list[str]:
+    """Names of the blocks, in the order of computation. Raises `UserError` if none are known."""
+    names = [name for name, _ in network.named_modules()]
+    patterns = architecture_of(network).blocks
+    blocks = [name for p in patterns for name in names if re.fullmatch(p, name)]
+    if not blocks:
         raise UserError(
-            f"match_features: a {type(denoiser).__name__} has no down_blocks or up_blocks; "
+            f"match_features: the blocks of a {type(network).__name__} are not known; "
             "give --match-features 0"
         )
-    return [*down, *middle, *up]
+    return blocks
 
 
 def feature_losses(
@@ -98,7 +99,8 @@ def alignment(student_NCP: torch.Tensor, teacher_NDP: torch.Tensor) -> torch.Ten
 
 
 def _positions(output_NCHW: torch.Tensor) -> torch.Tensor:
-    """At least float32: (N, C, P)."""
+    """At least float32: (N, C, P); tokens are (N, P, C)."""
+    output_NCHW = output_NCHW.mT if output_NCHW.ndim == 3 else output_NCHW
     return output_NCHW.to(torch.promote_types(output_NCHW.dtype, torch.float32)).flatten(2)
 
 

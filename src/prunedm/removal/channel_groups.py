@@ -20,9 +20,9 @@ from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
-from prunedm.architecture import Inputs, answer
+from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import UserError
-from prunedm.layers import PROTECTED, is_under
+from prunedm.layers import is_under
 from prunedm.removal.channel_costs import Side, width
 
 # The image's channels and the embedding's width belong to the model's interface: never removable.
@@ -66,7 +66,7 @@ def channel_groups(
     denoiser: nn.Module,
     inputs: Inputs,
     *,
-    protect: Iterable[str] = PROTECTED,
+    protect: Iterable[str] | None = None,
     round_to: int = 4,
 ) -> list[ChannelGroup]:
     """Every coupled set of channels that may be removed, with its blocks.
@@ -76,6 +76,7 @@ def channel_groups(
     """
     if round_to < 1:
         raise UserError(f"round_to is {round_to}; it must be 1 or more")
+    protect = architecture_of(denoiser).protect if protect is None else protect
     free = free_groups(denoiser, inputs, protect=protect)
     cut = [_with_blocks(denoiser, group, round_to) for group in free]
     return [group for group in cut if len(group.blocks) > 1]

@@ -1,15 +1,16 @@
 """A denoiser for sampling fast: channels-last, half precision where it is safe, compiled if it pays."""
 
 import copy
+import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from prunedm.architecture import Inputs, answer
+from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import first_line
 from prunedm.layers import replace_module
 
@@ -160,7 +161,8 @@ def _widened(value: Any) -> Any:
 def _mixed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     """In place: weights of the layers in `dtype` cast once, all others kept from autocast."""
     device = next(denoiser.parameters()).device
-    names = [n for n, m in denoiser.named_modules() if _stays_float32(n, m)]
+    precise = architecture_of(denoiser).precise
+    names = [n for n, m in denoiser.named_modules() if _stays_float32(n, m, precise)]
     kept = {id(m) for name in names for m in denoiser.get_submodule(name).modules()}
     for module in denoiser.modules():
         if isinstance(module, WEIGHTED) and id(module) not in kept:
@@ -171,9 +173,6 @@ def _mixed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     return denoiser
 
 
-def _stays_float32(name: str, module: nn.Module) -> bool:
-    return (
-        name in ("conv_in", "conv_out", "time_embedding", "class_embedding")
-        or name.endswith("time_emb_proj")
-        or isinstance(module, (nn.GroupNorm, nn.LayerNorm))
-    )
+def _stays_float32(name: str, module: nn.Module, precise: Sequence[str]) -> bool:
+    named = any(re.fullmatch(pattern, name) for pattern in precise)
+    return named or isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm))

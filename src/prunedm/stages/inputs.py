@@ -81,9 +81,7 @@ def device_for(wanted: str) -> torch.device:
 
 def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
     """The options' images in the shape that the model takes."""
-    channels, height, width = model.sample_shape
-    if height != width:
-        raise UserError(f"the model takes {height}x{width} images; only square ones are supported")
+    channels, height, width = model.codec.image_shape
     if options.convert_channels and channels not in (1, 3):
         raise UserError(
             f"the model takes images of {channels} channels, and --convert-channels makes 1 or 3; "
@@ -92,11 +90,13 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
     images = load_images(
         options.dataset,
         split=split,
-        size=height,
+        size=height if height == width else (height, width),
         channels=channels,
         convert=options.convert_channels,
         labels="needed" if model.conditional else "none",
+        captions=model.condition.captions,
         label_column=options.label_column,
+        caption_column=options.caption_column,
         image_column=options.image_column,
     )
     model.condition.check(images)

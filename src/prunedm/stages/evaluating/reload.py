@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 
 from prunedm.architecture import answer, like_weights
 from prunedm.errors import UserError
 from prunedm.folder import PACKED_FILE, Model, load, model_folder
-from prunedm.model_files.configs import DENOISERS
+from prunedm.model_files.configs import network_class
 from prunedm.model_files.weights import weight_files
 
 DIFFERS = "gives another output"
@@ -21,7 +20,7 @@ def check_reload(model: Model) -> bool:
     Unnarrowed networks are loaded by diffusers alone, without any of our code.
     """
     folder, _ = model_folder(model.name)
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    place = folder / model.component if (folder / model.component).is_dir() else folder
     again = _load_again(place, type(model.denoiser).__name__)
     before, now = (_outputs(denoiser, model) for denoiser in (model.denoiser, again))
     if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True):
@@ -34,7 +33,7 @@ def _load_again(place: Path, name: str) -> torch.nn.Module:
     if (place / PACKED_FILE).exists():
         packed: torch.nn.Module = load(place).denoiser
         return packed
-    cls = UNet2DModel if name == "UNet2DModel" else DENOISERS[name]
+    cls = network_class(name)
     _, variant = weight_files(place)
     denoiser: torch.nn.Module
     denoiser, loading = cls.from_pretrained(

@@ -8,7 +8,7 @@ import torch
 
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
-from prunedm.layers import ENDS, PROTECTED, why_not_nm
+from prunedm.layers import why_not_nm
 from prunedm.masks import Masks, Pattern
 from prunedm.options import parse_target
 from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
@@ -73,11 +73,12 @@ def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[
     Raises `OutOfReach` where none does.
     """
     options, denoiser, scores = job.options, job.model.denoiser, None
+    known = job.model.architecture
     for round_to in job.roundings:
         groups = channel_groups(
             denoiser,
             job.model.example(),
-            protect=[n for n in PROTECTED if not (options.narrow_ends and n in ENDS)],
+            protect=[n for n in known.protect if not (options.narrow_ends and n in known.ends)],
             round_to=round_to,
         )
         scores = scores or job.scores()

@@ -1,0 +1,131 @@
+"""What a pipeline has besides the network that is pruned: carried along as it is, loaded where needed.
+
+A companion is a component that model_index.json names: an autoencoder, text encoders, tokenizers,
+feature extractors, a safety checker, or a second denoiser.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prunedm.errors import UserError, first_line
+from prunedm.reading import check_regular
+from prunedm.tensor_cache import cache_folder
+
+AUTOENCODERS = ("vae", "vqvae")
+REMEMBERED = 1 << 28  # bytes, from which on a hash is kept with the size and times of its files
+
+
+class Companions:
+    """The components of a pipeline folder but the denoiser and the scheduler, by their names.
+
+    index: its model_index.json. Raises `UserError` where one that the index names is missing.
+    """
+
+    def __init__(self, folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
+        self.folder, self.index = folder, index
+        self.names = [n for n in components(index) if n not in (denoiser, "scheduler")]
+        for name in self.names:
+            if not (folder / name).is_dir():
+                raise UserError(
+                    f"{folder} has no folder {name!r}, which its model_index.json names; copy or "
+                    "download the whole pipeline"
+                )
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    @property
+    def autoencoder(self) -> str:
+        """The name of the one that makes latents, or ""."""
+        return next((name for name in AUTOENCODERS if name in self.names), "")
+
+    def load_autoencoder(self) -> Any:
+        """Raises `UserError` where it is damaged, or its class is not one of diffusers."""
+        import diffusers
+
+        name, place = str(self.index[self.autoencoder][1]), self.folder / self.autoencoder
+        cls: Any = getattr(diffusers, name, None)
+        if not issubclass(cls if isinstance(cls, type) else object, diffusers.ModelMixin):
+            raise UserError(f"{place}: {name} is not an autoencoder of diffusers")
+        try:
+            return cls.from_pretrained(place, use_safetensors=True, local_files_only=True)
+        except Exception as error:  # diffusers raises whatever it likes
+            raise UserError(f"cannot load {place}: {first_line(error)[:160]}") from error
+
+    def key(self, *names: str) -> str:
+        """A hash of these components' files."""
+        return hash_files([path for name in names for path in self.files(name)], self.folder)
+
+    def files(self, name: str) -> list[Path]:
+        """All files of a component, in order."""
+        return sorted(path for path in (self.folder / name).rglob("*") if not path.is_dir())
+
+    def carry(self, folder: Path) -> None:
+        """Put all of them into another folder: as links to the same content, or as copies."""
+        for name in self.names:
+            for path in self.files(name):
+                _link(check_regular(path), folder / path.relative_to(self.folder))
+
+
+def components(index: Mapping[str, Any]) -> list[str]:
+    """Names of the components that a model_index.json says are there."""
+    return [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1]
+    ]
+
+
+def hash_files(paths: list[Path], folder: Path, others: tuple[Path, ...] = ()) -> str:
+    """A hash of names and contents; of many bytes kept by the files' sizes and times.
+
+    `others` lie outside of the folder, and count by their own names.
+    """
+    named = [(str(path.relative_to(folder)), path) for path in paths]
+    named += [(path.name, path) for path in others]
+    if sum(path.stat().st_size for path in paths) < REMEMBERED:
+        return _hash(named)
+    stats = [(name, str(path.resolve()), *_times(path)) for name, path in named]
+    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
+    known = cache_folder() / "hashes" / key
+    if known.is_file():
+        return known.read_text(encoding="utf-8")[:16]
+    found = _hash(named)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    aside = known.with_name(f"{key}.{os.getpid()}")
+    aside.write_text(found, encoding="utf-8")
+    aside.replace(known)
+    return found
+
+
+def _times(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _hash(named: list[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
+    for name, path in named:
+        digest.update(name.encode())
+        for chunk in _chunks(path):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            yield chunk
+
+
+def _link(source: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), place)
+    except OSError:  # another disk, or a system without links
+        shutil.copy2(source, place)

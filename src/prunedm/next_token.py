@@ -1,0 +1,64 @@
+"""Next-token prediction: the task of causal language models.
+
+Letters: N sequences of L tokens, V words.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from prunedm.randomness import generator_for
+from prunedm.task import Batch, Criterion, Task
+
+
+class NextToken(Task):
+    """A seeded, endless stream of token sequences; with `shuffle` in a fresh order each epoch.
+
+    tokens_SL: S sequences of L tokens. With `cycle`, problem p is problem p mod cycle.
+    """
+
+    def __init__(
+        self,
+        tokens_SL: torch.Tensor,
+        *,
+        seed: int,
+        purpose: str,
+        shuffle: bool = False,
+        cycle: int = 0,
+    ) -> None:
+        self.tokens_SL, self.seed, self.purpose = tokens_SL, seed, purpose
+        self.shuffle, self.cycle = shuffle, cycle
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Sequences, and the tokens behind each of theirs."""
+        rows = [self._row(p % self.cycle if self.cycle else p) for p in numbers]
+        tokens_NL = self.tokens_SL[rows].long()
+        return Batch(
+            {"input_ids": tokens_NL},
+            tokens_NL[:, 1:],
+            numbers=tuple(p % self.cycle if self.cycle else p for p in numbers),
+            criterion=CROSS_ENTROPY,
+        )
+
+    def _row(self, p: int) -> int:
+        epoch, position = divmod(p, len(self.tokens_SL))
+        if not self.shuffle:
+            return position
+        generator = generator_for(self.seed, f"{self.purpose}/order", epoch)
+        return int(torch.randperm(len(self.tokens_SL), generator=generator)[position])
+
+
+def cross_entropies(logits_NLV: torch.Tensor, tokens_NL: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of each sequence's tokens after its first, in float32: (N,)."""
+    logits_NVL = logits_NLV[:, :-1].float().transpose(1, 2)
+    return F.cross_entropy(logits_NVL, tokens_NL, reduction="none").mean(1)
+
+
+def divergences(logits_NLV: torch.Tensor, wanted_NLV: torch.Tensor) -> torch.Tensor:
+    """KL(wanted || own) of each sequence, mean over tokens, float32: (N,) (Hinton et al. 2015)."""
+    own, wanted = (logits.float().log_softmax(-1) for logits in (logits_NLV, wanted_NLV))
+    return F.kl_div(own, wanted, log_target=True, reduction="none").sum(-1).mean(1)
+
+
+CROSS_ENTROPY = Criterion(cross_entropies, divergences)

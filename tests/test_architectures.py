@@ -1,0 +1,153 @@
+"""Every family of networks goes through the whole engine: what holds for one holds for all.
+
+The table decides which: a new family is tested from the day that it has a line there.
+"""
+
+import copy
+
+import pytest
+import torch
+from families import NETWORKS, model, network, task
+from torch import nn
+
+from prunedm.architecture import ARCHITECTURES, answer, architecture_of, example
+from prunedm.evaluation.loss import denoising_loss
+from prunedm.folder import load, save
+from prunedm.layers import is_under, prunable_layers, to_groups, why_not_nm
+from prunedm.masks import Masks, Pattern
+from prunedm.removal.input_grams import input_grams
+from prunedm.removal.nm import eligible_layers, nm_masks
+from prunedm.removal.obs import obs_prune
+from prunedm.scores import SCORES, Calibration, score_layers
+
+FAMILIES = list(ARCHITECTURES)
+DENOISERS = [name for name in FAMILIES if not architecture_of(network(name)).text]
+
+
+def layers_of(made: nn.Module, most: int = 6) -> dict[str, nn.Module]:
+    """Some layers that take 2:4, spread over the network."""
+    fit = {n: m for n, m in prunable_layers(made).items() if why_not_nm(m, 4) is None}
+    names = list(fit)
+    return {name: fit[name] for name in names[:: max(1, len(names) // most)]}
+
+
+def test_every_family_of_the_table_is_tried():
+    assert list(NETWORKS) == FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_laid_out_as_samples_are(name):
+    made = network(name)
+    inputs = task(model(name)).batch(range(3)).inputs
+    with torch.no_grad():
+        found = answer(made, inputs)
+        alone = answer(made, {key: x[1:2] for key, x in inputs.items()})
+    torch.testing.assert_close(found[1:2], alone, rtol=1e-4, atol=1e-5)
+    if "sample" in inputs:
+        n, c, h, w = inputs["sample"].shape
+        assert found.shape in ((n, c, h, w), (n, 2 * c, h, w))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_examples_are_seeded_and_whole(name):
+    made = network(name)
+    if name == "FluxTransformer2DModel":
+        pytest.skip("its example is of full size: 4,096 tokens")
+    first, again, other = (example(made, 2, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+    with torch.no_grad():
+        assert answer(made, first).isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_protected_is_there(name):
+    made, record = network(name), architecture_of(network(name))
+    layers = prunable_layers(made)
+    assert layers
+    assert not any(is_under(layer, record.protect) for layer in layers)
+    names = [n for n, _ in made.named_modules()]
+    optional = {"class_embedding", "add_embedding", "encoder_hid_proj"}
+    for pattern in {*record.protect, *record.ends, *record.blocks} - optional:
+        assert any(is_under(n, [pattern]) for n in names), pattern
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_gives_masks_that_are_not_each_others(name, score):
+    made, layers = model(name), layers_of(network(name))
+    layers = {n: made.denoiser.get_submodule(n) for n in layers}
+    calibration = Calibration(
+        problems=task(made, **({} if made.scheduler is None else {"time_range": (0, 3)})),
+        count=8,
+        batch_size=4,
+        time_bins=1,
+        sweep_images=4,
+    )
+    scores = score_layers(made.denoiser, layers, score, calibration=calibration)
+    masks = nm_masks(layers, scores, Pattern(2, 4))
+    assert masks.by_layer.keys() == layers.keys()
+    assert masks.kept * 2 == masks.total
+    if not score.startswith("magnitude"):
+        plain = nm_masks(layers, score_layers(made.denoiser, layers, "magnitude"), Pattern(2, 4))
+        assert any(not torch.equal(mask, plain.by_layer[n]) for n, mask in masks)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_obs_changes_layers_outputs_less_than_magnitude(name):
+    made = model(name)
+    batches = [task(made).batch(range(k, k + 16)) for k in (0, 16)]
+    plain, updated = (copy.deepcopy(made.denoiser) for _ in range(2))
+    layers = layers_of(made.denoiser)
+    grams = input_grams(made.denoiser, layers, batches, weigh=torch.ones_like)
+    ours = {n: plain.get_submodule(n) for n in layers}
+    nm_masks(ours, score_layers(plain, ours, "magnitude"), Pattern(2, 4)).apply_(plain)
+    masks = obs_prune(
+        updated,
+        dict.fromkeys(layers, Pattern(2, 4)),
+        batches=batches,
+        time_weights=(1, 1),
+        guidance=0,
+    )
+    assert masks.keys() == layers.keys()
+
+    def error(pruned: nn.Module, n: str) -> float:
+        """|X (W - W')^T|^2 over the inputs X that the dense layer meets."""
+        change = (layers[n].weight - pruned.get_submodule(n).weight).detach()
+        columns = to_groups(change, 1).reshape(len(change), -1)
+        return float((columns @ grams[n] * columns).sum())
+
+    for n in layers:
+        assert error(updated, n) < error(plain, n), n
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_masked_model_is_saved_and_loaded_to_the_bit(name, tmp_path):
+    made = model(name)
+    eligible, _ = eligible_layers(prunable_layers(made.denoiser), Pattern(2, 4))
+    masks = nm_masks(eligible, score_layers(made.denoiser, eligible, "magnitude"), Pattern(2, 4))
+    masks.apply_(made.denoiser)
+    made.masks = masks
+    save(made, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert type(again.denoiser) is type(made.denoiser)
+    assert isinstance(again.masks, Masks)
+    inputs = task(made).batch(range(2)).inputs
+    with torch.no_grad():
+        assert torch.equal(answer(made.denoiser, inputs), answer(again.denoiser, inputs))
+    plain = type(made.denoiser).from_pretrained(tmp_path / "out" / made.component).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(answer(plain, inputs), answer(made.denoiser, inputs))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_are_finite_and_gradients_reach_every_layer(name):
+    made = model(name)
+    batch = task(made).batch(range(4))
+    loss = batch.losses(answer(made.denoiser, batch.inputs))
+    assert loss.shape == (4,)
+    loss.mean().backward()
+    for layer, module in prunable_layers(made.denoiser).items():
+        assert module.weight.grad is not None, layer
+        assert module.weight.grad.isfinite().all(), layer
+    assert denoising_loss(made.denoiser, [batch]).mean == pytest.approx(float(loss.mean().detach()))

@@ -1,0 +1,187 @@
+"""Latent pipelines: their companions are carried, their latents and prompts are made once."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from helpers import noise_images
+from PIL import Image
+from pipelines import autoencoder, latent_diffusion, stable_diffusion
+
+from prunedm.codec import Latents
+from prunedm.condition import Prompts
+from prunedm.errors import UserError
+from prunedm.folder import hash_folder, load, save
+from prunedm.options import DataOptions, FinetuneOptions, LossOptions, PruneOptions
+from prunedm.sampling import images_of
+from prunedm.stages import finetune, loss, prune
+from prunedm.stages.inputs import images_for, training_problems
+from prunedm.tensor_cache import TensorCache, content_key
+
+QUICK = {"device": "cpu"}
+WORDS = ("a red one", "a blue two", "a green three")
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """A folder of images with a caption each, as `datasets`' imagefolder reads it."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    rows = []
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{k:02d}.png")
+        rows.append({"file_name": f"{k:02d}.png", "text": WORDS[k % 3]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_latents_are_those_of_the_autoencoder_and_come_back_as_images():
+    vae = autoencoder()
+    codec = Latents(vae, (4, 8, 8), key="test")
+    assert codec.image_shape == (3, 16, 16)
+    images = torch.stack([noise_images(4, size=16, channels=3)[k] for k in range(4)])
+    found = codec.encode(images)
+    with torch.no_grad():
+        mode = vae.encode(images.float() / 127.5 - 1).latent_dist.mode()
+    torch.testing.assert_close(found, (mode - 0.1) * 0.5, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        due = vae.decode(mode).sample
+    decoded = codec.decode(found)
+    assert decoded.dtype == torch.uint8
+    due = ((due.clamp(-1, 1) + 1) * 127.5).round()
+    assert (decoded.float() - due).abs().max() <= 1
+
+
+def test_what_is_encoded_once_is_not_encoded_again():
+    codec = Latents(autoencoder(), (4, 8, 8), key="once")
+    images = torch.stack([noise_images(4, size=16, channels=3)[k] for k in range(4)])
+    first = codec.encode(images)
+    codec.autoencoder.encode = None  # would raise
+    assert torch.equal(codec.encode(images), first)
+    assert torch.equal(codec.encode(images[[2]]), first[[2]])
+    with pytest.raises(TypeError):
+        codec.encode(255 - images)
+
+
+def test_an_entry_that_is_damaged_is_made_again():
+    cache, key = TensorCache("test", "maker"), content_key(torch.arange(3))
+    cache.get(key, lambda: {"x": torch.ones(2)})
+    (path,) = cache.folder.rglob("*.safetensors")
+    path.write_bytes(b"")
+    assert torch.equal(cache.get(key, lambda: {"x": torch.zeros(2)})["x"], torch.zeros(2))
+    assert torch.equal(cache.get(key, dict)["x"], torch.zeros(2))
+
+
+def test_prompts_are_what_the_pipeline_makes_of_them(captioned):
+    model = load(stable_diffusion())
+    assert isinstance(model.condition, Prompts)
+    pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion())
+    with torch.no_grad():
+        due, _ = pipe.encode_prompt(list(WORDS), "cpu", 1, False)
+    found = model.condition.encoder(WORDS)["encoder_hidden_states"]
+    torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-5)
+    options = DataOptions(dataset=str(captioned), **QUICK)
+    images = images_for(model, options, "train")
+    assert images.captions[:4] == [*WORDS, WORDS[0]]
+    batch = training_problems(model, options, images).batch(range(200))
+    states = batch.inputs["encoder_hidden_states"]
+    empty = model.condition.encoder([""])["encoder_hidden_states"]
+    share = float((states == empty).flatten(1).all(1).float().mean())
+    assert 0.03 < share < 0.2  # left out with probability 0.1
+    for k in range(200):
+        assert any(torch.equal(states[k], row) for row in (*found, *empty))
+    again = training_problems(model, options, images).batch(range(50, 60))
+    assert torch.equal(again.inputs["encoder_hidden_states"], states[50:60])
+
+
+@pytest.mark.parametrize("folder", [stable_diffusion, latent_diffusion])
+def test_companions_are_carried_and_diffusers_loads_the_result(folder, tmp_path):
+    model = load(folder())
+    model.name = "made"
+    save(model, tmp_path / "out")
+    index = json.loads((folder() / "model_index.json").read_text())
+    own = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert {k: v for k, v in own.items() if k != "_diffusers_version"} == {
+        k: v for k, v in index.items() if k not in ("_diffusers_version", "_name_or_path")
+    }
+    for name in model.companions.names:
+        for path in model.companions.files(name):
+            copy = tmp_path / "out" / path.relative_to(folder())
+            assert copy.read_bytes() == path.read_bytes()
+            assert copy.samefile(path)  # not a second copy
+    before, after = (
+        DiffusionPipeline.from_pretrained(place).unet.state_dict()
+        for place in (folder(), tmp_path / "out")
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_hash_tells_of_every_component(tmp_path):
+    save(load(stable_diffusion()), tmp_path / "out")
+    first = hash_folder(tmp_path / "out")
+    for path in sorted((tmp_path / "out").rglob("*")):
+        if path.is_file() and path.parent != tmp_path / "out":
+            content = path.read_bytes()
+            path.unlink()  # a link: the original stays
+            path.write_bytes(content + b" ")
+            assert hash_folder(tmp_path / "out") != first, path
+            path.write_bytes(content)
+    assert hash_folder(tmp_path / "out") == first
+
+
+def test_prune_finetune_and_loss_work_on_a_captioned_folder(captioned, tmp_path):
+    data = {"dataset": str(captioned), **QUICK}
+    options = PruneOptions(
+        mechanism="obs-nm", pattern="2:4", calibration_problems=8, pictures=2, **data
+    )
+    prune(stable_diffusion(), tmp_path / "sparse", options)
+    assert (tmp_path / "sparse" / "vis" / "after_pruning.png").exists()
+    tuning = FinetuneOptions(steps=2, batch_size=4, validation_problems=4, **data)
+    finetune(tmp_path / "sparse", tmp_path / "tuned", tuning)
+    found, _ = loss(tmp_path / "tuned", tmp_path / "loss", LossOptions(problems=8, **data))
+    assert np.isfinite(found.figures["loss"])
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "tuned")
+    model = load(tmp_path / "tuned")
+    zeros = sum(int((~mask).sum()) for _, mask in model.masks)
+    weights = [pipe.unet.get_submodule(n).weight for n, _ in model.masks]
+    assert sum(int((w == 0).sum()) for w in weights) >= zeros
+    images = images_of(model, 2, 2)
+    assert images.shape == (2, 16, 16, 3)
+
+
+def test_an_unconditional_latent_model_goes_through(tmp_path):
+    data = {"dataset": "digits", "convert_channels": True, **QUICK}
+    options = PruneOptions(target="params=0.2", score="magnitude", pictures=2, **data)
+    prune(latent_diffusion(), tmp_path / "narrow", options)
+    model = load(tmp_path / "narrow")
+    assert type(model.denoiser).__name__ == "PrunedUNet2DModel"
+    assert images_of(model, 2, 2).shape == (2, 16, 16, 3)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "narrow")
+    assert pipe.unet.config.widths
+
+
+def test_images_without_captions_say_what_gives_them(tmp_path, captioned):
+    (captioned / "metadata.jsonl").unlink()
+    model = load(stable_diffusion())
+    with pytest.raises(UserError, match=r"has no captions.*metadata\.jsonl.*--caption-column"):
+        images_for(model, DataOptions(dataset=str(captioned), **QUICK), "train")
+
+
+def test_an_image_without_a_caption_is_named(captioned):
+    lines = (captioned / "metadata.jsonl").read_text().splitlines()
+    (captioned / "metadata.jsonl").write_text("\n".join(lines[:-2]))
+    with pytest.raises(UserError, match=r"22\.png has no caption; 2 images have none"):
+        images_for(load(stable_diffusion()), DataOptions(dataset=str(captioned), **QUICK), "train")
+
+
+def test_a_column_of_captions_may_have_any_name(captioned):
+    path = captioned / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"text"', '"what is seen"'))
+    options = DataOptions(dataset=str(captioned), caption_column="what is seen", **QUICK)
+    assert images_for(load(stable_diffusion()), options, "train").captions[0] == WORDS[0]
+    options = options.model_copy(update={"caption_column": "what is sean"})
+    with pytest.raises(UserError, match="no column 'what is sean'; did you mean 'what is seen'"):
+        images_for(load(stable_diffusion()), options, "train")
