@@ -7,8 +7,9 @@ class's name. Shared names: `sample` (N, C, H, W), `timestep` (N,), `class_label
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from prunedm.errors import UserError
 from prunedm.randomness import generator_for
 
 Inputs = Mapping[str, torch.Tensor]
@@ -34,6 +36,36 @@ ARCHITECTURES = {
 def told_as_named(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The shared names are the class's own."""
     return dict(inputs)
+
+
+def told_as_hidden_states(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """As named, but that a noisy sample is `hidden_states`, as in most transformers of diffusers."""
+    return {("hidden_states" if name == "sample" else name): x for name, x in inputs.items()}
+
+
+def told_by_signature(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """One of the two above, for a class without a record.
+
+    Raises `UserError` where its `forward` wants other things.
+    """
+    parameters = inspect.signature(network.forward).parameters
+    named = "sample" in parameters or "sample" not in inputs
+    told = (told_as_named if named else told_as_hidden_states)(network, inputs)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in told if name not in parameters and not open_ended]
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in told
+    ]
+    if unknown or missing:
+        raise UserError(
+            f"how to ask a {type(network).__name__} is not known (it wants "
+            f"{', '.join(missing) or 'no ' + ', '.join(unknown)}): masks by --score magnitude or random "
+            "work on it as it is; losses, other scores, OBS and learning take one file, see "
+            "docs/guides/add-a-family.md"
+        )
+    return told
 
 
 def first_of(network: nn.Module, output: Any, inputs: Inputs) -> torch.Tensor:
@@ -80,10 +112,12 @@ class Architecture:
     pipeline: the class of diffusers that a bare network of this kind is saved for.
     scheduler: the class of diffusers whose defaults such a network is taken to be trained with.
     text: whether it continues texts, and is not a denoiser.
+    channels: whether its coupled channels are known well enough to be cut (`--mechanism channels`).
+    tiny: a configuration of a few thousand weights; the tests try the family on it.
     """
 
     component: str = "unet"
-    told: Callable[[nn.Module, Inputs], dict[str, Any]] = told_as_named
+    told: Callable[[nn.Module, Inputs], dict[str, Any]] = told_by_signature
     heard: Callable[[nn.Module, Any, Inputs], torch.Tensor] = first_of
     shape: Callable[[Any], Shape] = square_sample
     classes: Callable[[Any], int | None] = labels_of_embedding
@@ -96,6 +130,8 @@ class Architecture:
     pipeline: str = "DDPMPipeline"
     scheduler: str = "DDPMScheduler"
     text: bool = False
+    channels: bool = False
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
 
 @cache

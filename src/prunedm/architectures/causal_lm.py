@@ -28,4 +28,14 @@ RECORD = Architecture(
     protect=("lm_head", r".*embed_tokens"),
     blocks=(r"model\.layers\.\d+",),
     text=True,
+    tiny={
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
 )

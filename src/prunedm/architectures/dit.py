@@ -2,13 +2,7 @@
 
 from typing import Any
 
-from prunedm.architecture import Architecture, Inputs
-
-
-def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """A noisy sample is `hidden_states` here."""
-    renamed = {("hidden_states" if name == "sample" else name): x for name, x in inputs.items()}
-    return renamed | {"timestep": renamed["timestep"].long()}  # it indexes nothing, and is embedded
+from prunedm.architecture import Architecture, told_as_hidden_states
 
 
 def classes(network: Any) -> int:
@@ -20,10 +14,21 @@ def classes(network: Any) -> int:
 RECORD = Architecture(
     component="transformer",
     pipeline="DiTPipeline",
-    told=told,
+    told=told_as_hidden_states,
     classes=classes,
     protect=("pos_embed", "proj_out_1", "proj_out_2", r"transformer_blocks\.\d+\.norm1\.emb"),
     ends=("pos_embed", "proj_out_2"),
     blocks=(r"transformer_blocks\.\d+",),
     precise=("pos_embed", "proj_out_1", "proj_out_2", r".*\.norm1\.emb"),
+    tiny={
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "num_embeds_ada_norm": 10,
+        "norm_num_groups": 8,
+    },
 )

@@ -98,4 +98,16 @@ RECORD = Architecture(
     ends=("x_embedder", "proj_out"),
     blocks=(r"(single_)?transformer_blocks\.\d+",),
     precise=EMBEDDINGS,
+    tiny={
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "pooled_projection_dim": 8,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    },
 )

@@ -4,14 +4,9 @@ from typing import Any
 
 import torch
 
-from prunedm.architecture import Architecture, Inputs
+from prunedm.architecture import Architecture, Inputs, told_as_hidden_states
 
 TOKENS = 77 + 256  # of the two CLIP encoders, and of T5
-
-
-def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """A noisy sample is `hidden_states` here."""
-    return {("hidden_states" if name == "sample" else name): x for name, x in inputs.items()}
 
 
 def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
@@ -37,7 +32,7 @@ RECORD = Architecture(
     component="transformer",
     pipeline="StableDiffusion3Pipeline",
     scheduler="FlowMatchEulerDiscreteScheduler",
-    told=told,
+    told=told_as_hidden_states,
     classes=lambda network: 0,
     more=more,
     prompts=prompts,
@@ -45,4 +40,19 @@ RECORD = Architecture(
     ends=("pos_embed", "proj_out"),
     blocks=(r"transformer_blocks\.\d+",),
     precise=EMBEDDINGS,
+    tiny={
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 8,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
 )

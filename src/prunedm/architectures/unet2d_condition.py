@@ -54,4 +54,15 @@ RECORD = replace(
     pipeline="StableDiffusionPipeline",
     protect=(*unet2d.RECORD.protect, "add_embedding", "encoder_hid_proj"),
     precise=(*unet2d.RECORD.precise, "add_embedding"),
+    channels=False,
+    tiny={
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
 )

@@ -49,6 +49,12 @@ STEPS = "layers take only the candidates; more --candidates make finer steps"
 def remove_by_channels(job: Job) -> Details:
     """Narrow the model: it becomes a `PrunedUNet2DModel`."""
     options, denoiser = job.options, job.model.denoiser
+    if not job.model.architecture.channels:
+        raise UserError(
+            f"channels of a {type(denoiser).__name__} are not cut yet: which of them go together is "
+            "not known; give --mechanism nm, weights, obs-nm or obs-weights, or see "
+            "docs/guides/add-a-family.md"
+        )
     kind, ratio = parse_target(options.target)
     before = {name: widths(layer) for name, layer in job.layers.items()}
     plan, groups, round_to = _channel_plan(job, kind, ratio)
