@@ -13,19 +13,29 @@ besides. At the end: `benchmarks/results/deployment-NAME.json`, and the section 
 `docs/results.md`.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pruning_report import command_line, into_docs
+from bench import (
+    ROOT,
+    Row,
+    draw,
+    median_ratio,
+    parser_of,
+    publish,
+    record,
+    section,
+    table,
+)
 from sampling import pipeline
 from torch import nn
 
@@ -36,14 +46,14 @@ from prunedm.evaluation.fid import bootstrap_error, frechet_distance
 from prunedm.evaluation.fid import statistics as moments
 from prunedm.evaluation.loss import denoising_loss, fixed_batches
 from prunedm.evaluation.size import count_macs, count_parameters
+from prunedm.evaluation.speed import Call, in_turns
 from prunedm.folder import Model, load
 from prunedm.options import DataOptions, ExportOptions
-from prunedm.record import environment, read_record, write_json
-from prunedm.sampling import FastDenoiser, make_sampler, sample_batches
+from prunedm.record import read_record
+from prunedm.sampling import FastDenoiser
 from prunedm.stages import export
 from prunedm.stages.inputs import images_for, problems_on
 
-ROOT = Path(__file__).parent.parent
 SEED = 0
 EAGER, COMPILED = "PyTorch eager, fp32", "PyTorch compiled"
 RUNTIMES = {
@@ -55,8 +65,6 @@ RUNTIMES = {
 }
 DEFAULT = "OpenVINO, bf16"  # `prunedm export --format openvino`
 LOSS_PROBLEMS = 1000
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Deployed:
         return f"{self.model} / {self.runtime}"
 
 
-def deployed(models: Mapping[str, Model], arguments: argparse.Namespace) -> list[Deployed]:
+def deployed(models: Mapping[str, Model], arguments: Namespace) -> list[Deployed]:
     """Every model in every runtime."""
     found = []
     for name, model in models.items():
@@ -104,35 +112,23 @@ def call_of(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Cal
     return call
 
 
-def in_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, round by round."""
-    for call in calls.values():
-        call(), call()  # compiled, and warm
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+def turns(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, turn by turn; two turns warm it up and compile it."""
+    return dict(zip(calls, in_turns(list(calls.values()), repeats=repeats, warmup=2), strict=True))
 
 
-def ratio(base: list[float], own: list[float]) -> float:
-    return statistics.median(b / o for b, o in zip(base, own, strict=True))
-
-
-def latencies(rows: list[Deployed], shape: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def latencies(rows: list[Deployed], shape: Any, arguments: Namespace) -> Row:
     """Milliseconds of a call and the ratio to the dense model in eager float32, by batch size."""
-    table: dict[str, Any] = {row.key: {} for row in rows}
+    table: Row = {row.key: {} for row in rows}
     for batch in arguments.batches:
-        seconds = in_turns(
+        seconds = turns(
             {row.key: call_of(row.denoiser, shape, batch) for row in rows}, arguments.repeats
         )
         base = seconds[f"dense / {EAGER}"]
         for key, taken in seconds.items():
             table[key][str(batch)] = {
                 "ms": 1000 * statistics.median(taken),
-                "ratio": ratio(base, taken),
+                "ratio": median_ratio(base, taken),
                 "seconds": taken,
             }
         print(f"batch {batch} timed", flush=True)
@@ -140,51 +136,36 @@ def latencies(rows: list[Deployed], shape: Any, arguments: argparse.Namespace) -
 
 
 def images_per_second(
-    models: Mapping[str, Model], rows: list[Deployed], arguments: argparse.Namespace
-) -> dict[str, Any]:
+    models: Mapping[str, Model], rows: list[Deployed], arguments: Namespace
+) -> Row:
     """From noise to images: diffusers' pipeline against these."""
     dense, batch, steps = models["dense"], arguments.batches[-1], arguments.steps
     baseline = pipeline(dense, batch, torch.device("cpu"))
     draws: dict[str, Call] = {"diffusers DDIMPipeline": lambda: baseline(batch, steps)}
     for row in rows:
-        draws[row.key] = lambda row=row: drawn(row.denoiser, dense, batch, batch, steps)  # type: ignore[misc]
-    seconds = in_turns(draws, arguments.turns)
+        draws[row.key] = partial(
+            draw, dense, row.denoiser, count=batch, steps=steps, seed=SEED, batch_size=batch
+        )
+    seconds = turns(draws, arguments.turns)
     base = seconds["diffusers DDIMPipeline"]
     return {
         key: {
             "images_s": batch / statistics.median(taken),
-            "ratio": ratio(base, taken),
+            "ratio": median_ratio(base, taken),
             "seconds": taken,
         }
         for key, taken in seconds.items()
     }
 
 
-def drawn(denoiser: nn.Module, model: Model, count: int, batch: int, steps: int) -> torch.Tensor:
-    """uint8 NCHW."""
-    batches = sample_batches(
-        denoiser,
-        make_sampler(model.scheduler, "ddim"),
-        count=count,
-        steps=steps,
-        codec=model.codec,
-        condition=model.condition,
-        seed=SEED,
-        batch_size=batch,
-    )
-    return torch.cat(list(batches))
-
-
-def qualities(
-    models: Mapping[str, Model], rows: list[Deployed], arguments: argparse.Namespace
-) -> dict[str, Any]:
+def qualities(models: Mapping[str, Model], rows: list[Deployed], arguments: Namespace) -> Row:
     """Loss of every row that is a file or eager; FD of those in `rows` that deploy."""
     data = DataOptions(dataset=arguments.dataset, seed=SEED)
     reference = images_for(models["dense"], data, "test")
     problems = fixed_batches(problems_on(reference, models["dense"], SEED), LOSS_PROBLEMS)
     network = load_features(arguments.features)
     real = moments(extract(network, image_batches(reference)), features=network.name)
-    found: dict[str, Any] = {}
+    found: Row = {}
     for row in rows:
         if row.runtime == COMPILED:
             continue
@@ -194,7 +175,14 @@ def qualities(
             DEFAULT,
             "OpenVINO, int8",
         ):
-            images = drawn(row.denoiser, models[row.model], arguments.samples, 64, arguments.steps)
+            images = draw(
+                models[row.model],
+                row.denoiser,
+                count=arguments.samples,
+                steps=arguments.steps,
+                seed=SEED,
+                batch_size=64,
+            )
             own_ND = extract(network, image_batches(images))
             own = moments(own_ND, features=network.name)
             found[row.key] |= {
@@ -205,7 +193,7 @@ def qualities(
     return {"features": network.name, "rows": found}
 
 
-def sizes(models: Mapping[str, Model], arguments: argparse.Namespace) -> dict[str, Any]:
+def sizes(models: Mapping[str, Model], arguments: Namespace) -> Row:
     """Parameters, MACs, and bytes of the packed file beside the dense model in float16."""
     found = {}
     dense = 2 * count_parameters(models["dense"].denoiser)
@@ -225,7 +213,7 @@ def sizes(models: Mapping[str, Model], arguments: argparse.Namespace) -> dict[st
     return found
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: Namespace) -> Row:
     folders = {
         "dense": arguments.dense,
         "channels": arguments.channels,
@@ -245,7 +233,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     sampling = images_per_second(models, compared, arguments)
     best = sampling[fastest.key]["seconds"]
     for found in sampling.values():
-        found["ratio_to_dense_best"] = ratio(best, found["seconds"])
+        found["ratio_to_dense_best"] = median_ratio(best, found["seconds"])
     return {
         "sizes": sizes(models, arguments),
         "latency": latency,
@@ -255,75 +243,76 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Row) -> str:
     """The section of `docs/results.md`."""
     batches = list(next(iter(result["latency"].values())))
-    size_rows = "\n".join(
-        f"| {name} | {s['parameters'] / 1e6:.2f}M | {s['macs'] / 1e6:.0f}M | {s['pattern'] or '–'} | "
-        f"{s['packed_bytes'] / 1e6:.2f} MB | {100 * s['packed_share']:.1f} % |"
+    sizes_head = ["model", "parameters", "MACs", "masks", "packed", "of dense float16"]
+    sizes_rows = [
+        [
+            name,
+            f"{s['parameters'] / 1e6:.2f}M",
+            f"{s['macs'] / 1e6:.0f}M",
+            s["pattern"] or "–",
+            f"{s['packed_bytes'] / 1e6:.2f} MB",
+            f"{100 * s['packed_share']:.1f} %",
+        ]
         for name, s in result["sizes"].items()
-    )
-    quality = result["quality"]["rows"]
+    ]
     rows = []
     for key, by_batch in result["latency"].items():
         model, _, runtime = key.partition(" / ")
         cells = [f"{by_batch[b]['ms']:.1f} ({by_batch[b]['ratio']:.1f}x)" for b in batches]
-        own = quality.get(key, {})
+        own = result["quality"]["rows"].get(key, {})
         loss = f"{own['loss']:.4f}" if "loss" in own else "–"
         fd = f"{own['fd']:.1f} ± {own['fd_se']:.1f}" if "fd" in own else "–"
-        rows.append(f"| {model} | {runtime} | {' | '.join(cells)} | {loss} | {fd} |")
-    sampled = "\n".join(
-        f"| {key.replace(' / ', ', ')} | {s['images_s']:.2f} | {s['ratio']:.1f}x | "
-        f"{s['ratio_to_dense_best']:.2f}x |"
-        for key, s in result["sampling"].items()
-    )
-    head = " | ".join(f"batch {b}, ms" for b in batches)
-    return "\n\n".join(
+        rows.append([model, runtime, *cells, loss, fd])
+    sampled = [
         [
-            f"```\n{result['command']}\n```",
-            f"{result['device']}. Medians of {result['repeats']} calls in turns; in brackets the "
-            "ratio to the dense model in eager float32. Loss on "
-            f"{LOSS_PROBLEMS} held-out problems; {result['quality']['features']} of "
-            f"{result['samples']} DDIM-{result['steps']} images against the held-out ones. "
-            f"Data: `benchmarks/results/{result['name']}.json`.",
-            f"| model | parameters | MACs | masks | packed | of dense float16 |\n"
-            f"|---|---:|---:|---|---:|---:|\n{size_rows}",
-            f"| model | runtime | {head} | loss | FD |\n|---|---|{'---:|' * len(batches)}---:|---:|\n"
-            + "\n".join(rows),
-            f"From noise to images, batch {batches[-1]}, DDIM-{result['steps']}, medians of "
-            f"{result['turns']} turns:",
-            "| | images/s | to diffusers | to the dense model at its best |\n|---|---:|---:|---:|\n"
-            + sampled,
+            key.replace(" / ", ", "),
+            f"{s['images_s']:.2f}",
+            f"{s['ratio']:.1f}x",
+            f"{s['ratio_to_dense_best']:.2f}x",
         ]
+        for key, s in result["sampling"].items()
+    ]
+    head = ["model", "runtime", *(f"batch {b}, ms" for b in batches), "loss", "FD"]
+    return section(
+        result,
+        f"{result['device']}. Medians of {result['repeats']} calls in turns; in brackets the "
+        "ratio to the dense model in eager float32. Loss on "
+        f"{LOSS_PROBLEMS} held-out problems; {result['quality']['features']} of "
+        f"{result['samples']} DDIM-{result['steps']} images against the held-out ones.",
+        table(sizes_head, sizes_rows, left=(0, 3)),
+        table(head, rows, left=(0, 1)),
+        f"From noise to images, batch {batches[-1]}, DDIM-{result['steps']}, medians of "
+        f"{result['turns']} turns:",
+        table(["", "images/s", "to diffusers", "to the dense model at its best"], sampled),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("--dense", default="digits")
+    parser = parser_of(
+        __doc__,
+        {
+            "dense": "digits",
+            "hybrid": ("", "the same with N:M masks, recovered"),
+            "dataset": "digits",
+            "features": "digits-cnn",
+            "work": ("runs/deployment", "folder of the exports"),
+            "batches": [1, 4, 16],
+            "repeats": (15, "calls in turns"),
+            "turns": (5, "of sampling"),
+            "steps": 50,
+            "samples": (1024, "behind FD"),
+        },
+    )
     parser.add_argument("--channels", required=True, help="a channel-pruned, recovered folder")
-    parser.add_argument("--hybrid", default="", help="the same with N:M masks, recovered")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--features", default="digits-cnn")
-    parser.add_argument("--work", default="runs/deployment", help="folder of the exports")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--repeats", type=int, default=15, help="calls in turns")
-    parser.add_argument("--turns", type=int, default=5, help="of sampling")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--samples", type=int, default=1024, help="behind FD")
     arguments = parser.parse_args()
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     torch._dynamo.config.recompile_limit = 64  # every model and batch size stays compiled
-    result = {
-        "name": f"deployment-{arguments.name}",
-        "command": command_line(),
-        **environment("cpu"),
-        **{key: vars(arguments)[key] for key in ("repeats", "turns", "steps", "samples")},
-        **measure(arguments),
-    }
-    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
-    into_docs(result["name"], markdown(result))
+    told = {key: vars(arguments)[key] for key in ("repeats", "turns", "steps", "samples")}
+    result = record(f"deployment-{arguments.name}", told | measure(arguments))
+    publish(result, markdown(result))
     if torch.cuda.is_available():
         models = [arguments.dense, arguments.channels, *filter(None, [arguments.hybrid])]
         batches = ["--batch", *map(str, arguments.batches)]

@@ -15,7 +15,6 @@ model has 2:4 layers, a copy of the first with magnitude masks is added; its spe
 import argparse
 import copy
 import math
-import re
 import statistics
 import sys
 import tempfile
@@ -28,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pruning_report import command_line
+from bench import RESULTS, Row, command_line, median_ratio, slug, table
 from torch import nn
 
 from prunedm.architecture import answer
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.onnx_file import write_onnx
+from prunedm.evaluation.speed import in_turns
 from prunedm.folder import load
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
@@ -51,15 +51,12 @@ from prunedm.sparse_kernels.selection import (
     use_sparse_kernels,
 )
 
-ROOT = Path(__file__).parent.parent
-WARMUP = 3
 OPSET = 18
 HALF = torch.float16
 BASELINE = "eager float32"
 # channels and side of Stable Diffusion's UNet at 512x512, level by level
 LEVELS = ((320, 64), (640, 32), (1280, 16))
 
-Row = dict[str, Any]
 Call = Callable[[], torch.Tensor]
 
 
@@ -365,14 +362,16 @@ def measure(
                 more = {"sparse_kernels_error": ready.relative_error, "choices": choices}
                 rows.append(row | {"note": ready.note, "error": error} | (more if choices else {}))
                 made.append(ready)
-    times = in_turns([ready.call for ready in made], repeats)
+    device = subjects[0].device
+    seconds = in_turns([ready.call for ready in made], repeats=repeats, device=device)
+    times = [[1000 * second for second in taken] for taken in seconds]
     baseline = next((t for r, t in zip(rows, times, strict=True) if is_baseline(r, subjects)), None)
     for row, taken in zip(rows, times, strict=True):
         row["ms"] = statistics.median(taken)
         low, _, high = statistics.quantiles(taken, n=4)
         row["spread_ms"] = (high - low) / 2
         if baseline is not None:
-            row["ratio"] = statistics.median(b / t for b, t in zip(baseline, taken, strict=True))
+            row["ratio"] = median_ratio(baseline, taken)
     return sorted(rows + unmeasured, key=lambda r: order(r, subjects))
 
 
@@ -383,25 +382,6 @@ def is_baseline(row: Row, subjects: Sequence[Subject]) -> bool:
 def order(row: Row, subjects: Sequence[Subject]) -> tuple[int, int]:
     names = [subject.name for subject in subjects]
     return names.index(row["model"]), list(WAYS).index(row["way"])
-
-
-def in_turns(calls: Sequence[Call], repeats: int) -> list[list[float]]:
-    """Milliseconds of each turn of each call."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(WARMUP + repeats):
-        for k, call in enumerate(calls):
-            synchronize()
-            started = time.perf_counter()
-            call()
-            synchronize()
-            if turn >= WARMUP:
-                times[k].append((time.perf_counter() - started) * 1000)
-    return times
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def large_layers(levels: Sequence[tuple[int, int]]) -> Iterator[tuple[str, nn.Module, Any]]:
@@ -492,16 +472,18 @@ def markdown(result: Row) -> str:
         f"{result['device']}, PyTorch {result['versions']['torch']}; milliseconds of one call.",
     ]
     if rows:
+        head = ["model", "way", *(f"batch {b}" for b in batches), "error", "note"]
         parts += [
             f"How many times as fast as {BASELINE} of {result['rows'][0]['model']}; medians of "
             f"{result['repeats']} turns. Error: of the output against the same model's float32, "
             "relative.",
             table(
-                ["model", "way", *(f"batch {b}" for b in batches), "error", "note"],
+                head,
                 [
                     [model, way, *(cell(by.get(b)) for b in batches), worst(by), notes(by)]
                     for (model, way), by in rows.items()
                 ],
+                left=range(len(head)),
             ),
         ]
     chosen = [
@@ -514,7 +496,8 @@ def markdown(result: Row) -> str:
     ]  # fmt: skip
     if chosen:
         head = ["model", "way", "batch", "layer", "kind", "GEMM B x O x K", "dense ms"]
-        parts.append(table([*head, "best sparse form", "ms", "ratio", "chosen"], chosen))
+        head += ["best sparse form", "ms", "ratio", "chosen"]
+        parts.append(table(head, chosen, left=range(len(head))))
     if result["layers"]:
         forms = list(dict.fromkeys(f for row in result["layers"] for f in row["error"]))
         body = [
@@ -527,13 +510,9 @@ def markdown(result: Row) -> str:
             for how in ("eager", "graphs")
         ]  # fmt: skip
         head = ["layer", "batch", "GEMM B x O x K", "timed", "dense ms"]
-        parts.append(table([*head, *forms], body))
+        head += forms
+        parts.append(table(head, body, left=range(len(head))))
     return "\n\n".join(parts)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(row: Row | None) -> str:
@@ -562,10 +541,6 @@ def times_as_fast(ratio: float | None) -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def main() -> None:
@@ -600,7 +575,7 @@ def main() -> None:
         "rows": [],
         "layers": [],
     }
-    path = ROOT / "benchmarks" / "results" / f"{result['name']}.json"
+    path = RESULTS / f"{result['name']}.json"
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for batch in arguments.batch if models else []:
             subjects = [

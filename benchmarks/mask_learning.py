@@ -15,58 +15,43 @@ interrupted. At the end: `benchmarks/results/mask-learning-NAME.json`, and the s
 `docs/results.md`.
 """
 
-import argparse
-import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench import Row, TimedBench, named, parser_of, publish, record
 from mask_learning_costs import costs
 from mask_learning_report import markdown
-from pruning_report import command_line, into_docs
 
 from prunedm.console import Terminal
-from prunedm.evaluation.features import extract, image_batches, load_features
-from prunedm.evaluation.fid import frechet_distance, statistics
-from prunedm.evaluation.loss import denoising_loss
-from prunedm.folder import Model, load
+from prunedm.folder import load
 from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions
-from prunedm.record import environment, write_json
-from prunedm.sampling import make_sampler, sample_batches
 from prunedm.stages import finetune, learn, prune
-from prunedm.stages.inputs import held_out_problems, images_for
 
-ROOT = Path(__file__).parent.parent
-PROBLEMS = 2000
-REFERENCES = 10_000
 # MaskPro's setting; its lead of logits C, which is its exploration, is tried at three values
-CLASSIC: dict[str, Any] = {
+CLASSIC: Row = {
     "estimator": "policy-gradient-classic",
     "distribution": "plackett-luce",
     "batch_size": 32,
     "dataset_size": 512,
     "distill": 0.0,
 }
-ESTIMATORS: dict[str, dict[str, Any]] = {
+ESTIMATORS: dict[str, Row] = {
     "relaxed (default)": {},
     "straight-through": {"estimator": "straight-through"},
     "policy gradient": {"estimator": "policy-gradient"},
     **{f"classic, C = {c}": CLASSIC | {"logits": float(c)} for c in (10, 5, 3)},
     "dense output, classic, C = 5": CLASSIC | {"logits": 5.0, "distill": 1.0},
 }
-CONTESTANTS: dict[str, dict[str, Any]] = {
+CONTESTANTS: dict[str, Row] = {
     "magnitude": {"mechanism": "nm", "score": "magnitude"},
     "Wanda": {"mechanism": "nm", "score": "wanda"},
     "OBS": {"mechanism": "obs-nm", "obs_swaps": 0, "obs_guidance": 0.0},
     "OBS with swaps": {"mechanism": "obs-nm", "obs_guidance": 0.0},
     "guided OBS with swaps (default)": {"mechanism": "obs-nm"},
 }
-LEARNERS: dict[str, dict[str, Any]] = {  # a third of the time; from dense weights, one seed
+LEARNERS: dict[str, Row] = {  # a third of the time; from dense weights, one seed
     "relaxed on frozen weights": {},
     "straight-through on frozen weights": {"estimator": "straight-through"},
     "SR-STE": {
@@ -81,122 +66,20 @@ LEARNERS: dict[str, dict[str, Any]] = {  # a third of the time; from dense weigh
 }
 
 
-@dataclass
-class Bench:
-    """One model and dataset, and what was measured so far."""
+class MaskBench(TimedBench):
+    """Losses are of hard masks in float32."""
 
-    arguments: argparse.Namespace
-
-    @cached_property
-    def folder(self) -> Path:
-        return Path("runs") / f"mask-learning-{self.arguments.name}"
-
-    @cached_property
-    def data(self) -> dict[str, Any]:
-        return {"dataset": self.arguments.dataset, "flip": self.arguments.flip, "device": "cpu"}
-
-    @cached_property
-    def loop(self) -> dict[str, Any]:
-        """What every training run here has in common: no validation, no checkpoints on the clock."""
-        return self.data | {
-            "batch_size": self.arguments.batch_size,
-            "mixed_precision": self.arguments.mixed_precision,
-            "validate_every": 0,
-            "validation_problems": 100,
-            "checkpoint_every": 0,
-        }
-
-    @cached_property
-    def dense(self) -> Model:
-        return load(self.arguments.model)
-
-    @cached_property
-    def held_out(self) -> Any:
-        return held_out_problems(self.dense, PruneOptions(**self.data), PROBLEMS)
-
-    @cached_property
-    def features(self) -> Any:
-        return load_features(self.arguments.features)
-
-    @cached_property
-    def reference(self) -> Any:
-        images = images_for(self.dense, PruneOptions(**self.data), "test")
-        batches = image_batches([images[i] for i in range(min(len(images), REFERENCES))])
-        return statistics(extract(self.features, batches), features=self.features.name)
-
-    def kept(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A row from disk, or made and kept."""
-        path = self.folder / "rows" / f"{re.sub(r'[^a-z0-9]+', '-', key.lower())}.json"
-        if not path.exists():
-            row = {"key": key} | make()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(row, path)
-            print({name: value for name, value in row.items() if name != "options"}, flush=True)
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return result
-
-    def loss(self, model: Model) -> dict[str, float]:
-        loss = denoising_loss(model.denoiser, self.held_out)
-        return {"loss": loss.mean, "loss_se": loss.standard_error}
-
-    def fd(self, model: Model, seed: int) -> float:
-        batches = sample_batches(
-            model.denoiser,
-            make_sampler(model.scheduler, "ddim"),
-            count=self.arguments.samples,
-            steps=self.arguments.sampling_steps,
-            codec=model.codec,
-            condition=model.condition,
-            batch_size=100,
-            seed=seed,
-        )
-        with torch.autocast(
-            "cpu", torch.bfloat16, enabled=self.arguments.mixed_precision == "bf16"
-        ):
-            drawn = torch.cat(list(batches))
-        own = statistics(extract(self.features, image_batches(drawn)), features=self.features.name)
-        return frechet_distance(own, self.reference)
-
-    def step_seconds(self, key: str, run: Callable[[int, Path], float], short: int = 4) -> float:
-        """Seconds of one step: what 24 more of them add to a run's wall time."""
-
-        def measure() -> dict[str, Any]:
-            run(1, self.scratch)  # warm
-            first, second = run(short, self.scratch), run(short + 24, self.scratch)
-            return {
-                "step_s": (second - first) / 24,
-                "start_s": first - short * (second - first) / 24,
-            }
-
-        row = self.kept(f"step of {key}", measure)
-        return float(row["step_s"])
-
-    @property
-    def scratch(self) -> Path:
-        """A folder that is not there."""
-        place = self.folder / "scratch"
-        shutil.rmtree(place, ignore_errors=True)
-        return place
-
-    def out(self, key: str) -> Path:
-        return self.folder / re.sub(r"[^a-z0-9]+", "-", key.lower())
+    kind = "mask-learning"
 
 
-def _named(table: dict[str, Any], wanted: list[str]) -> list[str]:
-    """Keys by their names, or by the beginnings of their names."""
-    found = {key for name in wanted for key in table if key == name}
-    found |= {key for name in wanted if name not in table for key in table if key.startswith(name)}
-    return [key for key in table if key in found]
-
-
-def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
+def frozen(bench: MaskBench, pattern: str) -> Iterator[Row]:
     """The share of the gap that each estimator closes from Wanda's masks in the same wall time."""
     first = bench.out(f"wanda {pattern}")
     options = PruneOptions(mechanism="nm", score="wanda", pattern=pattern, pictures=0, **bench.data)
     prune(bench.arguments.model, first, options)
-    dense = bench.kept("dense", lambda: bench.loss(bench.dense))
-    start = bench.kept(f"wanda {pattern}", lambda: bench.loss(load(first)))
-    for full in _named(ESTIMATORS, bench.arguments.estimators.split(";")):
+    dense = bench.kept("dense", lambda: bench.loss(bench.dense.denoiser))
+    start = bench.kept(f"wanda {pattern}", lambda: bench.loss(load(first).denoiser))
+    for full in named(ESTIMATORS, bench.arguments.estimators):
         settings = bench.loop | ESTIMATORS[full] | {"masks": str(first), "keep": "last"}
 
         def run(steps: int, out: Path, settings: Any = settings, **more: int) -> float:
@@ -204,7 +87,7 @@ def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
             record, _ = learn(bench.arguments.model, out, options, progress=Terminal())
             return record.wall_time_s
 
-        def measure(full: str = full, run: Any = run, settings: Any = settings) -> dict[str, Any]:
+        def measure(full: str = full, run: Any = run, settings: Any = settings) -> Row:
             size = settings["batch_size"]
             # a small cycle shows what a step costs once the dense outputs are known
             known = {"dataset_size": 4 * size} if "dataset_size" not in settings else {}
@@ -215,7 +98,7 @@ def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
             steps = int(min(epoch, seconds / new) + max(0.0, seconds - epoch * new) / later)
             out = bench.out(f"{full} {pattern}")
             taken = run(steps, out)
-            found = bench.loss(load(out))
+            found = bench.loss(load(out).denoiser)
             share = (start["loss"] - found["loss"]) / (start["loss"] - dense["loss"])
             changed = load(out).record.figures["groups_changed"]  # type: ignore[union-attr]
             return {
@@ -230,7 +113,7 @@ def frozen(bench: Bench, pattern: str) -> Iterator[dict[str, Any]]:
         yield bench.kept(f"frozen {full} {pattern}", measure)
 
 
-def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
+def contest(bench: MaskBench, pattern: str, seed: int) -> Iterator[Row]:
     """Masks and fine-tuning in the same total wall time; learners take a third of it."""
     total = bench.arguments.contest_seconds
     tune = bench.loop | {
@@ -253,24 +136,24 @@ def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
         options = FinetuneOptions(**tune | {"steps": steps, "seed": 0})
         return finetune(masked, out, options, progress=Terminal())[0].wall_time_s
 
-    def tuned(name: str, masked: Path, spent: float) -> dict[str, Any]:
+    def tuned(name: str, masked: Path, spent: float) -> Row:
         """Fine-tune for what is left of the time, and measure."""
         step = bench.step_seconds("finetune", run)
         steps = int((total - spent) / step)
         out = bench.out(f"{name} {pattern} seed {seed} tuned")
         finetune(masked, out, FinetuneOptions(**tune | {"steps": steps}), progress=Terminal())
         model = load(out)
-        start = bench.loss(load(masked))["loss"]
+        start = bench.loss(load(masked).denoiser)["loss"]
         facts = {"contestant": name, "pattern": pattern, "seed": seed, "mask_seconds": spent}
-        row = facts | {"steps": steps, "loss_start": start, "fd": bench.fd(model, seed)}
+        row = facts | {"steps": steps, "loss_start": start, "fd": bench.fd(model, seed=seed)}
         shutil.rmtree(out)
-        return row | bench.loss(model)
+        return row | bench.loss(model.denoiser)
 
-    chosen = bench.arguments.contestants.split(";")
-    for name in _named(CONTESTANTS, chosen):
+    chosen = bench.arguments.contestants
+    for name in named(CONTESTANTS, chosen):
         settings = CONTESTANTS[name]
 
-        def measure(name: str = name, settings: Any = settings) -> dict[str, Any]:
+        def measure(name: str = name, settings: Any = settings) -> Row:
             masked = bench.out(f"{name} {pattern} seed {seed}")
             record, _ = prune(
                 bench.arguments.model, masked, PruneOptions(**ones | settings), progress=Terminal()
@@ -278,10 +161,10 @@ def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
             return tuned(name, masked, record.wall_time_s)
 
         yield bench.kept(f"contest {name} {pattern} seed {seed}", measure)
-    for name in _named(LEARNERS, chosen) if seed == 0 else ():
+    for name in named(LEARNERS, chosen) if seed == 0 else ():
         settings = LEARNERS[name]
 
-        def measured(name: str = name, settings: Any = settings) -> dict[str, Any]:
+        def measured(name: str = name, settings: Any = settings) -> Row:
             plain = bench.loop | settings | {"seed": seed, "pattern": pattern}
 
             def learned(steps: int, out: Path) -> float:
@@ -297,37 +180,34 @@ def contest(bench: Bench, pattern: str, seed: int) -> Iterator[dict[str, Any]]:
         yield bench.kept(f"contest {name} {pattern} seed {seed}", measured)
 
 
+PARSER = parser_of(
+    __doc__,
+    {
+        "model": "digits",
+        "dataset": "digits",
+        "flip": False,
+        "features": "digits-cnn",
+        "samples": 500,
+        "sampling_steps": 25,
+        "mixed_precision": "bf16",
+        "batch_size": 64,
+        "lr": (1e-3, "of fine-tuning in the contest"),
+        "seconds": (290.0, "of each estimator"),
+        "contest_seconds": (60.0, "of each contestant"),
+        "calibration": (512, "problems of scores and OBS"),
+        "seeds": (3, "of the contest"),
+        "estimators": (";".join(ESTIMATORS), "at 2:4, by beginnings of their names"),
+        "contestants": (";".join([*CONTESTANTS, *LEARNERS]), "by beginnings of their names"),
+        "frozen": ("2:4;1:4", "patterns on frozen weights, after 2:4 the default only"),
+    },
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("--model", default="digits")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--flip", action="store_true")
-    parser.add_argument("--features", default="digits-cnn")
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--mixed-precision", default="bf16")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of fine-tuning in the contest")
-    parser.add_argument("--seconds", type=float, default=290, help="of each estimator")
-    parser.add_argument("--contest-seconds", type=float, default=60, help="of each contestant")
-    parser.add_argument("--calibration", type=int, default=512, help="problems of scores and OBS")
-    parser.add_argument("--seeds", type=int, default=3, help="of the contest")
-    parser.add_argument(
-        "--estimators", default=";".join(ESTIMATORS), help="at 2:4, by beginnings of their names"
-    )
-    parser.add_argument(
-        "--contestants",
-        default=";".join([*CONTESTANTS, *LEARNERS]),
-        help="by beginnings of their names",
-    )
-    parser.add_argument(
-        "--frozen", default="2:4;1:4", help="patterns on frozen weights, after 2:4 the default only"
-    )
-    arguments = parser.parse_args()
-    bench = Bench(arguments)
-    rows: dict[str, list[Any]] = {"frozen": []}
-    for pattern in arguments.frozen.split(";"):
+    arguments = PARSER.parse_args()
+    bench, patterns = MaskBench(arguments), arguments.frozen.split(";")
+    rows: dict[str, list[Row]] = {"frozen": []}
+    for pattern in patterns:
         rows["frozen"] += frozen(bench, pattern)
         arguments.estimators = "relaxed"
     rows["contest"] = [
@@ -336,29 +216,19 @@ def main() -> None:
         for pattern in ("2:4", "1:4")
         for row in contest(bench, pattern, seed)
     ]
-    result = {
-        "name": f"mask-learning-{arguments.name}",
-        "command": command_line(),
-        **environment("cpu"),
-        "threads": torch.get_num_threads(),
+    dense = bench.kept(
+        "dense with FD", lambda: bench.loss(bench.dense.denoiser) | {"fd": bench.fd(bench.dense)}
+    )
+    found = {
         "seconds": arguments.seconds,
         "contest_seconds": arguments.contest_seconds,
-        "dense": bench.kept(
-            "dense with FD", lambda: bench.loss(bench.dense) | {"fd": bench.fd(bench.dense, 0)}
-        ),
-        "first": {p: bench.kept(f"wanda {p}", dict) for p in arguments.frozen.split(";")},
+        "dense": dense,
+        "first": {pattern: bench.kept(f"wanda {pattern}", dict) for pattern in patterns},
         **rows,
         "costs": bench.kept("costs", lambda: costs(bench.dense, bench.loop)),
     }
-    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
-    into_docs(
-        result["name"],
-        markdown(
-            result,
-            samples=f"{arguments.samples} ddim-{arguments.sampling_steps} samples",
-            features=bench.features.name,
-        ),
-    )
+    result = record(bench.name, found)
+    publish(result, markdown(result, arguments))
 
 
 if __name__ == "__main__":

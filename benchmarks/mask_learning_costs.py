@@ -1,13 +1,13 @@
 """What mask learning costs beside plain training: ratios of medians, both sides in turns, in one run."""
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+from prunedm.evaluation.speed import in_turns
 from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.learning.distribution import DISTRIBUTIONS
@@ -142,12 +142,5 @@ def _sampling() -> dict[str, float]:
 
 
 def _in_turns(*sides: Callable[[], Any]) -> list[float]:
-    """Median seconds of each side, measured in turns, so that other load falls on all."""
-    taken: list[list[float]] = [[] for _ in sides]
-    for repeat in range(REPEATS + 1):
-        for times, side in zip(taken, sides, strict=True):
-            started = time.perf_counter()
-            side()
-            if repeat:  # the first is warm-up
-                times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in taken]
+    """Median seconds of each side."""
+    return list(map(statistics.median, in_turns(sides, repeats=REPEATS, warmup=1)))

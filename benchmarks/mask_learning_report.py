@@ -1,37 +1,35 @@
 """The section of `docs/results.md` that `mask_learning.py` writes."""
 
-import statistics
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
-Row = dict[str, Any]
+from bench import Row, mean, samples_in_words, section, spread, table
 
 
-def markdown(result: Row, *, samples: str, features: str) -> str:
+def markdown(result: Row, arguments: Namespace) -> str:
     """Frozen weights, costs, contest."""
-    return "\n\n".join(
-        [
-            f"```\n{result['command']}\n```",
-            f"{result['device']}. Data: `benchmarks/results/{result['name']}.json`.",
-            _frozen(result),
-            _costs(result["costs"]),
-            _contest(result, samples, features),
-        ]
-    )
+    parts = (_frozen(result), _costs(result["costs"]), _contest(result, arguments))
+    return section(result, f"{result['device']}.", *parts)
 
 
 def _frozen(result: Row) -> str:
     firsts = ", ".join(f"{p} {row['loss']:.4f}" for p, row in result["first"].items())
-    lines = [
-        f"| {r['estimator']} | {r['pattern']} | **{r['share']:.1%}** | {r['loss']:.4f} ± "
-        f"{r['loss_se']:.4f} | {r['steps']:,} | {r['seconds']:.0f} s | {r['groups_changed']:.1%} |"
+    rows = [
+        [
+            r["estimator"],
+            r["pattern"],
+            f"**{r['share']:.1%}**",
+            f"{r['loss']:.4f} ± {r['loss_se']:.4f}",
+            f"{r['steps']:,}",
+            f"{r['seconds']:.0f} s",
+            f"{r['groups_changed']:.1%}",
+        ]
         for r in result["frozen"]
     ]
+    head = ["estimator", "pattern", "gap closed", "loss", "steps", "wall time", "groups changed"]
     return (
         f"Frozen weights, {result['seconds']:.0f} s for every estimator, from Wanda's masks "
-        f"({firsts}; dense {result['dense']['loss']:.4f}):\n\n"
-        "| estimator | pattern | gap closed | loss | steps | wall time | groups changed |\n"
-        "|---|---|---:|---:|---:|---:|---:|\n" + "\n".join(lines)
+        f"({firsts}; dense {result['dense']['loss']:.4f}):\n\n{table(head, rows, left=(0, 1))}"
     )
 
 
@@ -48,34 +46,31 @@ def _costs(costs: Row) -> str:
     )
 
 
-def _contest(result: Row, samples: str, features: str) -> str:
-    rows = result["contest"]
+def _contest(result: Row, arguments: Namespace) -> str:
+    rows, dense = result["contest"], result["dense"]
     lines = []
     for pattern in dict.fromkeys(r["pattern"] for r in rows):
         for name in dict.fromkeys(r["contestant"] for r in rows):
             own = [r for r in rows if (r["contestant"], r["pattern"]) == (name, pattern)]
             if own:
                 lines.append(_contestant(name, pattern, own))
-    dense = result["dense"]
+    features, samples = samples_in_words(arguments)
+    head = ["masks", "pattern", "seeds", "masks take", "steps", "loss before", "loss after", "FD"]
     return (
         f"The contest: masks and fine-tuning in {result['contest_seconds']:.0f} s together, mean ± "
         f"standard deviation over seeds; {features} of {samples}; dense {dense['loss']:.5f}, FD "
-        f"{dense['fd']:.1f}:\n\n"
-        "| masks | pattern | seeds | masks take | steps | loss before | loss after | FD |\n"
-        "|---|---|---:|---:|---:|---:|---:|---:|\n" + "\n".join(lines)
+        f"{dense['fd']:.1f}:\n\n{table(head, lines, left=(0, 1))}"
     )
 
 
-def _contestant(name: str, pattern: str, own: Sequence[Row]) -> str:
-    def mean(key: str) -> float:
-        return statistics.mean(r[key] for r in own)
-
-    def spread(key: str, digits: int) -> str:
-        values = [r[key] for r in own]
-        return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-
-    return (
-        f"| {name} | {pattern} | {len(own)} | {mean('mask_seconds'):.0f} s | {mean('steps'):.0f} | "
-        f"{mean('loss_start'):.4f} | **{mean('loss'):.5f}**{spread('loss', 5)} | "
-        f"{mean('fd'):.1f}{spread('fd', 1)} |"
-    )
+def _contestant(name: str, pattern: str, own: Sequence[Row]) -> list[str]:
+    return [
+        name,
+        pattern,
+        str(len(own)),
+        f"{mean(own, 'mask_seconds'):.0f} s",
+        f"{mean(own, 'steps'):.0f}",
+        f"{mean(own, 'loss_start'):.4f}",
+        f"**{mean(own, 'loss'):.5f}**{spread(own, 'loss', 5)}",
+        f"{mean(own, 'fd'):.1f}{spread(own, 'fd', 1)}",
+    ]

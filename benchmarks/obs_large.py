@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from bench import RESULTS, Row, command_line
 from diffusers import DDPMScheduler, UNet2DModel
 
 from prunedm.codec import Pixels
@@ -29,8 +29,8 @@ from prunedm.process import process_of
 from prunedm.record import environment, write_json
 from prunedm.removal.obs import obs_prune
 
-OUT = Path(__file__).parent / "results" / "obs-36m.json"
-UNET: dict[str, Any] = {
+OUT = RESULTS / "obs-36m.json"
+UNET: Row = {
     "sample_size": 32,
     "in_channels": 3,
     "out_channels": 3,
@@ -77,16 +77,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     memory = int(arguments.memory_gib * 2**30)
-    result: dict[str, Any] = {
-        "command": f"python benchmarks/obs_large.py {' '.join(sys.argv[1:])}".strip()
-    }
-    result |= environment("cpu") | measure(arguments.problems, memory=memory)
-    arguments.out.parent.mkdir(exist_ok=True)
+    found = measure(arguments.problems, memory=memory)
+    result = {"command": command_line()} | environment("cpu") | found
     write_json(result, arguments.out)
     print(f"{result['wall_time_s']['total']} s, {result['figures']['peak_rss_gb']} GB")
 
 
-def measure(count: int, *, memory: int) -> dict[str, Any]:
+def measure(count: int, *, memory: int) -> Row:
     """Prune every layer that can take 2:4; what it took."""
     torch.manual_seed(0)
     denoiser, scheduler = UNet2DModel(**UNET).eval(), DDPMScheduler()

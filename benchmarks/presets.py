@@ -10,16 +10,13 @@ dense outputs are then known; a held-out loss is timed besides. The lowest of th
 what else a machine does only adds. Writes `benchmarks/results/presets.json` and the packaged table.
 """
 
-import argparse
-import json
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from pruning_report import command_line
+from bench import RESULTS, ROOT, Row, command_line, parser_of, read
 
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load
@@ -41,8 +38,7 @@ from prunedm.stages.inputs import (
     training_problems,
 )
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "presets.json"
+KEPT = RESULTS / "presets.json"
 PACKAGED = ROOT / "src" / "prunedm" / "assets" / "presets" / "learn-times.json"
 HELD_OUT = 128  # problems of the loss that is timed
 
@@ -89,11 +85,11 @@ def validation(model: Model, options: LearnOptions, repeats: int) -> list[float]
     return [seconds(loss, device) for _ in range(repeats + 1)][1:]
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: Namespace) -> Row:
     """All repeats of every estimator and batch size."""
     given = {key: vars(arguments)[key] for key in ("dataset", "flip", "device")}
     model = load(arguments.model)
-    taken: dict[str, Any] = {"steps": {}}
+    taken: Row = {"steps": {}}
     for estimator in SHOWN:
         taken["steps"][estimator] = {
             size: steps(
@@ -108,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return taken
 
 
-def timing(arguments: argparse.Namespace, taken: dict[str, Any]) -> Timing:
+def timing(arguments: Namespace, taken: Row) -> Timing:
     """The lowest of all repeats."""
     about = environment(arguments.device)
     return Timing(
@@ -130,25 +126,22 @@ def timing(arguments: argparse.Namespace, taken: dict[str, Any]) -> Timing:
     )
 
 
-def keep(found: Timing, taken: dict[str, Any]) -> None:
+def keep(found: Timing, taken: Row) -> None:
     """Put `found` into both files, in place of what they had of the same model and kind."""
     old = Timings.model_validate_json(PACKAGED.read_text(encoding="utf-8")).measured
     same = (found.model, found.kind)
     others = [timing for timing in old if (timing.model, timing.kind) != same]
     table = Timings(measured=sorted([*others, found], key=lambda t: (t.kind, t.parameters)))
     write_json(table.model_dump(mode="json"), PACKAGED)
-    raw = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    raw = read(KEPT) if KEPT.exists() else {}
     raw[", ".join(same)] = environment() | found.model_dump(mode="json") | {"seconds": taken}
-    write_json(raw, RESULTS)
+    write_json(raw, KEPT)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("--model", default="digits")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--flip", action="store_true")
-    parser.add_argument("--repeats", type=int, default=4)
+    parser = parser_of(
+        __doc__, {"model": "digits", "dataset": "digits", "flip": False, "repeats": 4}
+    )
     parser.add_argument("--device", choices=["auto", "cpu"], default="cpu")
     arguments = parser.parse_args()
     taken = measure(arguments)

@@ -11,42 +11,43 @@ kept in `runs/pruning-NAME/`, so the same command goes on where it was interrupt
 `benchmarks/results/pruning-NAME.json`, and the section pruning-NAME of `docs/results.md`.
 """
 
-import argparse
-import json
-import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pruning_report import command_line, into_docs, markdown
+from bench import (
+    PROBLEMS,
+    Bench,
+    Row,
+    parser_of,
+    publish,
+    read,
+    record,
+    samples_in_words,
+    section,
+    table,
+)
 
 from prunedm.console import Terminal
-from prunedm.evaluation.features import extract, image_batches, load_features
-from prunedm.evaluation.fid import frechet_distance, statistics
-from prunedm.evaluation.loss import denoising_loss
 from prunedm.evaluation.size import count_macs
-from prunedm.evaluation.speed import latencies
-from prunedm.folder import Model, load
+from prunedm.evaluation.speed import in_turns, latencies
+from prunedm.folder import Model
 from prunedm.options import PruneOptions
-from prunedm.record import environment, write_json
-from prunedm.sampling import make_sampler, sample_batches
+from prunedm.record import write_json
 from prunedm.scores import SCORES
-from prunedm.stages.inputs import held_out_problems, images_for
+from prunedm.stages.inputs import images_for
 from prunedm.stages.pruning.job import Job
 from prunedm.stages.pruning.mechanisms import MECHANISMS
 
-ROOT = Path(__file__).parent.parent
-PROBLEMS = 2000
-REFERENCES = 10_000
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, Row] = {
     "channels 30 %": {"mechanism": "channels", "target": "params=0.3"},
     "channels 50 %": {"mechanism": "channels", "target": "params=0.5"},
     "weights 30 %": {"mechanism": "weights", "target": "weights=0.3"},
@@ -57,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4:8": {"mechanism": "nm", "pattern": "4:8"},
 }
 REDUCTIONS = "Channels 30 %: reduction and rounding"
-MORE: dict[str, list[tuple[str, dict[str, Any]]]] = {
+MORE: dict[str, list[tuple[str, Row]]] = {
     "Wanda and its kin at 2:4": [
         ("wanda, one bin", {"score": "wanda", "time_bins": 1}),
         ("wanda, mean of 10 bins", {"score": "wanda"}),
@@ -114,98 +115,50 @@ MORE: dict[str, list[tuple[str, dict[str, Any]]]] = {
 ALIKE = {"magnitude-l2": "magnitude", "taylor-multivariable": "taylor"}
 
 
-@dataclass
-class Bench:
-    """One model and dataset, and the rows measured so far."""
+class PruningBench(Bench):
+    """Rows of equal options are measured once."""
 
-    name: str
-    arguments: argparse.Namespace
+    kind = "pruning"
+    batch = 80
 
     @property
-    def folder(self) -> Path:
-        return Path("runs") / f"pruning-{self.name}"
-
-    @cached_property
-    def more(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-        without = REDUCTIONS if self.arguments.without_reductions else ""
-        return {title: entries for title, entries in MORE.items() if title != without}
-
-    @cached_property
-    def dense(self) -> Model:
-        return load(self.arguments.model)
-
-    @cached_property
-    def base(self) -> PruneOptions:
-        return PruneOptions(dataset=self.arguments.dataset, device="cpu")
+    def half(self) -> bool:
+        return bool(self.arguments.compile)
 
     @cached_property
     def images(self) -> Any:
-        return images_for(self.dense, self.base, "train")
-
-    @cached_property
-    def held_out(self) -> Any:
-        return held_out_problems(self.dense, self.base, PROBLEMS)
-
-    @cached_property
-    def features(self) -> Any:
-        return load_features(self.arguments.features)
-
-    @cached_property
-    def reference(self) -> Any:
-        images = images_for(self.dense, self.base, "test")
-        batches = image_batches([images[i] for i in range(min(len(images), REFERENCES))])
-        return statistics(extract(self.features, batches), features=self.features.name)
+        return images_for(self.dense, PruneOptions(**self.data), "train")
 
     @cached_property
     def compiled(self) -> Any:
         """One compiled copy that serves all models of the dense architecture."""
-        copy = deepcopy(self.dense.denoiser)
-        return torch.compile(copy, dynamic=False) if self.arguments.compile else copy
+        return torch.compile(deepcopy(self.dense.denoiser), dynamic=False)
 
-    def row(self, key: str, job: Job | None = None) -> dict[str, Any]:
-        """A row from disk, or pruned, measured and kept; rows of equal options are measured once."""
-        path = self.folder / "rows" / f"{re.sub(r'[^a-z0-9]+', '-', key.lower())}.json"
-        if path.exists():
-            return _read(path)
+    def row(self, key: str, job: Job | None = None) -> Row:
+        """A row from disk, or pruned, measured and kept."""
         options = job.options.model_dump(mode="json", exclude_defaults=True) if job else {}
-        for other in map(_read, path.parent.glob("*.json")):
-            if other.get("options") == options:
-                write_json(other | {"key": key}, path)
-                return _read(path)
-        started = time.perf_counter()
-        model, details = prune(job) if job else (self.dense, {})
-        pruned = time.perf_counter() - started
-        result = {"key": key, "seconds_pruning": round(pruned, 1), "options": options}
-        result |= self.measure(model) | details
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, path)
-        loss, distance = result["loss"], result["fd"]
-        print(f"{key:55s} loss {loss:.4f}  FD {distance:.1f}  ({pruned:.0f} s)", flush=True)
-        return result
 
-    def measure(self, model: Model) -> dict[str, float]:
+        def make() -> Row:
+            for other in map(read, (self.folder / "rows").glob("*.json")):
+                if other["options"] == options:
+                    return {k: v for k, v in other.items() if k != "key"}
+            started = time.perf_counter()
+            model, details = prune(job) if job else (self.dense, {})
+            seconds = round(time.perf_counter() - started, 1)
+            found = {"seconds_pruning": seconds, "options": options}
+            return found | self.measure(model) | details
+
+        return self.kept(key, make)
+
+    def measure(self, model: Model) -> Row:
         denoiser = self._fast(model)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.arguments.compile):
-            loss = denoising_loss(denoiser, self.held_out)
-            batches = sample_batches(
-                denoiser,
-                make_sampler(model.scheduler, "ddim"),
-                count=self.arguments.samples,
-                steps=self.arguments.sampling_steps,
-                codec=model.codec,
-                condition=model.condition,
-                batch_size=80,
-            )
-            drawn = torch.cat(list(batches))
-        own = statistics(extract(self.features, image_batches(drawn)), features=self.features.name)
-        distance = frechet_distance(own, self.reference)
-        return {"loss": loss.mean, "loss_se": loss.standard_error, "fd": distance}
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            loss = self.loss(denoiser)
+        return loss | {"fd": self.fd(model, denoiser)}
 
     def _fast(self, model: Model) -> Any:
-        if (
-            not self.arguments.compile
-            or model.denoiser.num_parameters() < self.dense.denoiser.num_parameters()
-        ):
+        narrower = model.denoiser.num_parameters() < self.dense.denoiser.num_parameters()
+        if not self.arguments.compile or narrower:
             return model.denoiser
         self.compiled.load_state_dict(
             {f"_orig_mod.{k}": v for k, v in model.denoiser.state_dict().items()}
@@ -213,7 +166,7 @@ class Bench:
         return self.compiled
 
     def job(self, **options: Any) -> Job:
-        wanted = PruneOptions(**(self.base.model_dump(exclude_unset=True) | options))
+        wanted = PruneOptions(**self.data | options)
         return Job(deepcopy(self.dense), wanted, self.images, Terminal())
 
 
@@ -230,12 +183,7 @@ class ScoredJob(Job):
         return self.cache[name]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def prune(job: Job) -> tuple[Model, dict[str, Any]]:
+def prune(job: Job) -> tuple[Model, Row]:
     details = MECHANISMS[job.options.mechanism](job)
     if job.model.masks is not None:
         job.model.masks.check_pattern()
@@ -245,7 +193,7 @@ def prune(job: Job) -> tuple[Model, dict[str, Any]]:
     return job.model, {"macs": macs} | {k: details[k] for k in shown if k in details}
 
 
-def rows_of(bench: Bench) -> Iterator[dict[str, Any]]:
+def rows_of(bench: PruningBench) -> Iterator[Row]:
     yield bench.row("dense")
     for score in [*SCORES, "obs"]:
         for setting, options in SETTINGS.items():
@@ -258,7 +206,7 @@ def rows_of(bench: Bench) -> Iterator[dict[str, Any]]:
             job = bench.job(**wanted)
             scored = ScoredJob(job.model, job.options, job.images, job.progress)
             yield bench.row(f"{score} / {setting}", scored)
-    for title, entries in bench.more.items():
+    for title, entries in more_of(bench.arguments).items():
         for label, options in entries:
             wanted = {"mechanism": "nm"} | options
             if "allocation" in options:
@@ -278,19 +226,14 @@ def kernel_ratio() -> dict[str, float]:
         "2:4": lambda: nm_mask(weight, Pattern(2, 4)),
         "4:8": lambda: nm_mask(weight, Pattern(4, 8)),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(7):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - started)
-    medians = {name: sorted(values)[3] for name, values in times.items()}
+    seconds = in_turns(list(calls.values()), repeats=7, warmup=0)
+    medians = dict(zip(calls, map(statistics.median, seconds), strict=True))
     return medians | {
         f"{name} ratio": medians[name] / medians["abs and copy"] for name in ("2:4", "4:8")
     }
 
 
-def latency_rows(bench: Bench) -> list[dict[str, Any]]:
+def latency_rows(bench: PruningBench) -> list[Row]:
     """Latency at batch 16 against MACs, for channel-pruned models, timed in turns with dense."""
     settings = [(r, t) for r in (8, 16) for t in ("macs=0.3", "macs=0.5")]
     jobs = [
@@ -320,7 +263,7 @@ def latency_rows(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def calibration_memory(bench: Bench) -> dict[str, float]:
+def calibration_memory(bench: PruningBench) -> dict[str, float]:
     """Peak MB of `prunedm prune --score wanda` on few and on many problems, each in a new process."""
     code = (
         "import atexit, resource, sys; from prunedm.cli import main; atexit.register(lambda: print("
@@ -339,62 +282,107 @@ def calibration_memory(bench: Bench) -> dict[str, float]:
     return peaks
 
 
-def side_measurement(bench: Bench, name: str, make: Callable[[], Any]) -> Any:
+def side_measurement(bench: PruningBench, name: str, make: Callable[[], Any]) -> Any:
     """Something beside the rows, kept on disk like them."""
     path = bench.folder / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(make(), path)
         print(f"{name}: done", flush=True)
-    return _read(path)
+    return read(path)
+
+
+def more_of(arguments: Namespace) -> dict[str, list[tuple[str, Row]]]:
+    """Further tables: titles, and labels and options of their rows."""
+    without = REDUCTIONS if arguments.without_reductions else ""
+    return {title: entries for title, entries in MORE.items() if title != without}
+
+
+def markdown(result: Row, arguments: Namespace) -> str:
+    """The section of `docs/results.md`: all tables."""
+    rows = {row["key"]: row for row in result["rows"]}
+    features, samples = samples_in_words(arguments)
+    body = [
+        [score]
+        + [
+            _cell(rows.get(f"{score} / {s}"), f"as {ALIKE[score]}" if score in ALIKE else "–")
+            for s in SETTINGS
+        ]
+        for score in [*SCORES, "obs"]
+    ]
+    dense = rows["dense"]
+    gap = {s: rows[f"{s} / 2:4"]["loss"] - dense["loss"] for s in ("obs", "wanda", "magnitude")}
+    more = []
+    for title, entries in more_of(arguments).items():
+        own = [(label, rows[f"{title} / {label}"]) for label, _ in entries]
+        lines = [[label, _cell(row), f"{row['macs'] / 1e6:.0f}M"] for label, row in own]
+        more.append(f"{title}:\n\n{table(['', 'loss, FD', 'MACs'], lines)}")
+    kernel, memory = result["kernel"], result["calibration_memory_mb"]
+    return section(
+        result,
+        f"Dense: {_cell(dense)}. A cell is the denoising loss on {PROBLEMS} held-out problems ± its "
+        f"standard error, then {features} of {samples}"
+        f"{', both in bf16 autocast' * arguments.compile}, before any fine-tuning; "
+        f"{result['device']}.",
+        table(["score", *SETTINGS], body),
+        f"At 2:4 OBS loses {gap['obs'] / gap['wanda']:.2f}x of what Wanda loses over dense "
+        f"({gap['obs']:.4f} against {gap['wanda']:.4f}; magnitude {gap['magnitude']:.4f}).",
+        *more,
+        _latency_table(result["latency"]),
+        f"A 2:4 mask for 36M weights takes {kernel['2:4 ratio']:.1f}x the time of one `torch.abs` and "
+        f"copy over them (4:8: {kernel['4:8 ratio']:.1f}x). Peak memory of calibration: "
+        + ", ".join(f"{mb:.0f} MB with {count} problems" for count, mb in memory.items())
+        + ".",
+    )
+
+
+def _cell(row: Row | None, missing: str = "–") -> str:
+    if row is None:
+        return missing
+    return f"{row['loss']:.4f} ± {row['loss_se']:.4f}, {row['fd']:.0f}"
+
+
+def _latency_table(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            f"{r['target']}, round to {r['round_to']}",
+            f"−{r['macs_removed']:.1%}",
+            f"{r['dense_ms']:.1f} => {r['latency_ms']:.1f} ± {r['spread_ms']:.1f} ms",
+            f"−{r['latency_removed']:.1%}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in rows
+    ]
+    head = ["channels", "MACs", "latency, batch 16", "change", "latency / MACs"]
+    return "Real speed, eager float32, timed in turns with dense:\n\n" + table(head, body)
+
+
+PARSER = parser_of(
+    __doc__,
+    {
+        "model": "digits",
+        "dataset": "digits",
+        "features": "digits-cnn",
+        "samples": 300,
+        "sampling_steps": 25,
+        "sensitivity_problems": 128,
+        "compile": (False, "compiled and in bf16: loss and samples"),
+        "without_reductions": (False, "no table of reductions and rounding"),
+    },
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("--model", default="digits")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--features", default="digits-cnn")
-    parser.add_argument("--samples", type=int, default=300)
-    parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--sensitivity-problems", type=int, default=128)
-    parser.add_argument(
-        "--compile", action="store_true", help="compiled and in bf16: loss and samples"
-    )
-    parser.add_argument(
-        "--without-reductions", action="store_true", help="no table of reductions and rounding"
-    )
-    bench = Bench(parser.parse_args().name, parser.parse_args())
-    command = command_line()
-    rows = list(rows_of(bench))
-    result = {
-        "name": f"pruning-{bench.name}",
-        "command": command,
-        **environment("cpu"),
-        "seed": 0,
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-        "latency": side_measurement(bench, "latency", lambda: latency_rows(bench)),
-        "kernel": side_measurement(bench, "kernel", kernel_ratio),
-        "calibration_memory_mb": side_measurement(
-            bench, "memory", lambda: calibration_memory(bench)
-        ),
-    }
-    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
-    arguments = bench.arguments
-    body = markdown(
-        result,
-        conditions=(
-            f"the denoising loss on {PROBLEMS} held-out problems ± its standard error, then "
-            f"{bench.features.name} of {arguments.samples} ddim-{arguments.sampling_steps} samples"
-            f"{', both in bf16 autocast' if arguments.compile else ''}"
-        ),
-        scores=[*SCORES, "obs"],
-        alike=ALIKE,
-        settings=list(SETTINGS),
-        more={title: [label for label, _ in entries] for title, entries in bench.more.items()},
-    )
-    into_docs(result["name"], body)
+    bench = PruningBench(PARSER.parse_args())
+    found = {"seed": 0, "rows": list(rows_of(bench))}
+    for name, key, make in (
+        ("latency", "latency", lambda: latency_rows(bench)),
+        ("kernel", "kernel", kernel_ratio),
+        ("memory", "calibration_memory_mb", lambda: calibration_memory(bench)),
+    ):
+        found[key] = side_measurement(bench, name, make)
+    result = record(bench.name, found)
+    publish(result, markdown(result, bench.arguments))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ Writes `benchmarks/results/NAME.json` (figures, conditions, wall times, versions
 """
 
 import argparse
-import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from bench import RESULTS, ROOT, Row, into_docs
 from PIL import Image, ImageDraw
 
 from prunedm.evaluation.pictures import grid
@@ -21,7 +20,6 @@ from prunedm.record import read_record, write_json
 from prunedm.stages.verbs.compare import read_comparison
 from prunedm.stages.verbs.evaluate import read_samples
 
-ROOT = Path(__file__).parent.parent
 SHOWN = 36  # samples of each model in the picture
 SCALE = 64  # pixels of a sample's side in it
 
@@ -34,13 +32,11 @@ def main() -> None:
     arguments = parser.parse_args()
     evaluations = [_without_paths(e) for e in read_comparison(arguments.run / "report")]
     summary = _summary(arguments.run, evaluations, arguments.command)
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    write_json(summary, results / f"{arguments.name}.json")
+    write_json(summary, RESULTS / f"{arguments.name}.json")
     images = ROOT / "docs" / "images"
     images.mkdir(exist_ok=True)
     _picture(arguments.run, evaluations).save(images / f"{arguments.name}.png", optimize=True)
-    _into_docs(arguments.name, summary, evaluations)
+    into_docs(arguments.name, _section(arguments.name, summary, evaluations))
 
 
 def _without_paths(evaluation: Evaluation) -> Evaluation:
@@ -51,7 +47,7 @@ def _without_paths(evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update={"model": model, "conditions": conditions})
 
 
-def _summary(run: Path, evaluations: list[Evaluation], command: str) -> dict[str, Any]:
+def _summary(run: Path, evaluations: list[Evaluation], command: str) -> Row:
     folders = [folder for folder in sorted(run.iterdir()) if (folder / "record.json").exists()]
     records = {folder.name: read_record(folder) for folder in folders}
     done = {name: record for name, record in records.items() if record is not None}
@@ -96,13 +92,10 @@ def _sheet(samples_NHWC: np.ndarray, label: str) -> Image.Image:
     return sheet
 
 
-def _into_docs(name: str, summary: dict[str, Any], evaluations: list[Evaluation]) -> None:
-    path = ROOT / "docs" / "results.md"
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+def _section(name: str, summary: Row, evaluations: list[Evaluation]) -> str:
     conditions = evaluations[0].conditions
     stages = ", ".join(f"{key} {value:.0f} s" for key, value in summary["wall_time_s"].items())
-    body = "\n\n".join(
+    return "\n\n".join(
         [
             f"```\n{summary['command']}\n```",
             markdown_table(evaluations).strip(),
@@ -114,9 +107,6 @@ def _into_docs(name: str, summary: dict[str, Any], evaluations: list[Evaluation]
             f"![samples of every stage from the same noise](images/{name}.png)",
         ]
     )
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    assert pattern.search(text), f"docs/results.md has no section {name}"
-    path.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

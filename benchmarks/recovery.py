@@ -16,27 +16,20 @@ in `runs/recovery-NAME/`, so the same command goes on where it was interrupted. 
 `benchmarks/results/recovery-NAME.json`, and the section of that name in `docs/results.md`.
 """
 
-import argparse
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from mask_learning import ROOT, Bench
-from pruning_report import command_line, into_docs
+from bench import Row, TimedBench, parser_of, publish, record
 from recovery_report import markdown
 
 from prunedm.console import Terminal
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model, load
 from prunedm.options import FinetuneOptions, PruneOptions
-from prunedm.record import environment, write_json
 from prunedm.stages import finetune, prune
 
-Row = dict[str, Any]
 DATA = "data loss alone"
 MIXTURES: dict[str, Row] = {
     DATA: {"distill": 0.0},
@@ -63,13 +56,10 @@ CHANNELS: Row = {"mechanism": "channels", "target": "params=0.3"}
 MASKS: Row = {"mechanism": "obs-nm", "pattern": "2:4"}
 
 
-@dataclass
-class RecoveryBench(Bench):
+class RecoveryBench(TimedBench):
     """The model, its dense losses, and the pruned folders that every mixture starts from."""
 
-    @cached_property
-    def folder(self) -> Path:
-        return Path("runs") / f"recovery-{self.arguments.name}"
+    kind = "recovery"
 
     @cached_property
     def dense_loss(self) -> LossEstimate:
@@ -152,7 +142,7 @@ def contest(bench: RecoveryBench, kind: str, seed: int) -> Iterator[Row]:
             model = load(out)
             facts = {"kind": kind, "mixture": mixture, "seed": seed, "seconds": seconds} | fits
             row = facts | bench.gap(model) | {"start": bench.gap(load(source))["loss"]}
-            row["fd"] = bench.fd(model, seed)
+            row["fd"] = bench.fd(model, seed=seed)
             shutil.rmtree(out)
             return row
 
@@ -194,43 +184,44 @@ def goal(bench: RecoveryBench, kind: str) -> Row:
         model, whole = load(out), bench.dense_loss.mean
         found = bench.gap(model)
         facts = {"kind": kind, "mixture": mixture, "seconds": spent, "steps": fits["steps"]}
-        return facts | found | {"over": found["gap"] / whole, "fd": bench.fd(model, 0)}
+        return facts | found | {"over": found["gap"] / whole, "fd": bench.fd(model)}
 
     return bench.kept(f"goal {kind}", measure)
 
 
+PARSER = parser_of(
+    __doc__,
+    {
+        "model": "digits",
+        "dataset": "digits",
+        "flip": False,
+        "features": "digits-cnn",
+        "samples": 500,
+        "sampling_steps": 25,
+        "mixed_precision": "bf16",
+        "batch_size": 64,
+        "lr": 1e-3,
+        "seconds": (120.0, "of each mixture"),
+        "seeds": 3,
+        "kinds": (";".join(KINDS), "of pruning, in the contest"),
+        "mixtures": (";".join(MIXTURES), "those of the first seed"),
+        "repeated": (";".join(MIXTURES), "those of further seeds"),
+        "goal_seconds": (850.0, "of each goal's run; 0 is none"),
+        "goal_mixture": ("output, 0.9 (default)", "one of the mixtures"),
+    },
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("--model", default="digits")
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--flip", action="store_true")
-    parser.add_argument("--features", default="digits-cnn")
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--mixed-precision", default="bf16")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seconds", type=float, default=120, help="of each mixture")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--kinds", default=";".join(KINDS), help="of pruning, in the contest")
-    parser.add_argument("--mixtures", default=";".join(MIXTURES), help="those of the first seed")
-    parser.add_argument("--repeated", default=";".join(MIXTURES), help="those of further seeds")
-    parser.add_argument(
-        "--goal-seconds", type=float, default=850, help="of each goal's run; 0 is none"
-    )
-    parser.add_argument("--goal-mixture", default="output, 0.9 (default)", choices=list(MIXTURES))
-    arguments = parser.parse_args()
+    arguments = PARSER.parse_args()
+    if arguments.goal_mixture not in MIXTURES:
+        PARSER.error(f"--goal-mixture: choose from {'; '.join(MIXTURES)}")
     bench = RecoveryBench(arguments)
-    result = {
-        "name": f"recovery-{arguments.name}",
-        "command": command_line(),
-        **environment("cpu"),
-        "threads": torch.get_num_threads(),
+    found = {
         "seconds": arguments.seconds,
         "goal_seconds": arguments.goal_seconds,
         "dense": bench.kept(
-            "dense", lambda: bench.gap(bench.dense) | {"fd": bench.fd(bench.dense, 0)}
+            "dense", lambda: bench.gap(bench.dense) | {"fd": bench.fd(bench.dense)}
         ),
         "control": control(bench),
         "contest": [
@@ -241,15 +232,8 @@ def main() -> None:
         ],
         "goals": [goal(bench, kind) for kind in ("2:4", "hybrid") if arguments.goal_seconds],
     }
-    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
-    into_docs(
-        result["name"],
-        markdown(
-            result,
-            samples=f"{arguments.samples} ddim-{arguments.sampling_steps} samples",
-            features=bench.features.name,
-        ),
-    )
+    result = record(bench.name, found)
+    publish(result, markdown(result, arguments))
 
 
 if __name__ == "__main__":

@@ -10,27 +10,24 @@ in them: `--speed fast` compiles only where the run is long enough. At the end:
 `benchmarks/results/sampling-NAME.json`, and the section of that name in `docs/results.md`.
 """
 
-import argparse
 import math
 import os
 import statistics
-import time
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
+from bench import Row, draw, median_ratio, parser_of, publish, record, section, table
 from diffusers import DDIMPipeline, DDIMScheduler
-from pruning_report import command_line, into_docs
 
+from prunedm.evaluation.speed import in_turns
 from prunedm.folder import Model, load
 from prunedm.randomness import generator_for
-from prunedm.record import environment, write_json
-from prunedm.sampling import FastDenoiser, make_sampler, sample_batches
+from prunedm.sampling import FastDenoiser
 from prunedm.sampling.fast import SAVED_SHARE, SECONDS_PER_LAYER, count_layers
 from prunedm.stages.inputs import device_for
 
-ROOT = Path(__file__).parent.parent
 SEED = 0
 BASELINE, EXACT = "diffusers DDIMPipeline", "exact"
 FAST, EAGER = "fast, compiled", "fast, not compiled"
@@ -44,7 +41,7 @@ def pipeline(model: Model, batch_size: int, device: torch.device) -> Draw:
     made = DDIMPipeline(load(model.name).denoiser.eval(), scheduler).to(device)
     made.set_progress_bar_config(disable=True)
 
-    def draw(count: int, steps: int) -> torch.Tensor:
+    def drawn(count: int, steps: int) -> torch.Tensor:
         batches = []
         for start in range(0, count, batch_size):
             generators = [
@@ -59,28 +56,14 @@ def pipeline(model: Model, batch_size: int, device: torch.device) -> Draw:
             batches.append(torch.tensor(images_NHWC).permute(0, 3, 1, 2))
         return (torch.cat(batches) * 255).round().to(torch.uint8)
 
-    return draw
+    return drawn
 
 
 def ours(model: Model, denoiser: torch.nn.Module, batch_size: int, device: torch.device) -> Draw:
     """What the stage does, without its files."""
-    sampler = make_sampler(model.scheduler, "ddim")
-
-    def draw(count: int, steps: int) -> torch.Tensor:
-        batches = sample_batches(
-            denoiser,
-            sampler,
-            count=count,
-            steps=steps,
-            codec=model.codec,
-            condition=model.condition,
-            seed=SEED,
-            batch_size=batch_size,
-            device=device,
-        )
-        return torch.cat(list(batches))
-
-    return draw
+    return lambda count, steps: draw(
+        model, denoiser, count=count, steps=steps, seed=SEED, batch_size=batch_size, device=device
+    )
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float | None]:
@@ -97,7 +80,7 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float | Non
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: Namespace) -> Row:
     """Rows of all four ways, timed in turns."""
     device = device_for(arguments.device)
     model = load(arguments.model)
@@ -112,30 +95,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         EAGER: ours(model, eager, size, device),
         FAST: ours(model, compiled, size, device),
     }
-    for draw in ways.values():
-        draw(size, 2)  # warm, and compiled
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     images: dict[str, torch.Tensor] = {}
-    for _ in range(arguments.repeats):
-        for name, draw in ways.items():
-            started = time.perf_counter()
-            images[name] = draw(arguments.count, arguments.steps)
-            seconds[name].append(time.perf_counter() - started)
+
+    def turn(name: str) -> None:
+        images[name] = ways[name](arguments.count, arguments.steps)
+
+    for make in ways.values():
+        make(size, 2)  # warm, and compiled
+    calls = [partial(turn, name) for name in ways]
+    taken = in_turns(calls, repeats=arguments.repeats, warmup=0, device=device)
+    seconds = dict(zip(ways, taken, strict=True))
     rows = [
         {
             "way": name,
             "seconds": taken,
             "images_s": arguments.count / statistics.median(taken),
-            # of the rounds, so that a slow moment of the machine falls on both sides
-            "ratio": statistics.median(
-                b / t for b, t in zip(seconds[BASELINE], taken, strict=True)
-            ),
+            "ratio": median_ratio(seconds[BASELINE], taken),
             "psnr": psnr(images[name], images[EXACT]),
         }
         for name, taken in seconds.items()
     ]
-    calls = math.ceil(arguments.count / size) * arguments.steps
-    call_s = statistics.median(seconds[EAGER]) / calls
+    count = math.ceil(arguments.count / size) * arguments.steps
+    call_s = statistics.median(seconds[EAGER]) / count
     layers, kind = count_layers(model.denoiser), device.type
     return {
         "rows": rows,
@@ -149,20 +130,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: Row) -> str:
     """The section of `docs/results.md`."""
-    rows = {row["way"]: row for row in result["rows"]}
-    body = "\n".join(
-        f"| {name} | {row['images_s']:.2f} | {row['ratio']:.2f}x | {_shown(row['psnr'])} |"
-        for name, row in rows.items()
-    )
     what = (
         f"{result['count']} images, DDIM, {result['steps']} steps, batch {result['batch_size']}, "
         f"in {result['repeats']} turns; {result['device']}. Medians; the ratio is that of turns. "
-        "PSNR against exact: of all pixels, the median image, the worst. "
-        f"Data: `benchmarks/results/{result['name']}.json`."
+        "PSNR against exact: of all pixels, the median image, the worst."
     )
-    head = "| | images/s | ratio | PSNR, dB |\n|---|---:|---:|---:|"
+    rows = [
+        [row["way"], f"{row['images_s']:.2f}", f"{row['ratio']:.2f}x", _shown(row["psnr"])]
+        for row in result["rows"]
+    ]
     compiling = (
         f"Fast is channels-last with {result['dtype']} convolutions and linear layers. Compiling took "
         f"{result['compile_s']:.0f} s; `--speed fast` does it from about "
@@ -170,7 +148,7 @@ def markdown(result: dict[str, Any]) -> str:
         if result["is_compiled"]
         else "torch.compile did not work there."
     )
-    return "\n\n".join([f"```\n{result['command']}\n```", what, f"{head}\n{body}", compiling])
+    return section(result, what, table(["", "images/s", "ratio", "PSNR, dB"], rows), compiling)
 
 
 def _shown(psnr: dict[str, float | None]) -> str:
@@ -178,29 +156,27 @@ def _shown(psnr: dict[str, float | None]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name")
-    parser.add_argument("--model", default="digits")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--count", type=int, default=64, help="images a turn; whole batches")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser = parser_of(
+        __doc__,
+        {
+            "model": "digits",
+            "steps": 50,
+            "batch_size": 32,
+            "count": (64, "images a turn; whole batches"),
+            "repeats": (3, "turns"),
+        },
+    )
     parser.add_argument("--device", choices=["auto", "cpu"], default="cpu")
     arguments = parser.parse_args()
     if arguments.count % arguments.batch_size:
         parser.error("--count must be whole batches: diffusers pads none")
     # what compiling takes the first time, whatever an earlier run left behind
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-    result = {
-        "name": f"sampling-{arguments.name}",
-        "command": command_line(),
-        **environment(arguments.device),
-        "threads": torch.get_num_threads(),
-        **{key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")},
-        **measure(arguments),
-    }
-    write_json(result, ROOT / "benchmarks" / "results" / f"{result['name']}.json")
-    into_docs(result["name"], markdown(result))
+    told = {key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")}
+    result = record(
+        f"sampling-{arguments.name}", told | measure(arguments), device=arguments.device
+    )
+    publish(result, markdown(result))
 
 
 if __name__ == "__main__":

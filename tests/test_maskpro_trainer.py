@@ -4,7 +4,7 @@ import atexit
 import math
 from copy import deepcopy
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -16,19 +16,21 @@ from helpers import batch_of, output, tiny_folder, tiny_model
 from PIL import Image
 
 import prunedm
+from prunedm.architecture import answer
 from prunedm.data import digits
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
 from prunedm.layers import prunable_layers
-from prunedm.learning.layer import maskpro_layers, separate_parameters
+from prunedm.learning.sparsity import get_model_sparsity_summary
 from prunedm.maskpro.config import MaskProConfig
 from prunedm.maskpro.trainer import DiffusionMaskProTrainer
 from prunedm.masks import Masks, Pattern
 from prunedm.options import DataOptions
+from prunedm.randomness import seed_for
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import held_out_problems, images_for, training_problems
-from prunedm.task import Batch, predict
+from prunedm.task import Batch
 
 ESTIMATORS = ["relaxed", "reinforce"]
 CALLS = [
@@ -39,8 +41,6 @@ CALLS = [
 ]
 KEYS = {
     "total_loss",
-    "diffusion_loss",
-    "mask_loss",
     "sparsity_ratio",
     "nm_compliance",
     "temperature",
@@ -83,12 +83,16 @@ def batches(trainer: DiffusionMaskProTrainer, count: int) -> list[Batch]:
 
 
 def logits(trainer: DiffusionMaskProTrainer) -> torch.Tensor:
-    return torch.cat([x.detach().flatten() for x in separate_parameters(trainer.model)[1]])
+    return torch.cat([x.detach().flatten() for x in trainer.learner.logits.parameters()])
+
+
+def parts(trainer: DiffusionMaskProTrainer) -> list[list[torch.nn.Parameter]]:
+    return [list(trainer.model.parameters()), list(trainer.learner.logits.parameters())]
 
 
 def same_parameters(first: DiffusionMaskProTrainer, second: DiffusionMaskProTrainer) -> bool:
-    other = second.model.state_dict()
-    return all(torch.equal(value, other[name]) for name, value in first.model.state_dict().items())
+    other = second.learner.state_dict()
+    return all(torch.equal(x, other[name]) for name, x in first.learner.state_dict().items())
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -125,48 +129,52 @@ def test_the_same_seed_gives_the_same_bits_and_resumes_to_them(estimator):
     assert not same_parameters(first, other)
 
 
-def test_reinforce_follows_the_losses_less_the_moving_baseline():
-    options = {"mask_loss_weight": 0.25, "baseline_momentum": 0.7, "lead": 1}
-    made = trainer(estimator="reinforce", clip=0, **options)
-    baseline = None
-    for batch in batches(made, 3):
-        before = logits(made)
-        twin = deepcopy(made.model).train()
-        loss = batch.losses(predict(twin, batch)).mean()
-        log_prob = sum(layer.log_prob() for layer in maskpro_layers(twin).values())
-        value = float(loss.detach())
-        baseline = value if baseline is None else baseline
-        (loss + 0.25 * (value - baseline) * log_prob).backward()
+def masked_loss(model: torch.nn.Module, masks: dict, batch: Batch) -> torch.Tensor:
+    weights = {f"{n}.weight": model.get_parameter(f"{n}.weight") * m for n, m in masks.items()}
+    return batch.losses(answer(model, batch.inputs, weights=weights)).mean()
+
+
+def test_reinforce_is_the_classic_policy_gradient_of_learn():
+    """Twins under the same draw: weights follow the loss, logits the advantage, step by step."""
+    made = trainer(
+        estimator="reinforce", clip=0, mask_loss_weight=0.25, baseline_momentum=0.7, lead=1
+    )
+    delta = 0.0
+    for step, batch in enumerate(batches(made, 3)):
+        model, logits = deepcopy(made.model).train(), deepcopy(made.learner.logits)
+        (distribution,) = logits.distributions("conditional-bernoulli")
+        generator = torch.Generator().manual_seed(seed_for(0, "masks", step))
+        mask_GM = distribution.sample(torch.rand(logits.groups[0].shape, generator=generator))
+        loss = masked_loss(model, logits.by_layer([mask_GM]), batch)
+        residual = float((loss - masked_loss(model, logits.first.by_layer, batch)).detach())
+        (loss + 0.25 * (residual - delta) * distribution.log_prob(mask_GM).sum()).backward()
         metrics = made.training_step(batch)
-        assert metrics["diffusion_loss"] == value
-        expected = (value - baseline) * float(log_prob.detach())
-        assert metrics["mask_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-12)
-        assert metrics["total_loss"] == pytest.approx(value + 0.25 * metrics["mask_loss"], rel=1e-5)
-        for mine, wanted in zip(made.model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-4, atol=1e-7)
-        baseline = 0.7 * baseline + 0.3 * value
-        assert made.baseline == pytest.approx(baseline)
-        assert torch.equal(logits(made), before) == (made.steps == 1)  # first: no advantage
+        assert metrics["total_loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+        wanted = [*model.parameters(), *logits.parameters()]
+        for mine, twin in zip(chain(*parts(made)), wanted, strict=True):
+            torch.testing.assert_close(mine.grad, twin.grad, rtol=1e-4, atol=1e-7)
+        delta += 0.3 * (residual - delta)
+        assert float(made.learner.estimator.delta) == pytest.approx(delta, abs=1e-7)
 
 
 def test_the_relaxed_gradient_of_logits_is_weighted():
     made = [trainer(mask_loss_weight=weight, clip=0) for weight in (1.0, 0.5, 0.0)]
     for each in made:
         each.training_step(batches(each, 1)[0])
-    full, half, none = (separate_parameters(each.model)[1] for each in made)
+    full, half, none = (parts(each)[1] for each in made)
     for a, b, c in zip(full, half, none, strict=True):
         assert torch.equal(a.grad * 0.5, b.grad)
         assert not c.grad.any()
-    weights = [separate_parameters(each.model)[0] for each in made]
+    weights = [parts(each)[0] for each in made]
     assert all(torch.equal(a.grad, c.grad) for a, _, c in zip(*weights, strict=True))
 
 
 def test_gradients_are_clipped_apart_and_learning_rates_are_their_own():
     made = trainer(clip=1e-3, model_lr=1e-4, mask_lr=0.01)
-    before = [deepcopy(part) for part in separate_parameters(made.model)]
+    before = [deepcopy(part) for part in parts(made)]
     metrics = made.training_step(batches(made, 1)[0])
     assert metrics["grad_norm"] > 1e-3
-    for part, old, lr in zip(separate_parameters(made.model), before, (1e-4, 0.01), strict=True):
+    for part, old, lr in zip(parts(made), before, (1e-4, 0.01), strict=True):
         norm = torch.cat([p.grad.flatten() for p in part]).norm()
         assert float(norm) == pytest.approx(1e-3, rel=1e-3)
         moved = max(float((p - q).detach().abs().max()) for p, q in zip(part, old, strict=True))
@@ -209,17 +217,13 @@ def test_clean_images_get_seeded_noise():
     assert other.training_step(clean)["total_loss"] != losses[0][0]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_fixed_masks_stay_and_the_others_learn(estimator):
-    made = trainer(estimator=estimator, lead=1)
-    fixed, *others = maskpro_layers(made.model).values()
-    fixed.set_mask(torch.ones_like(fixed.weight))
-    for batch in batches(made, 2):
-        metrics = made.training_step(batch)
-    assert fixed.mask_logits.grad is None
-    assert all(layer.mask_logits.grad.any() for layer in others)
-    assert metrics["sparsity_ratio"] < 0.5
-    assert metrics["nm_compliance"] < 1
+def test_the_summary_counts_the_trainers_masks():
+    made = trainer(target_layers=[])
+    found = get_model_sparsity_summary(made.model, made.masks)
+    assert found["overall_stats"]["masked_parameters"] == made.masks.total - made.masks.kept
+    assert found["overall_stats"]["nm_compliance"] == 1
+    assert found["layer_stats"]["mid_block.attentions.0.to_q"]["sparsity"] == 0.5
+    assert found["layer_stats"]["conv_in"]["n"] is None
 
 
 def test_train_runs_all_steps():
@@ -245,7 +249,8 @@ def test_what_is_saved_reloads_with_masks_that_hold(estimator, tmp_path):
     saved = prunedm.load(tmp_path / "out")
     assert saved.masks.pattern == Pattern(2, 4)
     assert not saved.masks.violations(saved.denoiser)
-    assert torch.equal(output(saved.denoiser), output(made.model.eval()))
+    with made.masks.applied(made.model):
+        assert torch.equal(output(saved.denoiser), output(made.model.eval()))
     assert (
         denoising_loss(
             saved.denoiser, held_out_problems(saved, DataOptions(dataset=images()), 20)
@@ -274,11 +279,12 @@ def test_every_call_names_the_one_before_it():
                 call()
         getattr(made, missing)()
     assert made.training_step(clean).keys() == KEYS
-    with pytest.raises(UserError, match="wrapped already"):
+    with pytest.raises(UserError, match="the masks are on already"):
         made.apply_maskpro_wrappers()
     made.load_model_and_scheduler()
     assert made.steps == 0
-    assert not maskpro_layers(made.model)
+    with pytest.raises(UserError, match="call apply_maskpro_wrappers"):
+        made.masks  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -297,14 +303,15 @@ def test_other_batches_are_refused(batch, message):
         trainer().training_step(batch)
 
 
-def test_a_loss_that_is_not_finite_changes_no_parameter():
-    made = trainer()
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_that_is_not_finite_changes_nothing(estimator):
+    made = trainer(estimator=estimator)
     batch = batches(made, 1)[0]
-    before = deepcopy(made.model.state_dict())
+    before = deepcopy(made.learner.state_dict())
     bad = batch_of(batch.inputs["sample"] * torch.nan, batch.inputs["timestep"], batch.target)
     with pytest.raises(UserError, match="loss nan has no finite gradient at step 0: lower"):
         made.training_step(bad)
-    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+    assert all(torch.equal(x, before[name]) for name, x in made.learner.state_dict().items())
     assert math.isfinite(made.training_step(batch)["total_loss"])
 
 
@@ -312,7 +319,7 @@ def test_a_class_conditional_model_trains_on_labels_only(tmp_path):
     model = tiny_model(num_class_embeds=10)
     save(model, tmp_path / "conditional")
     made = trainer(model=str(tmp_path / "conditional"), dataset="digits")
-    assert set(maskpro_layers(made.model)) == set(prunable_layers(model.denoiser, ["mid_block"]))
+    assert made.masks.by_layer.keys() == prunable_layers(model.denoiser, ["mid_block"]).keys()
     assert made.training_step(batches(made, 1)[0])["total_loss"] > 0
     with pytest.raises(UserError, match="wants labels"):
         made.training_step(torch.zeros(1, 1, 8, 8))

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunedm.architecture import example
 from prunedm.errors import UserError
+from prunedm.evaluation import speed
 from prunedm.layers import from_groups, prunable_layers, to_groups
 from prunedm.masks import Pattern
 from prunedm.progress import Silent
@@ -442,7 +443,7 @@ def test_the_trial_of_a_kernel_looks_at_the_product():
 
 def test_calls_are_timed_in_turns(monkeypatch):
     clock, order = [0.0], []
-    monkeypatch.setattr(selection.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
 
     def call(name: str, seconds: float) -> Callable[[], None]:
         def work() -> None:

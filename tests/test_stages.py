@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from scipy.linalg import sqrtm
 
+from prunedm.console import pruning_table
 from prunedm.data import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.size import packed_bytes
@@ -33,6 +34,7 @@ from prunedm.stages.evaluating.measure import _Measuring
 from prunedm.stages.inputs import held_out_problems
 from prunedm.stages.verbs.compare import read_comparison
 from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
+from prunedm.stages.verbs.prune import _held_out
 
 SMALL = {"score": "magnitude", "sensitivity_problems": 2}
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
@@ -200,14 +202,38 @@ def test_pruning_channels_reaches_its_target_and_says_what_it_did(chain):
     assert stats["after"]["params"] == after
     assert 1 - after / before == pytest.approx(0.3, abs=0.08)  # widths move in steps of 8
     assert record.figures["params_removed"] == pytest.approx(1 - after / before)
-    assert stats["before"]["loss"] == pytest.approx(loss_of(chain["dense"], 500), rel=1e-5)
-    assert stats["after"]["loss"] == pytest.approx(loss_of(chain["narrow"], 500), rel=1e-5)
+    assert stats["before"]["loss"] == pytest.approx(loss_of(chain["dense"], 64), rel=1e-5)
+    assert stats["after"]["loss"] == pytest.approx(loss_of(chain["narrow"], 64), rel=1e-5)
+    assert record.figures["problems"] == stats["before"]["problems"] == 64
+    assert 0 < record.figures["loss_se"] < stats["after"]["loss"]
     layers = {
         name: [layer.weight.shape[1], layer.weight.shape[0]]
         for name, layer in prunable_layers(load(chain["narrow"]).denoiser).items()
     }
     assert {name: widths[1] for name, widths in stats["layers"].items()} == layers
     assert load(chain["narrow"]).masks is None
+
+
+def test_the_loss_beside_pruning_is_of_as_many_problems_as_asked_for(tmp_path, capsys):
+    hashes, dense = set(), tiny_folder()
+    for count in (0, 2, 90):
+        options = PruneOptions(mechanism="nm", score="magnitude", pictures=0, problems=count)
+        record, _ = prune(dense, tmp_path / str(count), options)
+        stats = stats_of(tmp_path / str(count))
+        hashes.add(load(tmp_path / str(count)).hash)
+        assert record.figures.get("problems", 0) == stats["before"].get("problems", 0) == count
+        assert ("loss_before" in record.figures) == ("loss" in stats["after"]) == (count > 0)
+        pruning_table(tmp_path / str(count) / "pruning_stats.json")
+        assert (f"loss, {count} problems" in capsys.readouterr().out) == (count > 0)
+    assert stats["before"]["loss"] == pytest.approx(loss_of(dense, 90), rel=1e-5)
+    assert len(hashes) == 1
+
+
+def test_a_costly_models_loss_is_of_fewer_problems(monkeypatch):
+    for macs, count in ((1e6, 64), (2e10, 30), (1e13, 16)):
+        monkeypatch.setattr("prunedm.stages.verbs.prune.count_macs", lambda *_, macs=macs: macs)
+        found = _held_out(load(tiny_folder()), PruneOptions())
+        assert sum(map(len, found)) == count
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

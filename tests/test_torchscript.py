@@ -138,6 +138,22 @@ def test_the_risk_is_real(kind, tmp_path):
     assert target.exists()
 
 
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "renamed", "damaged"])
+def test_files_of_torch_export_are_refused_with_the_way_to_convert(kind, trust, tmp_path):
+    path = tmp_path / "net.pt2"
+    program = torch.export.export(Flat(), (IMAGES,))
+    torch.export.save(program, path)
+    if kind == "renamed":
+        path = path.rename(tmp_path / "net.zip")
+    if kind == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{path.name}' is a file of torch.export") as caught:
+        load_features(path, trust=trust)
+    assert "torch.jit.save(torch.jit.trace(network.eval(), images_uint8)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_evaluate_and_fid_want_the_word_too(tmp_path):
     path, target = evil("while loading", tmp_path)
     images, few = noise_images(400, channels=3), {"features": str(path), "samples": 400}

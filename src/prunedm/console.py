@@ -122,7 +122,10 @@ def pruning_table(stats_file: Path) -> None:
             f"{before[key]:,} => {after[key]:,}  (-{share:.1%})" if share else f"{before[key]:,}"
         )
         table.add_row(f"[bold]{key}", change)
-    table.add_row("[bold]loss", " => ".join(map(_loss, (before["loss"], after["loss"]))))
+    if "loss" in after:
+        error = "" if after["loss_se"] is None else f" ± {after['loss_se']:.4f}"
+        losses = " => ".join(map(_loss, (before["loss"], after["loss"])))
+        table.add_row(f"[bold]loss, {after['problems']} problems", losses + error)
     for kind, wanted in stats.get("requested", {}).items():
         if kind in stats.get("achieved", {}):
             table.add_row(f"[bold]{kind} asked", f"{wanted:.1%}, got {stats['achieved'][kind]:.2%}")

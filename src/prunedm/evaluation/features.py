@@ -20,7 +20,6 @@ from torch import nn
 
 from prunedm.data import to_model_range
 from prunedm.errors import UserError
-from prunedm.evaluation.exported import is_exported, load_exported
 from prunedm.evaluation.torchscript import load_torchscript
 from prunedm.progress import Progress, Silent
 
@@ -128,8 +127,8 @@ def load_features(
 ) -> FeatureNetwork:
     """The feature network "digits-cnn", "inception", or of a file, on the CPU.
 
-    A file is TorchScript, an exported module (`torch.export.save`) of ATen operators, or safetensors
-    with weights of a digits-cnn. `trust` runs TorchScript that may do more than compute.
+    A file is TorchScript, or safetensors with weights of a digits-cnn. `trust` runs TorchScript that
+    may do more than compute.
     `weights` is a local copy of Inception's; without it torch-fidelity downloads (or has) them.
     Raises `UserError` where a file is missing or damaged, or the download fails.
     """
@@ -235,13 +234,10 @@ def _inception_name(weights: Path | None) -> str:
 def _load_file(path: Path, *, trust: bool) -> FeatureNetwork:
     if not path.is_file():
         raise UserError(
-            f"unknown features {str(path)!r}: neither digits-cnn, inception nor a file of "
-            "TorchScript or torch.export"
+            f"unknown features {str(path)!r}: neither digits-cnn, inception nor a file of TorchScript"
         )
     if path.suffix == ".safetensors":
         module = _load_digits_cnn_file(path)
-    elif is_exported(path):
-        module = load_exported(path)
     else:
         module = _load_torchscript(path, trust=trust)
     return FeatureNetwork(f"FD ({path.stem})", None, module.eval())
@@ -266,7 +262,7 @@ def _load_digits_cnn_file(path: Path) -> nn.Module:
     except (OSError, SafetensorError, *_DAMAGED) as error:
         raise UserError(
             f"{str(path)!r} does not hold the weights of a digits-cnn ({_reason(error)}); "
-            "give a file of torch.export.save for another network"
+            "give a TorchScript file for another network"
         ) from error
 
 

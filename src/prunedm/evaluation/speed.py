@@ -18,6 +18,9 @@ from prunedm.neighbours import Neighbours
 WARMUP = 3
 
 
+Call = Callable[[], object]
+
+
 @dataclass(frozen=True)
 class Latency:
     """Median and half the interquartile range, in milliseconds, of one call with `batch` images."""
@@ -40,6 +43,33 @@ class Way:
         return f"latency{kind}, batch {self.batch}"
 
 
+def in_turns(
+    calls: Sequence[Call],
+    *,
+    repeats: int,
+    warmup: int = WARMUP,
+    each: int = 1,
+    device: torch.device | str = "cpu",
+) -> list[list[float]]:
+    """Seconds of each call in each of `repeats` turns: what else the machine does falls on all alike.
+
+    `warmup` turns before them do not count. `each`: calls in a row that make a turn; the seconds are
+    of one. `device`: whose work is waited for.
+    """
+    device = torch.device(device)
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(-warmup, repeats):
+        for taken, call in zip(seconds, calls, strict=True):
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(each):
+                call()
+            _wait(device)
+            if turn >= 0:
+                taken.append((time.perf_counter() - started) / each)
+    return seconds
+
+
 def latency(
     network: nn.Module, inputs: Inputs, *, repeats: int, device: torch.device | str = "cpu"
 ) -> Latency:
@@ -51,7 +81,7 @@ def latencies(
     asked: Sequence[tuple[nn.Module, Inputs]], *, repeats: int, device: torch.device | str = "cpu"
 ) -> list[Latency]:
     """Time several networks in turns, so that what else the machine does falls on all alike."""
-    return _in_turns(asked, way=Way(_rows(asked[0][1])), repeats=repeats, device=device)
+    return _latencies(asked, way=Way(_rows(asked[0][1])), repeats=repeats, device=device)
 
 
 def timings(
@@ -96,7 +126,7 @@ def _rows(inputs: Inputs) -> int:
 
 
 @torch.inference_mode()
-def _in_turns(
+def _latencies(
     asked: Sequence[tuple[nn.Module, Inputs]],
     *,
     way: Way,
@@ -105,16 +135,9 @@ def _in_turns(
 ) -> list[Latency]:
     device = torch.device(device)
     calls = [one_call(network.eval().to(device), inputs) for network, inputs in asked]
-    times = np.empty((WARMUP + repeats, len(calls)))
     with _autocast(device, way):
-        for repeat in range(WARMUP + repeats):
-            for k, call in enumerate(calls):
-                _wait(device)
-                started = time.perf_counter()
-                call()
-                _wait(device)
-                times[repeat, k] = (time.perf_counter() - started) * 1000
-    low, median, high = np.percentile(times[WARMUP:], [25, 50, 75], axis=0)
+        seconds = in_turns(calls, repeats=repeats, device=device)
+    low, median, high = np.percentile(1000 * np.array(seconds), [25, 50, 75], axis=1)
     return [
         Latency(float(m), float(h - q) / 2, way.batch)
         for q, m, h in zip(low, median, high, strict=True)
@@ -128,7 +151,7 @@ def _plainly(
     device: torch.device | str,
 ) -> list[tuple[Latency, str]]:
     """In turns; and the kernel of each."""
-    found = _in_turns(asked, way=way, repeats=repeats, device=device)
+    found = _latencies(asked, way=way, repeats=repeats, device=device)
     kernels = [_kernel(network, inputs, way) for network, inputs in asked]
     return list(zip(found, kernels, strict=True))
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import torch
 from torch import nn
@@ -62,11 +62,26 @@ def load_torchscript(path: Path, *, trust: bool) -> nn.Module:
 
     Raises `UserError` for damaged files, and without `trust` for code that may do more than compute.
     """
+    if _is_exported(path):
+        raise UserError(
+            f"{str(path)!r} is a file of torch.export, whose reader could run anything in it: trace the "
+            "network, torch.jit.save(torch.jit.trace(network.eval(), images_uint8), 'features.pt'), and "
+            "give that"
+        )
     source = str(path) if trust else _packed_anew(path)
     with warnings.catch_warnings():  # "switch to torch.export" is no advice to who has a file
         warnings.simplefilter("ignore", FutureWarning)
         module: nn.Module = torch.jit.load(source, map_location="cpu")
     return module
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether `torch.export.save` wrote the file; TorchScript's are zip files too."""
+    if not is_zipfile(path):
+        return path.suffix == ".pt2"
+    with ZipFile(path) as archive:
+        ends = ("/archive_format", "serialized_exported_program.json")
+        return any(name.endswith(ends) for name in archive.namelist())
 
 
 def _packed_anew(path: Path) -> BytesIO:
@@ -129,5 +144,5 @@ def _may_open(word: str) -> bool:
 def _refusal(path: Path, what: str) -> str:
     return (
         f"{str(path)!r} is TorchScript that {what}, which could run anything: read it and give "
-        "--trust-features, or save the network with torch.export.save, whose files run nothing"
+        "--trust-features"
     )

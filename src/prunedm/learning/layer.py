@@ -1,44 +1,36 @@
 """Masks inside layers: for scripts that hold a model and train it by their own loop.
 
 `wrap_model_with_maskpro` puts a `MaskProLayer` around each layer, `unwrap_model` takes it off again.
-The stages do not use this: they mask from outside (`learning.learner`) and never change a module.
+The stages and the MaskPro trainer mask from outside (`learning.learner`) and change no module.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-from prunedm.layers import from_groups, prunable_layers, to_groups, why_not_nm
+from prunedm.layers import from_groups, prunable_layers, why_not_nm
 from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.relaxation import relaxed
 from prunedm.masks import Masks, Pattern
-from prunedm.randomness import seed_for
 from prunedm.removal.nm import eligible_layers, nm_mask
-
-Draw = Literal["relaxed", "sample"]
-LOGITS = "mask_logits"
 
 
 class MaskProLayer(nn.Module):
     """One Conv2d or Linear under an N:M mask with learned logits.
 
-    In training mode every call draws a mask: a soft one, whose gradient reaches the logits
-    (`draw="relaxed"`, at `temperature`), or a hard one from the conditional Bernoulli distribution,
-    whose `log_prob()` a policy gradient takes (`draw="sample"`; `temperature` has no part in it). In
-    evaluation mode the mask is the most probable one. `set_mask` fixes a mask for both modes.
+    In training mode every call draws a soft mask at `temperature`, whose gradient reaches the logits.
+    In evaluation mode the mask is the most probable one. `set_mask` fixes a mask for both modes.
 
-    The weight and bias are those of `original_layer`, the same objects under the same names, so a
-    wrapped model's state dict is the dense one's and a `mask_logits` (G, M) for each wrapped layer.
-    Draw k is a function of (`seed`, k); `drawn` counts them. Other attributes are the original's.
+    Draws follow PyTorch's global generator, as dropout does: gradient checkpointing sets it back when
+    it calls a layer again, and so meets the same mask.
     """
 
-    original_layer: nn.Module
-    mask_logits: nn.Parameter
     fixed_mask: torch.Tensor | None
 
     def __init__(
@@ -47,10 +39,8 @@ class MaskProLayer(nn.Module):
         n: int,
         m: int,
         *,
-        draw: Draw = "relaxed",
         temperature: float = 1.0,
         lead: float = 1.0,
-        seed: int = 0,
     ) -> None:
         """The first mask keeps the N largest |weight| of a group; their logits lead by `lead`.
 
@@ -61,29 +51,28 @@ class MaskProLayer(nn.Module):
         reason = why_not_wrapped(original_layer, m)
         if reason:
             raise UserError(f"{type(original_layer).__name__} cannot be {pattern}: {reason}")
-        if draw not in ("relaxed", "sample"):
-            raise UserError(f"draw = {draw!r} is neither 'relaxed' nor 'sample'")
         self.n, self.m, self.pattern = n, m, pattern
-        self.draw, self.temperature, self.seed, self.drawn = draw, temperature, seed, 0
-        for name, parameter in original_layer.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        size = original_layer.get_parameter("weight").detach().float().abs()
+        self.temperature = temperature
+        self.original_layer = original_layer
+        size = self.weight.detach().float().abs()
         first = Masks.uniform({"": nm_mask(size, pattern)}, pattern)
         self.mask_logits = nn.Parameter(MaskLogits(first, {"": size}, lead=lead).groups[0].detach())
         self.register_buffer("fixed_mask", None, persistent=False)
-        self._hard_GM: torch.Tensor | None = None
-        # not registered, its parameters are ours; last, since from here on it answers for us
-        self.__dict__["original_layer"] = original_layer
         self.train(original_layer.training)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The original layer's, without the mask."""
+        return self.original_layer.get_parameter("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return dict(self.original_layer.named_parameters()).get("bias")
+
     def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        weight = self.get_parameter("weight")
         mask = self._drawn_mask() if self.training and self.fixed_mask is None else self.get_mask()
-        own: dict[str, torch.Tensor] = {
-            name: p for name, p in self.named_parameters(recurse=False) if name != LOGITS
-        }
-        own["weight"] = weight * mask.to(weight.dtype)
-        output: torch.Tensor = functional_call(self.original_layer, own, arguments, keywords)
+        masked = {"weight": self.weight * mask.to(self.weight.dtype)}
+        output: torch.Tensor = functional_call(self.original_layer, masked, arguments, keywords)
         return output
 
     @torch.no_grad()
@@ -91,69 +80,32 @@ class MaskProLayer(nn.Module):
         """The hard mask, boolean, of the weight's shape: the fixed one, or the most probable."""
         if self.fixed_mask is not None:
             return self.fixed_mask
-        return self._of_weight(self._distribution().mode())
+        return self._of_weight(ConditionalBernoulli(self.mask_logits, self.n).mode())
 
     def set_mask(self, mask: torch.Tensor | None) -> None:
         """Fix the mask; None goes back to the logits. It need not be N:M, nor leave anything out.
 
         Raises `UserError` where its shape is not the weight's.
         """
-        weight = self.get_parameter("weight")
+        weight = self.weight
         if mask is not None and mask.shape != weight.shape:
             raise UserError(
                 f"mask has shape {tuple(mask.shape)}, the layer's weight {tuple(weight.shape)}"
             )
         self.fixed_mask = None if mask is None else mask.bool().to(weight.device).contiguous()
 
-    def log_prob(self, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """log P of a hard mask under the logits, a scalar; of the last draw where none is given.
-
-        Raises `UserError` where there has been no hard draw.
-        """
-        mask_GM = self._hard_GM if mask is None else to_groups(mask, self.m)
-        if mask_GM is None:
-            raise UserError(
-                "no hard mask was drawn: call the layer in training mode, draw='sample'"
-            )
-        return self._distribution().log_prob(mask_GM.to(self.mask_logits.device)).sum()
-
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {self.draw}, {self.original_layer}"
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original_layer" not in self.__dict__:
-                raise
-            return getattr(self.original_layer, name)
-
-    def _distribution(self) -> ConditionalBernoulli:
-        return ConditionalBernoulli(self.mask_logits, self.n)
+        return str(self.pattern)
 
     def _drawn_mask(self) -> torch.Tensor:
-        # gradient checkpointing calls a layer again within the backward pass: the same mask then
-        again = torch._C._current_graph_task_id() != -1 and self.drawn > 0
-        index = self.drawn - 1 if again else self.drawn
-        self.drawn = index + 1
-        device = self.mask_logits.device
-        generator = torch.Generator(device).manual_seed(seed_for(self.seed, "maskpro", index))
-        if self.draw == "relaxed":
-            return self._of_weight(
-                relaxed(self.mask_logits, self.pattern, self.temperature, generator)
-            )
-        u_GM = torch.rand(
-            self.mask_logits.shape,
-            generator=generator,
-            device=device,
-            dtype=self.mask_logits.dtype,
-        )
-        self._hard_GM = self._distribution().sample(u_GM)
-        return self._of_weight(self._hard_GM)
+        logits_GM = self.mask_logits
+        seed = torch.randint(2**62, (), generator=torch.default_generator)
+        generator = torch.Generator(logits_GM.device).manual_seed(int(seed))
+        return self._of_weight(relaxed(logits_GM, self.pattern, self.temperature, generator))
 
     def _of_weight(self, values_GM: torch.Tensor) -> torch.Tensor:
         # contiguous, or the product takes the mask's memory format, and a convolution other bits
-        return from_groups(values_GM, self.get_parameter("weight").shape).contiguous()
+        return from_groups(values_GM, self.weight.shape).contiguous()
 
 
 def wrap_model_with_maskpro(
@@ -162,10 +114,8 @@ def wrap_model_with_maskpro(
     m: int,
     target_layers: Iterable[str] | None = None,
     *,
-    draw: Draw = "relaxed",
     temperature: float = 1.0,
     lead: float = 1.0,
-    seed: int = 0,
     protect: Iterable[str] | None = None,
 ) -> nn.Module:
     """Replace layers by `MaskProLayer`s, in place; returns the model.
@@ -176,7 +126,9 @@ def wrap_model_with_maskpro(
     `UserError` where a target matches nothing, or no layer is left to wrap.
     """
     pattern = Pattern(n, m)
-    layers = prunable_layers(model, _as_tuple(target_layers), protect=protect)
+    targets = (target_layers,) if isinstance(target_layers, str) else tuple(target_layers or ())
+    protect = architecture_of(model).protect if protect is None else protect
+    layers = prunable_layers(model, targets, protect=(*protect, *maskpro_layers(model)))
     if "" in layers:
         raise UserError(f"the model is itself a layer; use MaskProLayer(layer, {n}, {m})")
     if not layers:
@@ -185,10 +137,8 @@ def wrap_model_with_maskpro(
         )
     eligible, _ = eligible_layers(layers, pattern)
     wrapped = {
-        layer: MaskProLayer(
-            layer, n, m, draw=draw, temperature=temperature, lead=lead, seed=seed_for(seed, name)
-        )
-        for name, layer in eligible.items()
+        layer: MaskProLayer(layer, n, m, temperature=temperature, lead=lead)
+        for layer in eligible.values()
     }
     _replace(model, wrapped)
     return model
@@ -207,11 +157,6 @@ def unwrap_model(model: nn.Module, *, apply_masks: bool = True) -> Masks:
         {name: layer.pattern for name, layer in layers.items()},
     )
     exact = {name: p for name, p in masks.patterns.items() if masks.valid_groups(name) == 1}
-    for layer in layers.values():
-        original = layer.original_layer.train(layer.training)
-        for key, _ in list(original.named_parameters(recurse=False)):
-            # the same objects, unless something (load_state_dict(assign=True)) replaced ours
-            setattr(original, key, layer.get_parameter(key))
     _replace(model, {layer: layer.original_layer for layer in layers.values()})
     if apply_masks:
         masks.apply_(model)
@@ -245,7 +190,3 @@ def _replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child in new:
                 parent._modules[name] = new[child]
-
-
-def _as_tuple(targets: Iterable[str] | None) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else tuple(targets or ())

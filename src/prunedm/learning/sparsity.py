@@ -48,21 +48,23 @@ class SparsitySummary(TypedDict):
 
 
 @torch.no_grad()
-def get_model_sparsity_summary(model: nn.Module) -> SparsitySummary:
-    """Every Conv2d and Linear layer: the hard mask where it is wrapped, and weights that are zero.
+def get_model_sparsity_summary(model: nn.Module, masks: Masks | None = None) -> SparsitySummary:
+    """Every Conv2d and Linear layer: weights that its mask removes, or that are zero.
 
-    An unwrapped layer is N:M where its zeros are, in every group, for an M up to 16.
+    The mask is the one of `masks`, or the hard one of a wrapped layer. A layer without one is N:M
+    where its zeros are, in every group, for an M up to 16.
     """
-    found = prunable_layers(model, protect=()) | maskpro_layers(model)
+    wrapped = maskpro_layers(model)
+    found = prunable_layers(model, protect=wrapped) | wrapped
     layers = {name: found[name] for name, _ in model.named_modules() if name in found}
-    masks = layer_masks(layers)
+    masks = _layer_masks(layers, masks or Masks({}))
     stats: dict[str, LayerSparsity] = {}
     for name, mask in masks:
-        nonzero = layers[name].get_parameter("weight") != 0
+        nonzero = _weight(layers[name]) != 0
         pattern = masks.patterns.get(name)
         stats[name] = {
             "shape": tuple(mask.shape),
-            "sparsity": int((~(mask & nonzero)).sum()) / mask.numel(),
+            "sparsity": int((~(mask.to(nonzero.device) & nonzero)).sum()) / mask.numel(),
             "n": pattern.n if pattern else None,
             "m": pattern.m if pattern else None,
             "nm_compliance": masks.valid_groups(name),
@@ -78,19 +80,25 @@ def get_model_sparsity_summary(model: nn.Module) -> SparsitySummary:
     return {"overall_stats": overall, "layer_stats": stats}
 
 
-def layer_masks(layers: Mapping[str, nn.Module]) -> Masks:
-    """The hard masks of wrapped layers with their patterns; of others, where the weight is not zero."""
+def _layer_masks(layers: Mapping[str, nn.Module], known: Masks) -> Masks:
+    """Masks with their patterns: the known ones, those of wrapped layers, or where weights are not 0."""
     by_layer: dict[str, torch.Tensor] = {}
-    patterns: dict[str, Pattern] = {}
+    patterns: dict[str, Pattern | None] = {}
     for name, layer in layers.items():
-        if isinstance(layer, MaskProLayer):
+        if name in known.by_layer:
+            by_layer[name], patterns[name] = known.by_layer[name], known.patterns.get(name)
+        elif isinstance(layer, MaskProLayer):
             by_layer[name], patterns[name] = layer.get_mask(), layer.pattern
-            continue
-        by_layer[name] = layer.get_parameter("weight") != 0
-        pattern = exact_pattern(layer, by_layer[name])
-        if pattern is not None:
-            patterns[name] = pattern
-    return Masks(by_layer, patterns)
+        else:
+            by_layer[name] = _weight(layer) != 0
+            patterns[name] = exact_pattern(layer, by_layer[name])
+    return Masks(by_layer, {name: pattern for name, pattern in patterns.items() if pattern})
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def check_nm_compatibility(model: nn.Module, n: int, m: int) -> dict[str, str]:

@@ -18,19 +18,18 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
-from prunedm.learning.layer import (
-    MaskProLayer,
-    maskpro_layers,
-    separate_parameters,
-    unwrap_model,
-    wrap_model_with_maskpro,
-)
-from prunedm.learning.relaxation import temperature
-from prunedm.learning.sparsity import layer_masks
+from prunedm.layers import prunable_layers
+from prunedm.learning.learner import Learner
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.memo import Memo
+from prunedm.learning.policy_gradient import ClassicPolicyGradient
+from prunedm.learning.relaxation import RelaxedPatterns, temperature
 from prunedm.maskpro.batches import Epochs, problems_of
 from prunedm.maskpro.config import MaskProConfig, parsed_config
+from prunedm.masks import Masks, Pattern
 from prunedm.randomness import generator_for, seed_for
 from prunedm.record import Record, environment
+from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import (
     data_source,
     device_for,
@@ -39,7 +38,7 @@ from prunedm.stages.inputs import (
     source_of,
     training_problems,
 )
-from prunedm.task import Batch, predict
+from prunedm.task import Batch
 
 Made = TypeVar("Made")
 
@@ -52,8 +51,8 @@ class DiffusionMaskProTrainer:
     `UserError` that names the call it lacks.
 
     With "relaxed", the masks are soft in training, and the loss's own gradient reaches the logits.
-    With "reinforce", they are hard, and the logits follow (loss - baseline) * grad log P(mask)
-    (Williams 1992); the baseline is a moving average of the losses of earlier steps.
+    With "reinforce", they are hard, and the logits follow MaskPro's policy gradient: the loss less
+    that of the first masks, less a moving average of such differences. Both are those of `learn`.
     """
 
     def __init__(self, config: str | Path | Mapping[str, Any] | MaskProConfig) -> None:
@@ -65,7 +64,7 @@ class DiffusionMaskProTrainer:
     def _begin(self, loaded: Model | None) -> None:
         self._loaded = loaded
         self.steps = 0
-        self.baseline: float | None = None
+        self._learner: Learner | None = None
         self._images: ImageSet | None = None
         self._train_loader: Epochs | None = None
         self._held_out: list[Batch] | None = None
@@ -73,7 +72,7 @@ class DiffusionMaskProTrainer:
 
     @property
     def model(self) -> nn.Module:
-        """The denoiser, wrapped once `apply_maskpro_wrappers` was called."""
+        """The denoiser, without its masks: they are put on where it is trained, measured or saved."""
         denoiser: nn.Module = self._source.denoiser
         return denoiser
 
@@ -81,6 +80,16 @@ class DiffusionMaskProTrainer:
     def scheduler(self) -> Any:
         """The model's noise scheduler."""
         return self._source.scheduler
+
+    @property
+    def learner(self) -> Learner:
+        """What is trained: the logits and the model under masks drawn from them."""
+        return _made(self._learner, "apply_maskpro_wrappers")
+
+    @property
+    def masks(self) -> Masks:
+        """The hard masks: the most probable ones."""
+        return self.learner.logits.mode()
 
     @property
     def train_loader(self) -> Epochs:
@@ -105,20 +114,28 @@ class DiffusionMaskProTrainer:
         self._begin(loaded)
 
     def apply_maskpro_wrappers(self) -> None:
-        """Wrap the target layers. Raises `UserError` where they are wrapped, or none can be."""
+        """Put masks of the largest weights on the target layers; no module of the model changes.
+
+        Raises `UserError` where they are on already, or no layer can take the pattern.
+        """
         config = self.config
-        if maskpro_layers(self.model):
-            raise UserError("the model is wrapped already; load_model_and_scheduler starts afresh")
-        wrap_model_with_maskpro(
+        layers = prunable_layers(self.model, config.target_layers)
+        if self._learner is not None:
+            raise UserError("the masks are on already; load_model_and_scheduler starts afresh")
+        scores = {name: layer.get_parameter("weight").detach() for name, layer in layers.items()}
+        first = nm_masks(layers, scores, Pattern(config.n, config.m))
+        self._learner = Learner(
             self.model,
-            config.n,
-            config.m,
-            config.target_layers,
-            draw="relaxed" if config.estimator == "relaxed" else "sample",
-            temperature=config.temperature[0],
-            lead=config.first_lead,
-            seed=config.seed,
-        )
+            MaskLogits(first, scores, lead=config.first_lead),
+            RelaxedPatterns(config.temperature)
+            if config.estimator == "relaxed"
+            else ClassicPolicyGradient(decay=config.baseline_momentum),
+            wanted=lambda batch: batch.target,
+            share=0.0,
+            train_weights=True,
+            mask_loss_weight=config.mask_loss_weight,
+            first_losses=Memo(0),
+        ).to(self.device)
 
     def setup_data_loaders(self) -> None:
         """`train_loader` of the training images, and fixed held-out problems for `validate`."""
@@ -129,49 +146,45 @@ class DiffusionMaskProTrainer:
         self._held_out = held_out_problems(source, config, config.validation_problems)
 
     def setup_optimizers(self) -> None:
-        self._wrapped()
-        weights, logits = separate_parameters(self.model)
+        logits = self.learner.logits.parameters()
         self._optimizers = (
-            torch.optim.AdamW(weights, lr=self.config.model_lr, weight_decay=0.0),
+            torch.optim.AdamW(self.model.parameters(), lr=self.config.model_lr, weight_decay=0.0),
             torch.optim.AdamW(logits, lr=self.config.mask_lr, weight_decay=0.0),
         )
 
     def training_step(self, batch: Batch | torch.Tensor) -> dict[str, float]:
         """One step of both optimizers, on problems, or on clean images NCHW in -1..1.
 
-        total_loss = diffusion_loss + mask_loss_weight * mask_loss; the latter is 0 with "relaxed".
-        Figures of masks are of the hard ones after the step; grad_norm is that before clipping.
-        Raises `UserError`, and no parameter has changed, on a loss or gradient that is not finite.
+        total_loss is the denoising loss under the drawn masks. Figures of masks are of the hard ones
+        after the step; grad_norm is that before clipping. Raises `UserError`, and no parameter has
+        changed, on a loss or gradient that is not finite.
         """
-        optimizers, layers, config = self.optimizers, self._wrapped(), self.config
+        optimizers, learner, config = self.optimizers, self.learner, self.config
         if not isinstance(batch, Batch):
             batch = problems_of(
                 batch, self._source, generator_for(config.seed, "maskpro", self.steps)
             )
-        problems = batch.to(self.device)
         progress = min(1.0, self.steps / max(1, self.total_steps - 1))
-        tau = temperature(config.temperature, progress)
-        for layer in layers.values():
-            layer.temperature = tau
+        generator = torch.Generator(self.device)
+        generator.manual_seed(seed_for(config.seed, "masks", self.steps))
         torch.manual_seed(seed_for(config.seed, "dropout", self.steps))
-        self.model.train()
-        diffusion = problems.losses(predict(self.model, problems)).mean()
-        value = float(diffusion.detach())
-        baseline = value if self.baseline is None else self.baseline
-        mask_loss = torch.zeros((), device=self.device)
-        if config.estimator == "reinforce":
-            free = (layer for layer in layers.values() if layer.fixed_mask is None)
-            log_prob = sum((layer.log_prob() for layer in free), start=mask_loss)
-            mask_loss = reinforce_loss(diffusion, baseline, log_prob)
-        total = diffusion + config.mask_loss_weight * mask_loss
-        norm = self._backward(total, layers)
+        averages = deepcopy(learner.estimator.state_dict())
+        loss = learner.train()(batch.to(self.device), progress, generator)
+        norm = self._backward(loss)
+        if not math.isfinite(norm):
+            learner.estimator.load_state_dict(averages)
+            raise UserError(
+                f"loss {float(loss.detach()):g} has no finite gradient at step {self.steps}: "
+                "lower model_lr or mask_lr"
+            )
         for optimizer in optimizers:
             optimizer.step()
-        self.baseline = baseline + (1 - config.baseline_momentum) * (value - baseline)
         self.steps += 1
-        losses = {"total_loss": total, "diffusion_loss": diffusion, "mask_loss": mask_loss}
-        figures = {name: float(loss.detach()) for name, loss in losses.items()}
-        return figures | self._figures(layers) | {"temperature": tau, "grad_norm": norm}
+        return self._figures() | {
+            "total_loss": float(loss.detach()),
+            "temperature": temperature(config.temperature, progress),
+            "grad_norm": norm,
+        }
 
     def train(self) -> dict[str, float]:
         """All steps that are left, each a `training_step`; the figures of `validate` then."""
@@ -184,10 +197,11 @@ class DiffusionMaskProTrainer:
 
     def validate(self) -> dict[str, float]:
         """The denoising loss under the hard masks, on held-out problems that never change."""
-        layers = self._wrapped()
+        masks = self.masks
         held_out = _made(self._held_out, "setup_data_loaders")
-        found = denoising_loss(self.model, held_out, device=self.device)
-        return {"loss": found.mean, "loss_se": found.standard_error} | self._figures(layers)
+        with masks.applied(self.model):
+            found = denoising_loss(self.model, held_out, device=self.device)
+        return {"loss": found.mean, "loss_se": found.standard_error} | self._figures()
 
     def save(self, folder: str | Path) -> None:
         """Write the model, its masks applied, as a folder that every stage takes; keep training.
@@ -195,11 +209,11 @@ class DiffusionMaskProTrainer:
         Raises `UserError` where the folder holds anything.
         """
         folder, source = Path(folder), self._source
-        layers = self._wrapped()
+        masks = Masks({name: mask.cpu() for name, mask in self.masks}, self.masks.patterns)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} exists and is no empty folder; give another")
-        denoiser = deepcopy(source.denoiser).to("cpu")
-        masks = unwrap_model(denoiser)
+        denoiser = deepcopy(source.denoiser).to("cpu").eval()
+        masks.apply_(denoiser)
         inputs = {"model": source_of(source)}
         if self._images is not None:
             inputs["dataset"] = data_source(self._images)
@@ -209,73 +223,47 @@ class DiffusionMaskProTrainer:
             inputs=inputs,
             seed=self.config.seed,
             history=source.record.lineage() if source.record else [],
-            figures={"steps": self.steps} | self._figures(layers),
+            figures={"steps": self.steps} | self._figures(),
         ).model_copy(update=environment(self.config.device))
-        save(replace(source, denoiser=denoiser.eval(), masks=masks, record=record), folder)
+        save(replace(source, denoiser=denoiser, masks=masks, record=record), folder)
 
     def state_dict(self) -> dict[str, Any]:
         """All that an equal trainer needs to go on to the same bits, from the end of an epoch."""
         return {
-            "model": self.model.state_dict(),
+            "learner": self.learner.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "drawn": {name: layer.drawn for name, layer in self._wrapped().items()},
             "epoch": self._train_loader.epoch if self._train_loader else 0,
             "steps": self.steps,
-            "baseline": self.baseline,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; call it after `setup_optimizers`."""
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.model.load_state_dict(state["model"])
-        for name, layer in self._wrapped().items():
-            layer.drawn = state["drawn"][name]
+        self.learner.load_state_dict(state["learner"])
         if self._train_loader:
             self._train_loader.epoch = state["epoch"]
-        self.steps, self.baseline = state["steps"], state["baseline"]
+        self.steps = state["steps"]
 
     @property
     def _source(self) -> Model:
         return _made(self._loaded, "load_model_and_scheduler")
 
-    def _wrapped(self) -> dict[str, MaskProLayer]:
-        return _made(maskpro_layers(self.model) or None, "apply_maskpro_wrappers")
-
-    def _backward(self, total: torch.Tensor, layers: Mapping[str, MaskProLayer]) -> float:
+    def _backward(self, loss: torch.Tensor) -> float:
         """Gradients, clipped apart for weights and logits; their norm before."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        total.backward()
-        if self.config.estimator == "relaxed":
-            for layer in layers.values():
-                if layer.mask_logits.grad is not None:
-                    layer.mask_logits.grad.mul_(self.config.mask_loss_weight)
+        loss.backward()
         limit = self.config.clip or math.inf
-        norms = [nn.utils.clip_grad_norm_(x, limit) for x in separate_parameters(self.model)]
-        norm = math.hypot(*(float(norm) for norm in norms))
-        if not math.isfinite(norm):
-            raise UserError(
-                f"loss {float(total.detach()):g} has no finite gradient at step {self.steps}: "
-                "lower model_lr or mask_lr"
-            )
-        return norm
+        parts = (self.model.parameters(), self.learner.logits.parameters())
+        return math.hypot(*(float(nn.utils.clip_grad_norm_(part, limit)) for part in parts))
 
-    @staticmethod
-    def _figures(layers: Mapping[str, MaskProLayer]) -> dict[str, float]:
-        masks = layer_masks(layers)
+    def _figures(self) -> dict[str, float]:
+        masks = self.masks
         return {
             "sparsity_ratio": 1 - masks.kept / masks.total,
             "nm_compliance": masks.compliance,
         }
-
-
-def reinforce_loss(
-    loss: torch.Tensor, baseline: float | torch.Tensor, log_prob: torch.Tensor
-) -> torch.Tensor:
-    """A scalar with the gradient (loss - baseline) * grad log P; unbiased where the baseline does
-    not depend on the mask drawn (Williams 1992)."""
-    return (loss - baseline).detach() * log_prob
 
 
 def _made(thing: Made | None, call: str) -> Made:

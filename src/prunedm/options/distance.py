@@ -16,8 +16,7 @@ class StatsOptions(Options):
 
     features: FileName = Field(
         "inception",
-        description="inception, digits-cnn, or a file of TorchScript or torch.export "
-        "(uint8 NCHW to N x D)",
+        description="inception, digits-cnn, or a file of TorchScript (uint8 NCHW to N x D)",
     )
     trust_features: bool = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")

@@ -59,8 +59,7 @@ class ExportOptions(DataOptions, ModelOptions):
     sampling_steps: int = Field(25, ge=1, description="denoiser calls an image")
     features: FileName = Field(
         "auto",
-        description="auto, digits-cnn, inception, or a file of TorchScript or torch.export "
-        "(uint8 NCHW to N x D)",
+        description="auto, digits-cnn, inception, or a file of TorchScript (uint8 NCHW to N x D)",
     )
     trust_features: bool = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")

@@ -67,8 +67,7 @@ class EvaluateOptions(DataOptions, ModelOptions):
     batch_size: int = Field(100, ge=1, description="images at a time")
     features: FileName = Field(
         "auto",
-        description="auto, digits-cnn, inception, or a file of TorchScript or torch.export "
-        "(uint8 NCHW to N x D)",
+        description="auto, digits-cnn, inception, or a file of TorchScript (uint8 NCHW to N x D)",
     )
     trust_features: bool = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")

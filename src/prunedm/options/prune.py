@@ -86,3 +86,8 @@ class PruneOptions(ScoreOptions, ModelOptions):
         False, description="fresh weights in the smaller network: a baseline (channels)"
     )
     pictures: int = Field(16, ge=0, description="samples before and after, from the same noise")
+    problems: int | None = Field(
+        None,
+        ge=0,
+        description="held-out, of the loss before and after; none: 16 to 64 by their cost",
+    )

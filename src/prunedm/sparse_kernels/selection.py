@@ -1,7 +1,6 @@
 """2:4 layers on sparse tensor cores: each layer's dense and sparse forms timed, the fastest kept."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import nn
 
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError
-from prunedm.evaluation.speed import one_call
+from prunedm.evaluation.speed import Call, in_turns, one_call
 from prunedm.inference import evaluating
 from prunedm.layers import hooked, prunable_layers, replace_module
 from prunedm.progress import Progress, Silent
@@ -23,7 +22,6 @@ from prunedm.sparse_kernels.layers import candidates, to_sparse, why_not_sparse
 TOLERANCE = 0.02  # relative error of the denoiser's answer; half precision alone is near 0.001
 _WARMUP, _TURNS, _CALLS = 3, 15, 10
 
-Call = Callable[[], object]
 Timer = Callable[[Sequence[Call]], list[float]]  # milliseconds of one of each
 Met = tuple[torch.Tensor, int]  # a layer's first input on the meta device, and its GEMM's rows
 
@@ -66,17 +64,9 @@ def time_in_turns(calls: Sequence[Call]) -> list[float]:
 
     Launching is a part of it where it takes longer than the work.
     """
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(_WARMUP + _TURNS):
-        for k, call in enumerate(calls):
-            _synchronize()
-            started = time.perf_counter()
-            for _ in range(_CALLS):
-                call()
-            _synchronize()
-            if turn >= _WARMUP:
-                times[k].append((time.perf_counter() - started) * 1000 / _CALLS)
-    return [statistics.median(taken) for taken in times]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = in_turns(calls, repeats=_TURNS, warmup=_WARMUP, each=_CALLS, device=device)
+    return [1000 * statistics.median(taken) for taken in seconds]
 
 
 def time_graphs(calls: Sequence[Call]) -> list[float]:
@@ -251,22 +241,17 @@ def _described(name: str, layer: nn.Module, pixels: int | None) -> Choice:
 
 def _captured(call: Call) -> Call:
     """Ten calls as one CUDA graph."""
-    _synchronize()
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(_WARMUP):
             call()
-    _synchronize()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(_CALLS):
             call()
     return graph.replay
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _autocast(denoiser: nn.Module, dtype: torch.dtype) -> AbstractContextManager[object]:

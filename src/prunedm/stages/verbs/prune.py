@@ -1,5 +1,6 @@
 """prune: score the weights, remove the lowest by a mechanism, write a smaller or sparser model."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from prunedm.task import Batch
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
-HELD_OUT = 500  # problems behind the loss before and after, where they are cheap
-HELD_OUT_MACS = 6e11  # of one pass over them; at least FEWEST, whatever a problem costs
-FEWEST = 16
+PROBLEMS = range(16, 65)  # behind the loss before and after, where options name no number
+PROBLEMS_MACS = 6e11  # what one pass over them may cost
 
 
 def prune(
@@ -69,9 +69,7 @@ def prune(
 def _prune(
     model: Model, images: ImageSet, options: PruneOptions, folder: Path, *, progress: Progress
 ) -> dict[str, Any]:
-    macs = count_macs(model.denoiser, model.example())
-    affordable = max(FEWEST, int(HELD_OUT_MACS / macs))  # the loss is given with its standard error
-    held_out = held_out_problems(model, options, min(HELD_OUT, affordable))
+    held_out = _held_out(model, options)
     before = _summary(model, held_out, options)
     _picture(model, options, folder / "vis" / "before_pruning.png")
     details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
@@ -84,20 +82,34 @@ def _prune(
     write_json({"before": before, "after": after} | details, folder / "pruning_stats.json")
     removed = {f"{k}_removed": 1 - after[k] / before[k] for k in ("params", "nonzero", "macs")}
     shown = {key: value for key, value in details.items() if key not in _LONG}
-    return {"loss_before": before["loss"], **after, **removed, **shown}
+    loss_before = {"loss_before": before["loss"]} if held_out else {}
+    return {**loss_before, **after, **removed, **shown}
+
+
+def _held_out(model: Model, options: PruneOptions) -> list[Batch]:
+    """As many problems as asked for, or as are cheap: the loss has its standard error beside it."""
+    count = options.problems
+    if count is None:
+        cheap = int(PROBLEMS_MACS / count_macs(model.denoiser, model.example()))
+        count = min(max(cheap, PROBLEMS[0]), PROBLEMS[-1])
+    return held_out_problems(model, options, count) if count else []
 
 
 def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict[str, Any]:
-    device = device_for(options.device)
-    loss = denoising_loss(model.denoiser.to(device), held_out, device=device)
-    model.denoiser.cpu()
-    return {
+    """Sizes; and the loss with its standard error and number of problems, where there are any."""
+    sizes = {
         "params": count_parameters(model.denoiser),
         "nonzero": count_nonzero(model.denoiser),
         "macs": count_macs(model.denoiser, model.example()),
-        "loss": loss.mean,
-        "loss_se": loss.standard_error,
     }
+    if not held_out:
+        return sizes
+    device = device_for(options.device)
+    loss = denoising_loss(model.denoiser.to(device), held_out, device=device)
+    model.denoiser.cpu()
+    error = None if math.isnan(loss.standard_error) else loss.standard_error  # of fewer than 4
+    problems = len(loss.per_problem_N)
+    return sizes | {"loss": loss.mean, "loss_se": error, "problems": problems}
 
 
 def _picture(model: Model, options: PruneOptions, path: Path) -> None:

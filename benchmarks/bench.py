@@ -1,0 +1,282 @@
+"""What the benchmarks share: options, rows kept on disk, losses and distances, records, tables."""
+
+import json
+import re
+import shlex
+import shutil
+import statistics
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from prunedm.evaluation import fid
+from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
+from prunedm.evaluation.loss import denoising_loss
+from prunedm.folder import Model, load
+from prunedm.neighbours import Neighbours, disturbance
+from prunedm.options import PruneOptions
+from prunedm.record import environment, write_json
+from prunedm.sampling import make_sampler, sample_batches
+from prunedm.stages.inputs import held_out_problems, images_for
+from prunedm.task import Batch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs" / "results.md"
+PROBLEMS = 2000  # held-out ones behind a loss
+REFERENCES = 10_000  # held-out images behind a distance, at most
+NEIGHBOURS = Neighbours()  # since the benchmark's start
+
+Row = dict[str, Any]
+
+# --------------------------------------------------------------------------------- options
+
+
+def parser_of(doc: str, options: dict[str, Any]) -> ArgumentParser:
+    """NAME and `--options`, whose types are those of their defaults, given alone or with a help text."""
+    parser = ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("name")
+    for option, given in options.items():
+        default, help = given if isinstance(given, tuple) else (given, None)
+        flag = "--" + option.replace("_", "-")
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=help)
+        elif isinstance(default, list):
+            parser.add_argument(flag, nargs="+", type=type(default[0]), default=default, help=help)
+        else:
+            parser.add_argument(flag, type=type(default), default=default, help=help)
+    return parser
+
+
+def command_line() -> str:
+    """What made a section, to be pasted into a shell."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def named(table: Iterable[str], wanted: str) -> list[str]:
+    """Keys by their names, or by the beginnings of their names; `wanted` parts them by semicolons."""
+    keys, found = list(table), set()
+    for name in wanted.split(";"):
+        found |= {name} if name in keys else {key for key in keys if key.startswith(name)}
+    return [key for key in keys if key in found]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# ----------------------------------------------------------------------------- measurement
+
+
+@dataclass
+class Bench:
+    """One model and dataset, and what was measured so far: `runs/KIND-NAME/rows/`."""
+
+    kind: ClassVar[str]
+    batch: ClassVar[int] = 100  # images drawn at a time
+    arguments: Namespace
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.arguments.name}"
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / self.name
+
+    @property
+    def half(self) -> bool:
+        """Whether networks draw in bf16 autocast."""
+        return False
+
+    @cached_property
+    def data(self) -> Row:
+        flip = getattr(self.arguments, "flip", False)
+        return {"dataset": self.arguments.dataset, "flip": flip, "device": "cpu"}
+
+    @cached_property
+    def dense(self) -> Model:
+        return load(self.arguments.model)
+
+    @cached_property
+    def held_out(self) -> list[Batch]:
+        return held_out_problems(self.dense, PruneOptions(**self.data), PROBLEMS)
+
+    @cached_property
+    def features(self) -> FeatureNetwork:
+        return load_features(self.arguments.features)
+
+    @cached_property
+    def reference(self) -> fid.Statistics:
+        images = images_for(self.dense, PruneOptions(**self.data), "test")
+        some = [images[i] for i in range(min(len(images), REFERENCES))]
+        return self.moments(some)
+
+    def moments(self, images: Any) -> fid.Statistics:
+        """Of a sequence of images, or uint8 NCHW, in the features."""
+        return fid.statistics(
+            extract(self.features, image_batches(images)), features=self.features.name
+        )
+
+    def kept(self, key: str, make: Callable[[], Row]) -> Row:
+        """A row from disk, or made and kept."""
+        path = self.folder / "rows" / f"{slug(key)}.json"
+        if not path.exists():
+            row = {"key": key} | make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(row, path)
+            print({name: value for name, value in row.items() if name != "options"}, flush=True)
+        return read(path)
+
+    def loss(self, denoiser: nn.Module) -> Row:
+        loss = denoising_loss(denoiser, self.held_out)
+        return {"loss": loss.mean, "loss_se": loss.standard_error}
+
+    def fd(self, model: Model, denoiser: nn.Module | None = None, *, seed: int = 0) -> float:
+        """Of `--samples` images of the model, whose denoiser may be another's copy."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            drawn = draw(
+                model,
+                denoiser or model.denoiser,
+                count=self.arguments.samples,
+                steps=self.arguments.sampling_steps,
+                seed=seed,
+                batch_size=self.batch,
+            )
+        return fid.frechet_distance(self.moments(drawn), self.reference)
+
+    def out(self, key: str) -> Path:
+        return self.folder / slug(key)
+
+
+class TimedBench(Bench):
+    """For contests in equal wall time: what a step takes is measured first."""
+
+    @property
+    def half(self) -> bool:
+        return bool(self.arguments.mixed_precision == "bf16")
+
+    @cached_property
+    def loop(self) -> Row:
+        """What every training run here has in common: no validation, no checkpoints on the clock."""
+        return self.data | {
+            "batch_size": self.arguments.batch_size,
+            "mixed_precision": self.arguments.mixed_precision,
+            "validate_every": 0,
+            "validation_problems": 100,
+            "checkpoint_every": 0,
+        }
+
+    def step_seconds(self, key: str, run: Callable[[int, Path], float], short: int = 4) -> float:
+        """Seconds of one step: what 24 more of them add to a run's wall time."""
+
+        def measure() -> Row:
+            run(1, self.scratch)  # warm
+            first, second = run(short, self.scratch), run(short + 24, self.scratch)
+            step = (second - first) / 24
+            return {"step_s": step, "start_s": first - short * step}
+
+        return float(self.kept(f"step of {key}", measure)["step_s"])
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that is not there."""
+        place = self.folder / "scratch"
+        shutil.rmtree(place, ignore_errors=True)
+        return place
+
+
+def draw(
+    model: Model,
+    denoiser: nn.Module,
+    *,
+    count: int,
+    steps: int,
+    seed: int = 0,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """What `prunedm sample` draws by DDIM, without its files: uint8 NCHW."""
+    batches = sample_batches(
+        denoiser,
+        make_sampler(model.scheduler, "ddim"),
+        count=count,
+        steps=steps,
+        codec=model.codec,
+        condition=model.condition,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+    )
+    return torch.cat(list(batches))
+
+
+def median_ratio(base: Sequence[float], own: Sequence[float]) -> float:
+    """Of the turns' ratios, so that a slow moment of the machine falls on both sides."""
+    return statistics.median(b / o for b, o in zip(base, own, strict=True))
+
+
+# ------------------------------------------------------------------------ records and docs
+
+
+def read(path: Path) -> Row:
+    found: Row = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def record(name: str, found: Row, *, device: str = "cpu") -> Row:
+    """A benchmark's record: what was found, by which command, on what."""
+    threads = {"threads": torch.get_num_threads()}
+    return {"name": name, "command": command_line(), **environment(device), **threads, **found}
+
+
+def publish(result: Row, body: str) -> None:
+    """Write a record, and its section of the docs; a busy machine is named there."""
+    write_json(result, RESULTS / f"{result['name']}.json")
+    disturbed = disturbance(NEIGHBOURS.share)
+    into_docs(result["name"], body + f"\n\n*Disturbed: {disturbed}.*" * bool(disturbed))
+
+
+def into_docs(name: str, body: str) -> None:
+    """Replace the section between the two markers of this name."""
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    assert pattern.search(text), f"docs/results.md has no section {name}"
+    DOCS.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text), encoding="utf-8")
+
+
+def section(result: Row, about: str, *parts: str) -> str:
+    """The command, what the figures are of and where they lie, then the rest."""
+    data = f"Data: `benchmarks/results/{result['name']}.json`."
+    return "\n\n".join([f"```\n{result['command']}\n```", f"{about} {data}", *parts])
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A markdown table; columns are right-aligned but for those at `left`."""
+    line = "".join("---|" if k in left else "---:|" for k in range(len(head)))
+    top = f"| {' | '.join(head)} |".replace("|  |", "| |")
+    return "\n".join([top, f"|{line}", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def samples_in_words(arguments: Namespace) -> tuple[str, str]:
+    """What a distance is of: the features' name, as `load_features` gives it, and the samples."""
+    name = "FID" if arguments.features == "inception" else f"FD ({Path(arguments.features).stem})"
+    return name, f"{arguments.samples} ddim-{arguments.sampling_steps} samples"
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def spread(rows: Sequence[Row], key: str, digits: int) -> str:
+    """The standard deviation over rows, as it follows a mean; nothing for one row."""
+    values = [row[key] for row in rows]
+    return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
