@@ -57,18 +57,18 @@ def images_of(
     *,
     sampler: str = "ddim",
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """`count` images at once, uint8 NHWC."""
+    """`count` images at once, uint8 NHWC; drawn together, but for 64 at most, unless told."""
     batches = draw_images(
         model,
         count=count,
         steps=steps,
         sampler=sampler,
         seed=seed,
-        batch_size=min(batch_size, count),
+        batch_size=batch_size or min(64, count),
         device=device,
         progress=progress,
     )
