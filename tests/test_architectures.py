@@ -26,11 +26,17 @@ from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
 from prunedm.layers import is_under, prunable_layers, to_groups, why_not_nm
+from prunedm.learning import ESTIMATORS
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.trainer import learn_masks
 from prunedm.masks import Masks, Pattern
+from prunedm.options import LearnOptions
+from prunedm.progress import Silent
 from prunedm.removal.input_grams import input_grams
 from prunedm.removal.nm import eligible_layers, nm_masks
 from prunedm.removal.obs import obs_prune
 from prunedm.scores import SCORES, Calibration, score_layers
+from prunedm.training.loop import make_accelerator
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -158,6 +164,51 @@ def test_losses_are_finite_and_gradients_reach_every_layer(name):
         assert module.weight.grad is not None, layer
         assert module.weight.grad.isfinite().all(), layer
     assert denoising_loss(made.denoiser, [batch]).mean == pytest.approx(float(loss.mean().detach()))
+
+
+FROZEN = [name for name in ESTIMATORS if name != "sr-ste"]  # which follows trained weights
+PAIRS = [(name, FROZEN[k % len(FROZEN)]) for k, name in enumerate(FAMILIES)]
+
+
+@pytest.mark.parametrize(("name", "estimator"), PAIRS)
+def test_masks_are_learned(name, estimator, tmp_path):
+    made = model(name)
+    network, problems = made.denoiser, task(made)
+    layers = layers_of(network)
+    first = nm_masks(layers, score_layers(network, layers, "magnitude"), Pattern(2, 4))
+    options = LearnOptions(
+        estimator=estimator, steps=12, batch_size=8, lr=0.5, keep="last", device="cpu",
+        validate_every=0, checkpoint_every=0, train_weights=False, distill=1.0,
+    )  # fmt: skip
+    logits = MaskLogits(first, {n: m.weight.detach() for n, m in layers.items()}, lead=0.05)
+    start = logits.by_layer([g.detach().clone() for g in logits.groups])
+    weights = {n: m.weight.detach().clone() for n, m in layers.items()}
+    held_out = problems.batch(range(12, 20))
+    wanted = answer(network, held_out.inputs).detach()
+
+    def loss(masks: Masks) -> float:
+        kept = {f"{n}.weight": weights[n] * mask for n, mask in masks}
+        with torch.no_grad():
+            found = answer(network, held_out.inputs, weights=kept)
+        return float(held_out.distances(found, wanted).mean())
+
+    learned = learn_masks(
+        network,
+        logits,
+        teacher=None,
+        problems=problems,
+        options=options,
+        accelerator=make_accelerator(options),
+        resume=tmp_path / "resume",
+        progress=Silent(),
+        hard_loss=loss,
+    )
+    learned.masks.check_pattern()
+    moved = torch.cat([(learned.logits[n] - start[n]).flatten() for n in layers])
+    assert float(moved.abs().max()) > 0
+    assert loss(learned.masks) < 1.5 * loss(first)  # a few steps; not that it were lost
+    for n, module in layers.items():
+        assert torch.equal(module.weight, weights[n])
 
 
 # ------------------------------------------------------------------ classes without a record
