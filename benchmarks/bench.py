@@ -20,11 +20,19 @@ from prunedm.evaluation import fid
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load
+from prunedm.layers import prunable_layers
+from prunedm.learning.learner import Learner
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.trainer import make_learner, make_optimizer
+from prunedm.masks import Pattern
 from prunedm.neighbours import Neighbours, disturbance
-from prunedm.options import PruneOptions
+from prunedm.options import LearnOptions, PruneOptions
+from prunedm.progress import Silent
 from prunedm.record import environment, write_json
+from prunedm.removal.nm import nm_masks
 from prunedm.sampling import make_sampler, sample_batches
-from prunedm.stages.inputs import held_out_problems, images_for
+from prunedm.scores import score_layers
+from prunedm.stages.inputs import device_for, held_out_problems, images_for
 from prunedm.task import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +199,17 @@ class TimedBench(Bench):
         place = self.folder / "scratch"
         shutil.rmtree(place, ignore_errors=True)
         return place
+
+
+def learner_of(model: Model, options: LearnOptions) -> tuple[Learner, torch.optim.Optimizer]:
+    """What a step of `prunedm learn` trains, from magnitude masks."""
+    options, device = options.filled(), device_for(options.device)
+    layers = prunable_layers(model.denoiser)
+    scores = score_layers(model.denoiser, layers, "magnitude", progress=Silent())
+    first = nm_masks(layers, scores, Pattern.parse(options.pattern))
+    logits = MaskLogits(first, scores, lead=options.logits or 0.0)
+    learner = make_learner(model.denoiser, logits, options, teacher=None, device=device)
+    return learner, make_optimizer(learner, options)
 
 
 def draw(

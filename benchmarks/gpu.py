@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -143,39 +143,15 @@ def half(subject: Subject) -> Made:
     return Made(subject.call(subject.half(), torch.contiguous_format))
 
 
-def channels_last(subject: Subject) -> Made:
-    return Made(subject.call(subject.half(torch.channels_last), torch.channels_last))
+def channels_last(subject: Subject, mode: str | None = None) -> Made:
+    """float16; compiled in a mode of `torch.compile`, or eager."""
+    module = subject.half(torch.channels_last)
+    if mode:
+        return compiling(subject, module, mode)
+    return Made(subject.call(module, torch.channels_last))
 
 
-def compiled(subject: Subject) -> Made:
-    return compiling(subject, subject.half(torch.channels_last), "default")
-
-
-def cuda_graphs(subject: Subject) -> Made:
-    return compiling(subject, subject.half(torch.channels_last), "reduce-overhead")
-
-
-def max_autotune(subject: Subject) -> Made:
-    return compiling(subject, subject.half(torch.channels_last), "max-autotune")
-
-
-def sparse(subject: Subject) -> Made:
-    return sparsely(subject, time_in_turns, None)
-
-
-def sparse_compiled(subject: Subject) -> Made:
-    return sparsely(subject, time_graphs, "default")
-
-
-def sparse_cuda_graphs(subject: Subject) -> Made:
-    return sparsely(subject, time_graphs, "reduce-overhead")
-
-
-def sparse_max_autotune(subject: Subject) -> Made:
-    return sparsely(subject, time_graphs, "max-autotune")
-
-
-def sparsely(subject: Subject, timer: Timer, mode: str | None) -> Made:
+def sparsely(subject: Subject, timer: Timer, mode: str | None = None) -> Made:
     """Layers chosen at this batch by `timer`, then compiled or not."""
     module = subject.half(torch.channels_last)
     if not any(why_not_sparse(layer, HALF) is None for layer in prunable_layers(module).values()):
@@ -184,11 +160,8 @@ def sparsely(subject: Subject, timer: Timer, mode: str | None) -> Made:
     if why:
         raise NoFigure(why)
     selection = use_sparse_kernels(module, subject.inputs, dtype=HALF, timer=timer)
-    made = (
-        Made(subject.call(module, torch.channels_last))
-        if mode is None
-        else compiling(subject, module, mode)
-    )
+    eager = Made(subject.call(module, torch.channels_last))
+    made = compiling(subject, module, mode) if mode else eager
     timed = [choice for choice in selection.choices if choice.dense_ms is not None]
     count = f"{len(selection.chosen)} of {len(timed)} 2:4 layers sparse"
     made.note = "; ".join(filter(None, [count, made.note]))
@@ -246,14 +219,6 @@ def bound(session: Any, subject: Subject, device: str) -> Made:
     return Made(call, keep=(inputs,))
 
 
-def tensorrt_dense(subject: Subject) -> Made:
-    return tensorrt(subject, with_sparse_weights=False)
-
-
-def tensorrt_sparse(subject: Subject) -> Made:
-    return tensorrt(subject, with_sparse_weights=True)
-
-
 def tensorrt(subject: Subject, *, with_sparse_weights: bool) -> Made:
     """An engine for this batch; with sparse weights it tries its sparse tactics and times them."""
     trt = installed("tensorrt")
@@ -298,16 +263,16 @@ WAYS: dict[str, Callable[[Subject], Made]] = {
     "eager float32, TF32": tf32,
     "float16": half,
     "float16, channels-last": channels_last,
-    "float16, compiled": compiled,
-    "float16, CUDA graphs": cuda_graphs,
-    "float16, max-autotune": max_autotune,
-    "semi-structured": sparse,
-    "semi-structured, compiled": sparse_compiled,
-    "semi-structured, CUDA graphs": sparse_cuda_graphs,
-    "semi-structured, max-autotune": sparse_max_autotune,
+    "float16, compiled": partial(channels_last, mode="default"),
+    "float16, CUDA graphs": partial(channels_last, mode="reduce-overhead"),
+    "float16, max-autotune": partial(channels_last, mode="max-autotune"),
+    "semi-structured": partial(sparsely, timer=time_in_turns),
+    "semi-structured, compiled": partial(sparsely, timer=time_graphs, mode="default"),
+    "semi-structured, CUDA graphs": partial(sparsely, timer=time_graphs, mode="reduce-overhead"),
+    "semi-structured, max-autotune": partial(sparsely, timer=time_graphs, mode="max-autotune"),
     "ONNX Runtime CUDA, float16": onnx_runtime,
-    "TensorRT float16, dense weights": tensorrt_dense,
-    "TensorRT float16, sparse weights": tensorrt_sparse,
+    "TensorRT float16, dense weights": partial(tensorrt, with_sparse_weights=False),
+    "TensorRT float16, sparse weights": partial(tensorrt, with_sparse_weights=True),
 }
 
 

@@ -6,19 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from bench import learner_of
 
 from prunedm.evaluation.speed import in_turns
 from prunedm.folder import Model
-from prunedm.layers import prunable_layers
 from prunedm.learning.distribution import DISTRIBUTIONS
 from prunedm.learning.learner import Learner
-from prunedm.learning.logits import MaskLogits
-from prunedm.learning.trainer import make_learner, make_optimizer
-from prunedm.masks import Pattern
 from prunedm.options import LearnOptions
-from prunedm.progress import Silent
-from prunedm.removal.nm import nm_masks
-from prunedm.scores import score_layers
 from prunedm.stages.inputs import images_for, training_problems
 from prunedm.task import Batch, predict
 
@@ -71,7 +65,7 @@ def _training_step(dense: Model, batch: Batch, autocast: Any) -> Callable[[], No
 def _learning_step(
     dense: Model, options: LearnOptions, batch: Batch, autocast: Any
 ) -> tuple[Learner, Callable[..., None]]:
-    learner, optimizer = _learner(dense, options)
+    learner, optimizer = learner_of(dense, options)
     generator = torch.Generator().manual_seed(0)
     outputs = learner.wanted
 
@@ -90,22 +84,11 @@ def _learning_step(
     return learner, step
 
 
-def _learner(dense: Model, options: LearnOptions) -> tuple[Learner, torch.optim.Optimizer]:
-    options = options.filled()
-    layers = prunable_layers(dense.denoiser)
-    scores = score_layers(dense.denoiser, layers, "magnitude", progress=Silent())
-    first = nm_masks(layers, scores, Pattern.parse(options.pattern))
-    logits = MaskLogits(first, scores, lead=options.logits or 0.0)
-    cpu = torch.device("cpu")
-    learner = make_learner(dense.denoiser, logits, options, teacher=None, device=cpu)
-    return learner, make_optimizer(learner, options)
-
-
 def _policy_gradient(
     dense: Model, options: LearnOptions, batch: Batch, autocast: Any
 ) -> tuple[float, float]:
     """Seconds of one mask of the policy gradient, all told, and of one forward pass."""
-    learner, optimizer = _learner(dense, options)
+    learner, optimizer = learner_of(dense, options)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:

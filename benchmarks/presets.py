@@ -16,21 +16,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench import RESULTS, ROOT, Row, command_line, parser_of, read
+from bench import RESULTS, ROOT, Row, command_line, learner_of, parser_of, read
 
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load
-from prunedm.layers import prunable_layers
-from prunedm.learning.logits import MaskLogits
-from prunedm.learning.trainer import make_learner, make_optimizer
-from prunedm.masks import Pattern
 from prunedm.options import LearnOptions
 from prunedm.options.presets import PRESETS
 from prunedm.preset_table import SHOWN, StepSeconds, Timing, Timings
-from prunedm.progress import Silent
 from prunedm.record import environment, write_json
-from prunedm.removal.nm import nm_masks
-from prunedm.scores import score_layers
 from prunedm.stages.inputs import (
     device_for,
     held_out_problems,
@@ -53,13 +46,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def steps(model: Model, options: LearnOptions, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repeat, on new problems and on the same ones again; the first is warm-up."""
+    learner, optimizer = learner_of(model, options)
     options, device = options.filled(), device_for(options.device)
-    layers = prunable_layers(model.denoiser)
-    scores = score_layers(model.denoiser, layers, "magnitude", progress=Silent())
-    first = nm_masks(layers, scores, Pattern.parse(options.pattern))
-    logits = MaskLogits(first, scores, lead=options.logits or 0.0)
-    learner = make_learner(model.denoiser, logits, options, teacher=None, device=device)
-    optimizer = make_optimizer(learner, options)
     problems = training_problems(model, options, images_for(model, options, "train"))
     generator = torch.Generator(device).manual_seed(0)
 
