@@ -28,8 +28,8 @@ LEVELS = [
         "sparse_kernels",
     },
     {"training"},
-    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"}
-    | {"architecture", "task"}
+    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "narrowed"}
+    | {"architecture", "task", "widths", "blocks"}
     | {
         "image_files",
         "image_labels",
@@ -119,7 +119,7 @@ def test_imports_point_down():
         ("learning", "recovery"),
         ("evaluation", "folder"),
         ("evaluation", "recovery"),
-        ("masks", "pruned_unet"),
+        ("masks", "narrowed"),
     ],
 )
 def test_parts_that_change_apart_do_not_know_each_other(above, below):

@@ -20,6 +20,7 @@ from prunedm.masks import Masks, load_masks, save_masks
 from prunedm.model_files.configs import read_unet_config
 from prunedm.model_files.schedule import find_scheduler
 from prunedm.model_files.weights import check_state, filled, load_network, weight_files
+from prunedm.narrowed import Narrowed
 from prunedm.packed import load_packed
 from prunedm.reading import read_object
 from prunedm.record import Record, read_record, write_json, write_record
@@ -34,7 +35,7 @@ _DIFFUSERS = "DDPMPipeline"
 class Model:
     """A trained diffusion model: the denoiser, its noise scheduler, masks if any, and its record."""
 
-    denoiser: Any  # a UNet2DModel or PrunedUNet2DModel
+    denoiser: Any  # of a class of DENOISERS
     scheduler: Any
     masks: Masks | None = None
     record: Record | None = None
@@ -153,7 +154,7 @@ def save(model: Model, folder: Path) -> None:
     _forget_origin(folder / "unet" / "config.json")
     model.scheduler.save_pretrained(folder / "scheduler")
     cls = type(model.denoiser).__name__
-    library = "prunedm" if cls == "PrunedUNet2DModel" else "diffusers"
+    library = "prunedm" if isinstance(model.denoiser, Narrowed) else "diffusers"
     index = {
         "_class_name": model.pipeline,
         "_diffusers_version": model.denoiser.config["_diffusers_version"],

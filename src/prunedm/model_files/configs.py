@@ -19,10 +19,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prunedm.architecture import answer
 from prunedm.errors import UserError, first_line, shortened
-from prunedm.pruned_unet import PrunedUNet2DModel
+from prunedm.narrowed import narrowed
 from prunedm.reading import read_object
 
-DENOISERS = {"UNet2DModel": UNet2DModel, "PrunedUNet2DModel": PrunedUNet2DModel}
+DENOISERS = {cls.__name__: cls for cls in (UNet2DModel, narrowed(UNet2DModel))}
 Range = tuple[float, float]
 WIDTH: Range = (1, 16_384)  # channels; the widest of diffusers' UNets has 2,560
 UNET_RANGES: Mapping[str, Range] = {
@@ -42,7 +42,6 @@ UNET_RANGES: Mapping[str, Range] = {
     "norm_eps": (0, 1),
     "num_class_embeds": (1, 1_000_000),
     "num_train_timesteps": (1, 100_000),
-    "widths": WIDTH,
 }
 SCHEDULER_RANGES: Mapping[str, Range] = {
     "num_train_timesteps": (1, 100_000),
@@ -58,7 +57,6 @@ SCHEDULER_RANGES: Mapping[str, Range] = {
 LONGEST = 100_000  # values in a list: betas, one a timestep
 MOST_LAYERS = 64  # blocks times layers of each
 _CLOSED = ("beta_schedule", "prediction_type", "timestep_spacing")  # choices that all classes share
-_WIDTHS = dict[str, dict[str, int]]
 
 
 def shown(value: object) -> str:
@@ -101,7 +99,7 @@ def read_unet_config(folder: Path) -> dict[str, Any]:
             f"supported denoisers: {', '.join(DENOISERS)}"
         )
     check_unet_config(config, path)
-    known = ("widths", *inspect.signature(UNet2DModel.__init__).parameters)
+    known = inspect.signature(DENOISERS[name].__init__).parameters
     # an EMA's config also has its decay, of which diffusers would complain at every step
     return {n: value for n, value in config.items() if n in known or n.startswith("_")}
 
@@ -109,13 +107,6 @@ def read_unet_config(folder: Path) -> dict[str, Any]:
 def check_unet_config(config: Mapping[str, Any], where: object) -> None:
     """Raise `UserError` for values that no UNet of ours has."""
     check_config(config, UNet2DModel, where, UNET_RANGES)
-    if config.get("widths") is not None:
-        try:
-            TypeAdapter(_WIDTHS, config=ConfigDict(strict=True)).validate_python(config["widths"])
-        except ValidationError as error:
-            raise UserError(f"{where}: widths is not a table of module, side and width") from error
-        for sizes in config["widths"].values():
-            _check_numbers("widths", list(sizes.values()), where, WIDTH)
     if config.get("sample_size") is None:
         raise UserError(
             f'{where} has no sample_size; add the side of its training images: "sample_size": 32'
