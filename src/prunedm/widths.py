@@ -95,9 +95,10 @@ def narrow_layer(
     Of a norm, and of a depthwise convolution, the outputs count.
     """
     depthwise = isinstance(layer, _CONVOLUTIONS) and layer.groups > 1
+    sides = (keep_out, None if depthwise else keep_in)
     for name, parameter in list(layer.named_parameters(recurse=False)):
         value = parameter.detach()
-        for dim, keep in enumerate((keep_out, None if depthwise else keep_in)):
+        for dim, keep in enumerate(sides[::-1] if isinstance(layer, nn.Embedding) else sides):
             if keep is not None and dim < value.ndim:
                 value = value.index_select(dim, keep.to(value.device))
         replace_parameter(layer, name, value)
