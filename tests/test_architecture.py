@@ -28,7 +28,7 @@ LEVELS = [
         "sparse_kernels",
     },
     {"training"},
-    {"masks", "packed", "layers", "calibration", "record", "data", "pruned_unet"}
+    {"masks", "packed", "layers", "calibration", "record", "data", "narrowed", "widths", "blocks"}
     | {"architecture", "architectures", "task", "denoising", "process", "codec", "condition"}
     | {"prompts", "tensor_cache", "next_token"}
     | {
@@ -120,7 +120,7 @@ def test_imports_point_down():
         ("learning", "recovery"),
         ("evaluation", "folder"),
         ("evaluation", "recovery"),
-        ("masks", "pruned_unet"),
+        ("masks", "narrowed"),
     ],
 )
 def test_parts_that_change_apart_do_not_know_each_other(above, below):

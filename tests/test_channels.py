@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunedm import PrunedUNet2DModel
 from prunedm.architecture import answer
-from prunedm.pruned_unet import PrunedUNet2DModel, _dense_config, from_resized, widths_of
+from prunedm.narrowed import _dense_config, as_narrowed, widths_of
 from prunedm.removal.channel_costs import count_macs, count_params, layer_positions
 from prunedm.removal.channel_groups import ChannelGroup, channel_groups
 from prunedm.removal.channels import (
@@ -286,14 +287,14 @@ def test_nothing_to_remove_is_an_error():
 def test_a_pruned_model_can_be_pruned_again():
     model = unet(block_out_channels=(32, 32), norm_num_groups=8, **CONFIGS["one_head"])
     remove_channels(model, plan_for(model, 0.2))
-    again = from_resized(model)
+    again = as_narrowed(model)
     plan = plan_for(again, 0.3, target_kind="channels", scores=random_scores(again, seed=3))
     silenced = deepcopy(again)
     silence(silenced, plan)
     remove_channels(again, plan)
     assert not plan.regrouped
     torch.testing.assert_close(output(again), output(silenced), rtol=1e-5, atol=1e-5)
-    once_more = from_resized(again)
+    once_more = as_narrowed(again)
     assert once_more.config.widths == again.config.widths  # kept up by remove_channels
 
 

@@ -17,6 +17,7 @@ from helpers import output, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from prunedm import PrunedUNet2DModel
 from prunedm.errors import UserError
 from prunedm.folder import (
     PACKED_FILE,
@@ -29,8 +30,8 @@ from prunedm.folder import (
 )
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.narrowed import as_narrowed
 from prunedm.packed import save_packed
-from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
 from prunedm.record import Record
 from prunedm.removal.channel_groups import channel_groups
 from prunedm.removal.channels import plan_channels, remove_channels
@@ -56,7 +57,7 @@ def narrowed(model: Model) -> Model:
     scores = magnitudes(model.denoiser)
     plan = plan_channels(model.denoiser, groups, scores=scores, ratio=0.3, target_kind="channels")
     remove_channels(model.denoiser, plan)
-    model.denoiser = from_resized(model.denoiser)
+    model.denoiser = as_narrowed(model.denoiser)
     return model
 
 

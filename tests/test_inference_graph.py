@@ -8,11 +8,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from helpers import tiny_model
-from test_pruned_unet import narrow
+from test_narrowed_unet import narrow
 from torch import nn
 
+from prunedm import PrunedUNet2DModel
 from prunedm.deployment.inference_graph import GroupAffine, InferenceDenoiser
-from prunedm.pruned_unet import PrunedUNet2DModel
 
 ATTENTION = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),

@@ -143,11 +143,14 @@ def refused(folder: Path, *parts: str) -> None:
         ("block_out_channels", [32, 64], "and by the config (32, 1, 3, 3)"),
         ("widths", {"conv_in": {"in": 1, "out": -3}}, "widths"),
         ("widths", {"conv_in": {"in": 1, "out": 10**9}}, "widths"),
+        ("widths", [1], "widths is not a table"),
+        ("dropped", ["conv_in"], "dropped"),
+        ("dropped", 3, "dropped is not a list"),
     ],
 )
 def test_what_is_wrong_with_a_config_is_named(tmp_path, key, value, reason):
     folder = folder_with(tmp_path / "m", "unet/config.json", key, value)
-    if key == "widths":
+    if key in ("widths", "dropped"):
         folder = folder_with(tmp_path / "n", "unet/config.json", "_class_name", "PrunedUNet2DModel")
         config = folder / "unet" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prunedm import PrunedUNet2DModel
 from prunedm.errors import UserError
 from prunedm.evaluation.size import packed_bytes
 from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern, save_masks
 from prunedm.packed import load_packed, packed_matmul, save_packed
-from prunedm.pruned_unet import PrunedUNet2DModel
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.removal.weights import weight_masks
 
@@ -25,12 +25,12 @@ DOCS = Path(__file__).parent.parent / "docs" / "packed.md"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = [*TYPES, "int8"]
 PATTERNS = ["2:4", "1:4", "4:8", "3:4"]
-# to 24 channels between the convolutions of one block
+# to 8 channels between the convolutions of one block
 NARROW = {
-    "down_blocks.0.resnets.0.conv1": {"in": 16, "out": 24},
-    "down_blocks.0.resnets.0.time_emb_proj": {"in": 64, "out": 24},
-    "down_blocks.0.resnets.0.norm2": {"channels": 24, "groups": 4},
-    "down_blocks.0.resnets.0.conv2": {"in": 24, "out": 16},
+    "down_blocks.0.resnets.0.conv1": {"in": 16, "out": 8},
+    "down_blocks.0.resnets.0.time_emb_proj": {"in": 64, "out": 8},
+    "down_blocks.0.resnets.0.norm2": {"channels": 8, "groups": 4},
+    "down_blocks.0.resnets.0.conv2": {"in": 8, "out": 16},
 }
 
 

@@ -32,7 +32,7 @@ _HOME = {
     "sweep": "prunedm.experiments.sweep",
     "Sweep": "prunedm.experiments.plan",
     "UserError": "prunedm.errors",
-    "PrunedUNet2DModel": "prunedm.pruned_unet",
+    "PrunedUNet2DModel": "prunedm.narrowed",
     "use_sparse_kernels": "prunedm.sparse_kernels.selection",
     "MaskProLayer": "prunedm.learning.layer",
     "wrap_model_with_maskpro": "prunedm.learning.layer",
@@ -50,9 +50,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and not name.startswith("Pruned"):
         raise AttributeError(f"module 'prunedm' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    # PrunedX is the narrowed class X of diffusers
+    return getattr(import_module(_HOME.get(name, "prunedm.narrowed")), name)
 
 
 def __dir__() -> list[str]:

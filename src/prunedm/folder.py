@@ -38,6 +38,7 @@ from prunedm.model_files.weights import (
     load_network,
     weight_files,
 )
+from prunedm.narrowed import Narrowed
 from prunedm.packed import load_packed
 from prunedm.process import Process, process_of
 from prunedm.prompts import PromptEncoder
@@ -259,7 +260,7 @@ def save(model: Model, folder: Path) -> None:
 def _index(model: Model) -> dict[str, Any]:
     """The input's model_index.json with this network and scheduler in their places."""
     name = type(model.denoiser).__name__
-    library = "prunedm" if name.startswith("Pruned") else "diffusers"
+    library = "prunedm" if isinstance(model.denoiser, Narrowed) else "diffusers"
     given = model.companions.index if model.companions is not None else {}
     own = {
         "_class_name": model.pipeline,

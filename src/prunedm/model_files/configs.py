@@ -20,10 +20,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prunedm.architecture import Shape, answer, architecture_named, example_shapes
 from prunedm.errors import UserError, first_line, shortened
-from prunedm.pruned_unet import PrunedUNet2DModel
+from prunedm.narrowed import PREFIX, narrowed
 from prunedm.reading import read_object
 
-_NARROWED = {"PrunedUNet2DModel": PrunedUNet2DModel}
 Range = tuple[float, float]
 WIDTH: Range = (1, 16_384)  # channels; the widest of diffusers' UNets has 2,560
 UNET_RANGES: Mapping[str, Range] = {
@@ -43,7 +42,6 @@ UNET_RANGES: Mapping[str, Range] = {
     "norm_eps": (0, 1),
     "num_class_embeds": (1, 1_000_000),
     "num_train_timesteps": (1, 100_000),
-    "widths": WIDTH,
 }
 NETWORK_RANGES: Mapping[str, Range] = {
     "sample_size": (1, 8192),
@@ -76,7 +74,6 @@ SCHEDULER_RANGES: Mapping[str, Range] = {
 LONGEST = 100_000  # values in a list: betas, one a timestep
 MOST_LAYERS = 64  # blocks times layers of each
 _CLOSED = ("beta_schedule", "prediction_type", "timestep_spacing")  # choices that all classes share
-_WIDTHS = dict[str, dict[str, int]]
 
 
 def shown(value: object) -> str:
@@ -117,13 +114,12 @@ def class_name(config: Mapping[str, Any]) -> str:
 
 def network_class(name: str) -> Any:
     """A network of diffusers, a narrowed one, or a causal language model of transformers, or None."""
-    if name in _NARROWED:
-        return _NARROWED[name]
     if not name.isidentifier():
         return None
-    return _in_library(name, "diffusers", "ModelMixin") or (
-        _in_library(name, "transformers", "PreTrainedModel") if "For" in name else None
-    )
+    found = _in_library(name.removeprefix(PREFIX), "diffusers", "ModelMixin")
+    if found is None and "For" in name:
+        return _in_library(name, "transformers", "PreTrainedModel")
+    return narrowed(found) if found is not None and name.startswith(PREFIX) else found
 
 
 def _in_library(name: str, library: str, base: str) -> Any:
@@ -157,7 +153,7 @@ def check_network_config(config: Mapping[str, Any], cls: Any, where: object) -> 
     if issubclass(cls, UNet2DModel):
         check_unet_config(config, where)
     else:
-        check_config(config, cls, where, NETWORK_RANGES)
+        check_config(config, getattr(cls, "dense_class", cls), where, NETWORK_RANGES)
 
 
 def build(config: Mapping[str, Any]) -> Any:
@@ -171,13 +167,6 @@ def build(config: Mapping[str, Any]) -> Any:
 def check_unet_config(config: Mapping[str, Any], where: object) -> None:
     """Raise `UserError` for values that no UNet of ours has."""
     check_config(config, UNet2DModel, where, UNET_RANGES)
-    if config.get("widths") is not None:
-        try:
-            TypeAdapter(_WIDTHS, config=ConfigDict(strict=True)).validate_python(config["widths"])
-        except ValidationError as error:
-            raise UserError(f"{where}: widths is not a table of module, side and width") from error
-        for sizes in config["widths"].values():
-            _check_numbers("widths", list(sizes.values()), where, WIDTH)
     if config.get("sample_size") is None:
         raise UserError(
             f'{where} has no sample_size; add the side of its training images: "sample_size": 32'

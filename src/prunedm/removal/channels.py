@@ -19,13 +19,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.pruned_unet import (
-    PrunedUNet2DModel,
-    replace_parameter,
-    set_layer_widths,
-    sync_attributes,
-    widths_of,
-)
+from prunedm.narrowed import Narrowed, as_narrowed
 from prunedm.removal.channel_costs import Side, count_macs, count_params, width
 from prunedm.removal.channel_groups import ChannelGroup
 from prunedm.removal.channel_target import (
@@ -36,6 +30,7 @@ from prunedm.removal.channel_target import (
     removed_positions,
     same_share,
 )
+from prunedm.widths import narrow_layer, sync_attributes
 
 TargetKind = Literal["params", "macs", "channels"]
 Reduction = Literal["sum", "mean", "max", "first"]
@@ -124,14 +119,14 @@ def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
     """Slice the plan's layers in place, and set what diffusers asserts about widths."""
     for name in dict.fromkeys(layer for layer, _ in plan.keep):
         module = denoiser.get_submodule(name)
-        _slice(module, plan.keep.get((name, "in")), plan.keep.get((name, "out")))
+        narrow_layer(module, plan.keep.get((name, "in")), plan.keep.get((name, "out")))
         if isinstance(module, nn.GroupNorm):
             module.num_groups = plan.norm_groups[name]
     for name, heads in plan.heads.items():
         _narrow_heads(denoiser.get_submodule(name), heads)
     sync_attributes(denoiser)
-    if isinstance(denoiser, PrunedUNet2DModel):  # else its config would describe the old widths
-        denoiser.register_to_config(widths=widths_of(denoiser))
+    if isinstance(denoiser, Narrowed):  # else its config would describe the old widths
+        as_narrowed(denoiser)
 
 
 def _check_targets(
@@ -224,18 +219,6 @@ def _figures(
         figures |= {f"{kind}_before": before, f"{kind}_after": after}
         figures[f"{kind}_removed"] = 1 - after / before
     return figures
-
-
-def _slice(module: nn.Module, keep_in: torch.Tensor | None, keep_out: torch.Tensor | None) -> None:
-    inputs = width(module, "in") if keep_in is None else len(keep_in)
-    outputs = width(module, "out") if keep_out is None else len(keep_out)
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        value = parameter.detach()
-        for dim, keep in enumerate((keep_out, keep_in)):
-            if keep is not None and dim < value.ndim:
-                value = value.index_select(dim, keep.to(value.device))
-        replace_parameter(module, name, value)
-    set_layer_widths(module, inputs, outputs)
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """The reload check: a model folder, loaded again, gives the same output to the bit."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prunedm.architecture import answer, like_weights
 from prunedm.errors import UserError
 from prunedm.folder import PACKED_FILE, Model, load, model_folder
-from prunedm.model_files.configs import network_class
 from prunedm.model_files.weights import weight_files
 
 DIFFERS = "gives another output"
@@ -21,7 +21,7 @@ def check_reload(model: Model) -> bool:
     """
     folder, _ = model_folder(model.name)
     place = folder / model.component if (folder / model.component).is_dir() else folder
-    again = _load_again(place, type(model.denoiser).__name__)
+    again = _load_again(place, type(model.denoiser))
     before, now = (_outputs(denoiser, model) for denoiser in (model.denoiser, again))
     if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True):
         gap = float((before - now).abs().max())
@@ -29,11 +29,10 @@ def check_reload(model: Model) -> bool:
     return True
 
 
-def _load_again(place: Path, name: str) -> torch.nn.Module:
+def _load_again(place: Path, cls: Any) -> torch.nn.Module:
     if (place / PACKED_FILE).exists():
         packed: torch.nn.Module = load(place).denoiser
         return packed
-    cls = network_class(name)
     _, variant = weight_files(place)
     denoiser: torch.nn.Module
     denoiser, loading = cls.from_pretrained(

@@ -10,8 +10,8 @@ from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.layers import why_not_nm
 from prunedm.masks import Masks, Pattern
+from prunedm.narrowed import as_narrowed
 from prunedm.options import parse_target
-from prunedm.pruned_unet import PrunedUNet2DModel, from_resized
 from prunedm.randomness import seed_for
 from prunedm.removal.allocation import (
     Choice,
@@ -47,7 +47,7 @@ STEPS = "layers take only the candidates; more --candidates make finer steps"
 
 
 def remove_by_channels(job: Job) -> Details:
-    """Narrow the model: it becomes a `PrunedUNet2DModel`."""
+    """Narrow the model: its class becomes the narrowed one."""
     options, denoiser = job.options, job.model.denoiser
     if not job.model.architecture.channels:
         raise UserError(
@@ -59,7 +59,7 @@ def remove_by_channels(job: Job) -> Details:
     before = {name: widths(layer) for name, layer in job.layers.items()}
     plan, groups, round_to = _channel_plan(job, kind, ratio)
     remove_channels(denoiser, plan)
-    job.model.denoiser = from_resized(denoiser)
+    job.model.denoiser = as_narrowed(denoiser)
     if options.reinitialise:
         job.model.denoiser = _fresh(job.model.denoiser, options.seed)
     changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
@@ -280,9 +280,9 @@ def _zeros(job: Job) -> Details:
     return {"layers": {name: 1 - float(mask.float().mean()) for name, mask in job.model.masks}}
 
 
-def _fresh(denoiser: PrunedUNet2DModel, seed: int) -> PrunedUNet2DModel:
+def _fresh(denoiser: Any, seed: int) -> Any:
     """The same architecture with newly initialised weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed_for(seed, "reinitialise"))
-        fresh: PrunedUNet2DModel = PrunedUNet2DModel.from_config(denoiser.config)
+        fresh = type(denoiser).from_config(denoiser.config)
     return fresh.eval()

@@ -1,0 +1,155 @@
+"""Narrowed networks of any diffusers class, which plain diffusers loads once `prunedm` is imported.
+
+diffusers' own configs say one width for a whole stage, and its classes build every block.
+`narrowed(UNet2DModel)` is the class `PrunedUNet2DModel`: its config holds the dense architecture, and
+    widths:  module name => the sizes that differ from it (`prunedm.widths`)
+    dropped: names of the blocks that it goes without (`prunedm.blocks`)
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+from prunedm.blocks import drop_blocks, dropped_blocks
+from prunedm.errors import UserError
+from prunedm.widths import Widths, attributes, resize, sizes, sync_attributes
+
+PREFIX = "Pruned"
+_OTHERS: dict[str, type] = {}  # narrowed classes of classes that are not diffusers' own
+
+
+class Narrowed:
+    """What all narrowed classes are; `dense_class` is the class of the dense architecture."""
+
+    dense_class: type
+
+
+def __getattr__(name: str) -> type:
+    """`PrunedX`, for every class X of diffusers: how it finds the class in a model_index.json."""
+    cls = getattr(diffusers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if name in _OTHERS:
+        return _OTHERS[name]
+    if not _is_model(cls):
+        raise AttributeError(f"prunedm has no {name!r}")
+    return narrowed(cls)
+
+
+@cache
+def narrowed(cls: Any) -> Any:
+    """The class of narrowed networks of a diffusers model class.
+
+    Its arguments are those of `cls`, which describe the dense architecture, and `widths` and `dropped`.
+    """
+    if not _is_model(cls):
+        raise UserError(
+            f"{cls.__name__} is not a model class of diffusers, so it cannot be narrowed"
+        )
+    if issubclass(cls, Narrowed):
+        return cls
+    # diffusers writes the module into model_index.json, and wants ModelMixin in there
+    own = {"__init__": _init(cls), "__module__": "prunedm", "dense_class": cls}
+    made = type(PREFIX + cls.__name__, (Narrowed, cls), own | {"__doc__": _init.__doc__})
+    if getattr(diffusers, cls.__name__, None) is not cls:
+        _OTHERS[made.__name__] = made
+    return made
+
+
+def as_narrowed(network: Any) -> Any:
+    """Make `network`, whose layers were narrowed or blocks dropped, one that can be saved, in place.
+
+    Raises `UserError` unless a network built from the new config alone is the same in every shape and
+    every whole number that a module holds: so it is known to load again.
+    """
+    cls = narrowed(_dense_class(network))
+    sync_attributes(network)
+    with torch.device("meta"):
+        twin = cls(
+            **_dense_config(network),
+            widths=widths_of(network),
+            dropped=dropped_blocks(network) or None,
+        )
+    _check_same(network, twin)
+    network.__class__ = cls
+    network._internal_dict = twin._internal_dict  # what `config` reads
+    return network
+
+
+def widths_of(network: Any) -> Widths:
+    """Sizes of the modules that differ from the dense architecture of `network.config`."""
+    with torch.device("meta"):
+        dense = _dense_class(network)(**_dense_config(network))
+    drop_blocks(dense, dropped_blocks(network))
+    before = {name: sizes(module) for name, module in dense.named_modules()}
+    after = {name: sizes(module) for name, module in network.named_modules()}
+    widths = {name: own for name, own in after.items() if own and own != before.get(name)}
+    resize(dense, widths)
+    twins = dict(dense.named_modules())
+    for name, module in network.named_modules():  # what no rule derives from the layers
+        rest = attributes(module).items() - attributes(twins[name]).items()
+        if rest and not sizes(module).keys() & {"in", "channels"}:
+            widths[name] = widths.get(name, {}) | dict(sorted(rest))
+    return widths
+
+
+def _is_model(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, ModelMixin) and issubclass(cls, ConfigMixin)
+
+
+def _init(cls: Any) -> Callable[..., None]:
+    """The dense architecture of the arguments, without the blocks `dropped`, narrowed to `widths`."""
+
+    def __init__(
+        self: Any,
+        *args: Any,
+        widths: Mapping[str, Mapping[str, int]] | None = None,
+        dropped: Sequence[str] | None = None,
+        **dense: Any,
+    ) -> None:
+        cls.__init__(self, *args, **dense)
+        # configs of networks that have all their blocks stay as they were before there was `dropped`
+        self.register_to_config(widths=widths, **({"dropped": dropped} if dropped else {}))
+        drop_blocks(self, () if dropped is None else dropped)
+        resize(self, widths or {})
+
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("widths", "dropped")
+    ]
+    dense = inspect.signature(cls.__init__)
+    # diffusers reads the keys of a config there
+    signature = dense.replace(parameters=[*dense.parameters.values(), *own])
+    setattr(__init__, "__signature__", signature)  # noqa: B010 (functions have none for mypy)
+    return __init__
+
+
+def _dense_class(network: Any) -> Any:
+    return network.dense_class if isinstance(network, Narrowed) else type(network)
+
+
+def _dense_config(network: Any) -> dict[str, Any]:
+    names = inspect.signature(_dense_class(network).__init__).parameters
+    return {name: value for name, value in network.config.items() if name in names}
+
+
+def _check_same(network: nn.Module, twin: nn.Module) -> None:
+    shapes, wanted = (
+        {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+        for net in (network, twin)
+    )
+    for name in shapes.keys() | wanted.keys():
+        if shapes.get(name) != wanted.get(name):
+            raise UserError(
+                f"{name} is {shapes.get(name)}, but {wanted.get(name)} when it is loaded again: "
+                f"its kind of layer cannot be narrowed"
+            )
+    twins = dict(twin.named_modules())
+    for name, module in network.named_modules():
+        rest = attributes(module).items() - attributes(twins[name]).items()
+        for attribute, value in sorted(rest):
+            raise UserError(f"{name}.{attribute} is {value}, which a config cannot say")
