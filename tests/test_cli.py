@@ -14,8 +14,9 @@ import yaml
 from helpers import TINY, tiny_folder
 from PIL import Image
 
-from prunedm.cli import main, making, measuring
-from prunedm.configuration import merge_file, preset_file
+from prunedm.cli import main, verbs
+from prunedm.cli import run as run_command
+from prunedm.configuration import merged, preset_file
 from prunedm.errors import UserError
 from prunedm.folder import load
 from prunedm.masks import Masks, Pattern, save_masks
@@ -333,7 +334,7 @@ def test_a_fault_of_ours_is_told_as_one(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("prunedm.stages.sample", broken)
+    monkeypatch.setattr("prunedm.stages.verbs.sample.sample", broken)
     assert call("sample", tiny_folder(), tmp_path / "out") == 1
     told = capsys.readouterr().err
     assert told.startswith("prunedm: internal error: RuntimeError: two lines; --debug")
@@ -344,7 +345,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunedm.stages.sample", stopped)
+    monkeypatch.setattr("prunedm.stages.verbs.sample.sample", stopped)
     assert call("sample", tiny_folder(), tmp_path / "out") == 130
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -356,13 +357,13 @@ def caught(monkeypatch, name: str, *words: object):
     """The options that the command hands to its stage."""
     seen = []
 
-    def stage(*arguments, **named):
-        seen.extend(arguments)
+    def stage(request):
+        seen.append(request.options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"prunedm.stages.{name}", stage)
+    monkeypatch.setattr(f"prunedm.stages.verbs.{name}.{name}", stage)
     assert call(name, *words) == 130
-    return next(a for a in seen if hasattr(a, "model_fields_set"))
+    return seen[0]
 
 
 def caught_recipe(monkeypatch, *words: object) -> Recipe:
@@ -372,7 +373,7 @@ def caught_recipe(monkeypatch, *words: object) -> Recipe:
         seen.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(making, "run_recipe", run)
+    monkeypatch.setattr(run_command, "run_recipe", run)
     assert call("run", *words) == 130
     return seen[0]
 
@@ -440,7 +441,7 @@ def test_shared_options_reach_every_stage_that_has_none_of_its_own():
 
 
 def test_the_preset_lies_below_file_and_command_line(monkeypatch, tmp_path):
-    preset = merge_file(TrainOptions(), preset_file("train", "digits"))
+    preset = merged(TrainOptions, preset_file("train", "digits"))
     assert preset.unet["sample_size"] == 16
     config = write(tmp_path / "a.yaml", {"batch_size": 5, "unet": {"norm_num_groups": 4}})
     words = ["out", "--preset", "digits", "--config", config, "--steps", "7"]
@@ -450,8 +451,8 @@ def test_the_preset_lies_below_file_and_command_line(monkeypatch, tmp_path):
 
 
 def test_models_of_one_name_get_labels_that_differ():
-    assert measuring._labels(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
-    assert measuring._labels(["a/x", "b/x"]) == {"a-x": "a/x", "b-x": "b/x"}
+    assert verbs._labels(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert verbs._labels(["a/x", "b/x"]) == {"a-x": "a/x", "b-x": "b/x"}
 
 
 # ------------------------------------------------------------------------ whole processes
@@ -614,7 +615,7 @@ def test_names_of_nothing_are_refused_before_pytorch_is_imported(
     words, expected, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "prunedm.stages")
+    monkeypatch.delitem(sys.modules, "prunedm.folder")
     assert call(*words) == 2
     assert expected in capsys.readouterr().err
-    assert "prunedm.stages" not in sys.modules
+    assert "prunedm.folder" not in sys.modules

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from prunedm.cli import app
-from prunedm.configuration import merge_file
+from prunedm.configuration import merged
 from prunedm.experiments.plan import read_sweep
-from prunedm.options import Options
+from prunedm.recipe import Recipe
+from prunedm.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -106,9 +107,8 @@ def read_as(verb: str, file: Path) -> None:
     if verb == "sweep":
         read_sweep(file)
         return
-    parameters = signature(app[verb].default_command).parameters.values()
-    (options,) = (p.default for p in parameters if isinstance(p.default, Options))
-    assert merge_file(options, file).model_fields_set
+    kind = Recipe if verb == "run" else STAGES[verb].options
+    assert merged(kind, file).model_fields_set
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -48,11 +48,11 @@ def caught(monkeypatch, *words: object) -> LearnOptions:
     """The options that `prunedm learn` hands to its stage."""
     seen = []
 
-    def stage(_, out, options, **__):
-        seen.append(options)
+    def stage(request):
+        seen.append(request.options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunedm.stages.learn", stage)
+    monkeypatch.setattr("prunedm.stages.verbs.learn.learn", stage)
     assert call("learn", "digits", "out", *words) == 130
     return seen[0]
 

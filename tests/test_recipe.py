@@ -204,9 +204,9 @@ def test_a_setting_needs_a_name_and_a_value(text):
 def parsed(monkeypatch, *words: object) -> tuple[Recipe, Path]:
     seen = []
     monkeypatch.setattr(
-        "prunedm.cli.making.run_recipe", lambda recipe, out, **_: seen.append((recipe, out))
+        "prunedm.cli.run.run_recipe", lambda recipe, out, **_: seen.append((recipe, out))
     )
-    monkeypatch.setattr("prunedm.cli.making.show_comparison", lambda folder: None)
+    monkeypatch.setattr("prunedm.console.comparison_tables", lambda folder: None)
     app(["run", *map(str, words)], exit_on_error=False, result_action="return_value")
     return seen[0]
 
@@ -253,7 +253,7 @@ def test_wrong_words_are_one_line(words, message, capsys):
 
 def test_the_dry_run_shows_stage_folder_and_state(out, capsys, monkeypatch):
     monkeypatch.setattr("prunedm.console.console.width", 200)
-    monkeypatch.setattr("prunedm.cli.making.merge_file", lambda *_: tiny_recipe())
+    monkeypatch.setattr("prunedm.cli.run.merged", lambda *_: tiny_recipe())
     app(["run", str(out), "--dry-run"], exit_on_error=False, result_action="return_value")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["mask", str(out / "1-mask"), "done"] in lines

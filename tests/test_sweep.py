@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import Ended, Killed, tiny_folder
 
-from prunedm import stages
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.experiments import chain, workers
@@ -317,9 +317,10 @@ def test_cases_that_come_to_the_same_are_one_run():
 def test_a_sweep_from_end_to_end(in_process, tmp_path, monkeypatch):
     """Four runs, the masks of two made once each; then nothing is left to do."""
     prunings = []
-    prune = stages.prune
+    verb = import_module("prunedm.stages.verbs.prune")
+    prune = verb.prune
     monkeypatch.setattr(
-        stages, "prune", lambda *a, **named: prunings.append(a[2].pattern) or prune(*a, **named)
+        verb, "prune", lambda request: prunings.append(request.options.pattern) or prune(request)
     )
     out = tmp_path / "out"
     rows = sweep(plan(), out, progress=Silent())

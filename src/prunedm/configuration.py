@@ -14,19 +14,16 @@ from prunedm.reading import parse_yaml, read_yaml
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-def merge_file(
-    given: AnyOptions, path: Path | None, settings: Mapping[str, Any] | None = None
-) -> AnyOptions:
-    """`given` wins wherever it was set; then `settings` (nested tables), the file, the defaults."""
-    if path is None and not settings:
-        return given
-    merged = combined(read_options(path) if path else {}, settings or {})
-    merged = combined(merged, given.model_dump(exclude_unset=True))
+def merged(kind: type[AnyOptions], path: Path | None, *above: Mapping[str, Any]) -> AnyOptions:
+    """Defaults < the file < each of the tables, in this order. Raises `UserError` naming the file."""
+    table = read_options(path) if path else {}
+    for more in above:
+        table = combined(table, more)
     try:
-        return type(given).model_validate(merged)
+        return kind.model_validate(table)
     except ValidationError as error:
         where = f"{path}: " if path else ""
-        raise UserError(f"{where}{validation_message(error, type(given))}") from error
+        raise UserError(f"{where}{validation_message(error, kind)}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from prunedm.errors import Changed, NotDone, UserError
+from prunedm import stages
+from prunedm.errors import Changed, UserError
 from prunedm.options import (
     DataOptions,
     EvaluateOptions,
@@ -19,6 +20,7 @@ from prunedm.options import (
 from prunedm.places import expanded, target
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
+from prunedm.stages.frame import Plan, run_stage, status
 
 STAGES = {  # in the order they run: the name in a recipe, and the verb
     "prune": "prune",
@@ -81,27 +83,12 @@ class Step:
         self, source: str | Path, out: Path, *, progress: Progress, overwrite: bool = False
     ) -> tuple[Record, bool]:
         """The stage's result in `out`, made again where options or inputs have changed since."""
-        from prunedm import stages
+        stage = stages.STAGES[self.verb]
+        return stage.again(source, out, self.options, progress=progress, overwrite=overwrite)
 
-        verb = getattr(stages, self.verb)
-        try:
-            made: tuple[Record, bool] = verb(
-                source, out, self.options, progress=progress, overwrite=overwrite
-            )
-        except Changed as error:
-            progress.say(f"{out.name}: made again, for it held {error.difference}")
-            made = verb(source, out, self.options, progress=progress, overwrite=True)
-        return made
-
-    def look(self, source: str | Path, out: Path) -> str:
+    def status(self, source: str | Path, out: Path) -> str:
         """Whether `out` is done: "" if it is, else why not, in words."""
-        from prunedm import stages
-
-        try:
-            getattr(stages, self.verb)(source, out, self.options, overwrite="look")
-        except NotDone as error:
-            return str(error)
-        return ""
+        return stages.STAGES[self.verb].status(source, out, self.options)
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
@@ -134,8 +121,6 @@ def run(
     A stage is done when its folder's record has the same options and the same inputs, by the hashes
     of what they hold; one that was made otherwise is made again, and so is what follows from it.
     """
-    from prunedm import stages
-
     progress, out = progress or Silent(), expanded(out)
     steps = steps_of(recipe)
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
@@ -148,35 +133,21 @@ def run(
         record, made = step.make(current, folder, progress=progress, overwrite=overwrite)
         progress.say(f"{folder.name}: {describe(record.figures, record.wall_time_s, made)}")
         folders[folder.name] = current = folder
-    _compare(recipe, folders, out, progress=progress, overwrite=overwrite)
+    report = _comparison(recipe, folders, progress)
+    try:
+        run_stage("compare", report, out / REPORT, overwrite=overwrite)
+    except Changed:  # of other models or options
+        run_stage("compare", report, out / REPORT, overwrite=True)
     return out / REPORT
 
 
-def _compare(
-    recipe: Recipe,
-    folders: dict[str, str | Path],
-    out: Path,
-    *,
-    progress: Progress | None = None,
-    overwrite: bool | Literal["look"] = False,
-) -> None:
-    """The report on all stages; like them made again where it is of other models or options."""
-    from prunedm import stages
+def _comparison(recipe: Recipe, folders: dict[str, str | Path], progress: Progress) -> Plan:
+    """The report on all models."""
+    from prunedm.stages.verbs.compare import comparison
 
-    def compare(overwrite: bool | Literal["look"]) -> None:
-        stages.compare(
-            folders,
-            out / REPORT,
-            recipe.stage_options("evaluate"),
-            title=f"prunedm run: {Path(recipe.model).name}",
-            progress=progress,
-            overwrite=overwrite,
-        )
-
-    try:
-        compare(overwrite)
-    except Changed:
-        compare(overwrite=True)
+    title = f"prunedm run: {Path(recipe.model).name}"
+    options = recipe.stage_options("evaluate")
+    return comparison(folders, options, title=title, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -193,8 +164,6 @@ def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
 
     What follows from a stage that is not done cannot be looked at, for its input is not there yet.
     """
-    from prunedm import stages
-
     target(out)  # refuses what no folder can be
     out, steps, planned = expanded(out), steps_of(recipe), list[Planned]()
     stages.check_inputs(recipe.model, recipe.stage_options("evaluate"))
@@ -203,16 +172,13 @@ def plan(recipe: Recipe, out: str | Path) -> list[Planned]:
     behind = ""  # what must be made first
     for number, step in enumerate(steps, start=1):
         folder = out / f"{number}-{step.name}"
-        todo = f"after {behind}" if behind else step.look(current, folder)
+        todo = f"after {behind}" if behind else step.status(current, folder)
         behind = behind or (folder.name if todo else "")
         planned.append(Planned(step.name, folder, todo))
         folders[folder.name] = current = folder
     todo = f"after {behind}" if behind else ""
     if not behind:
-        try:
-            _compare(recipe, folders, out, overwrite="look")
-        except NotDone as error:
-            todo = str(error)
+        todo = status("compare", _comparison(recipe, folders, Silent()), out / REPORT)
     return [*planned, Planned(REPORT, out / REPORT, todo)]
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from prunedm.cli import distances, experiments, making, masks, measuring, monitoring, presets
+from prunedm.cli import distances, experiments, masks, monitoring, presets, run, verbs
 from prunedm.cli.frame import app
 from prunedm.errors import masked, shortened
 from prunedm.messages import one_line
@@ -13,11 +13,11 @@ __all__ = [
     "distances",
     "experiments",
     "main",
-    "making",
     "masks",
-    "measuring",
     "monitoring",
     "presets",
+    "run",
+    "verbs",
 ]
 
 

@@ -9,36 +9,28 @@ from prunedm.errors import UserError
 from prunedm.folder import Model, save_config
 from prunedm.masks import Masks
 from prunedm.options import ExportOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source, file_hash
+from prunedm.record import Source, file_hash
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.exporting.quality import before_and_after
 from prunedm.stages.exporting.quiet import quiet
 from prunedm.stages.exporting.writers import WRITERS
-from prunedm.stages.frame import run_stage
+from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, source_of
 
 SPARSE = (2, 4)  # the one pattern that NVIDIA's sparse tensor cores take
 
 
-def export(
-    source: str | Path,
-    out: str | Path,
-    options: ExportOptions = ExportOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
+def export(request: Request[ExportOptions]) -> Plan:
     """Write `source` as `options.format` into folder `out`, with export.json beside it.
 
     The file is opened again and run on fixed noise at timesteps from the first to the last; its
     zeros are looked up in it. Raises `UserError` where it differs by more than the tolerance, has
     lost zeros, or where a package is missing (before any work).
     """
-    options, progress = options.filled(), progress or Silent()
+    options, progress = request.options.filled(), request.progress
     require(options.format, precision=str(options.precision))
-    model = given_model(source, options, progress)
+    model = given_model(request.source, options, progress)
     _check_masks(model.masks, options)
     data = (
         Data.of(model, options)
@@ -49,15 +41,7 @@ def export(
     def make(folder: Path) -> dict[str, Any]:
         return _make(Job(model, options, folder, progress, data))
 
-    return run_stage(
-        "export",
-        out,
-        options=options,
-        inputs=_inputs(model, data),
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=_inputs(model, data), parent=model.record, make=make)
 
 
 def _make(job: Job) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.size import count_macs, count_nonzero, count_parameters
 from prunedm.folder import Model, save
 from prunedm.options import PruneOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, write_json
+from prunedm.progress import Progress
+from prunedm.record import write_json
 from prunedm.sampling import make_sampler, sample_batches
-from prunedm.stages.frame import Overwrite, run_stage
+from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
     data_source,
     device_for,
@@ -37,19 +37,14 @@ HELD_OUT_MACS = 6e11  # of one pass over them; at least FEWEST, whatever a probl
 FEWEST = 16
 
 
-def prune(
-    source: str | Path,
-    out: str | Path,
-    options: PruneOptions = PruneOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: Overwrite = False,
-) -> tuple[Record, bool]:
+def prune(request: Request[PruneOptions]) -> Plan:
     """Prune `source` and write a model folder, `pruning_stats.json` and `vis/`."""
-    progress = progress or Silent()
-    model = given_model(source, options, progress)
+    options, progress = request.options, request.progress
+    model = given_model(request.source, options, progress)
     if model.masks is not None:
-        raise UserError(f"{source} has masks already; prune the model that they were made from")
+        raise UserError(
+            f"{request.source} has masks already; prune the model that they were made from"
+        )
     check_options(options, model.scheduler.config.num_train_timesteps)
     images = images_for(model, options, "train")
     inputs = {**model_sources(model), "dataset": data_source(images)}
@@ -59,15 +54,7 @@ def prune(
         save(model, folder)
         return figures
 
-    return run_stage(
-        "prune",
-        out,
-        options=options,
-        inputs=inputs,
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
 def _prune(
