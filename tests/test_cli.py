@@ -388,8 +388,8 @@ def test_hyphen_and_underscore_are_the_same(words, monkeypatch):
 @pytest.mark.parametrize("key", ["batch-size", "batch_size"])
 def test_hyphen_and_underscore_are_the_same_in_yaml(key, monkeypatch, tmp_path):
     config = write(tmp_path / "a.yaml", {"learn": {key: 7}, "convert-channels": True})
-    recipe = caught_recipe(monkeypatch, "out", "--config", config)
-    assert recipe.learn.batch_size == 7
+    recipe = caught_recipe(monkeypatch, "out", "--config", config, "--stages", "learn")
+    assert recipe.stage_options("learn").batch_size == 7
     assert recipe.convert_channels is True
 
 
@@ -411,10 +411,12 @@ def test_nested_options_merge_one_by_one(monkeypatch, tmp_path):
     table = {"learn": {"steps": 5, "lr": 0.5}, "seed": 3, "mask": {"pattern": "1:4"}}
     config = write(tmp_path / "a.yaml", table)
     words = ["out", "--config", config, "--learn.steps", "3", "--finetune.lr", "0.1"]
+    words += ["--set", "stages=[mask, learn, finetune]"]
     recipe = caught_recipe(monkeypatch, *words)
-    assert (recipe.learn.steps, recipe.learn.lr, recipe.seed) == (3, 0.5, 3)
+    learn = recipe.stage_options("learn")
+    assert (learn.steps, learn.lr, recipe.seed) == (3, 0.5, 3)
     assert recipe.stage_options("mask").pattern == "1:4"
-    assert recipe.finetune.lr == 0.1
+    assert recipe.stage_options("finetune").lr == 0.1
 
 
 def test_a_stage_keeps_the_recipes_defaults_for_what_is_not_said(monkeypatch, tmp_path):
@@ -430,14 +432,13 @@ def test_a_stage_keeps_the_recipes_defaults_for_what_is_not_said(monkeypatch, tm
 
 
 def test_shared_options_reach_every_stage_that_has_none_of_its_own():
-    recipe = Recipe(seed=4, device="cpu", flip=True, learn=LearnOptions(seed=9))
-    for name in ("prune", "recover", "mask", "finetune", "evaluate"):
-        assert recipe.stage_options(name).seed == 4
-        assert recipe.stage_options(name).flip is True
-    assert recipe.stage_options("learn").seed == 9
-    assert recipe.stage_options("learn").flip is True
-    assert recipe.stage_options("recover").device == "cpu"
-    assert isinstance(recipe.stage_options("mask"), PruneOptions)
+    stages = [{"prune": {}}, {"finetune": None}, {"learn": LearnOptions(seed=9)}]
+    recipe = Recipe(seed=4, device="cpu", flip=True, stages=stages)
+    found = [recipe.stage_options(name) for name in ("prune", "finetune", "learn")]
+    assert [options.seed for options in (*found, recipe.evaluation())] == [4, 4, 9, 4]
+    assert {options.flip for options in (*found, recipe.evaluation())} == {True}
+    assert {options.device for options in found} == {"cpu"}
+    assert isinstance(found[0], PruneOptions)
 
 
 def test_the_preset_lies_below_file_and_command_line(monkeypatch, tmp_path):

@@ -62,10 +62,15 @@ def preset_file(stage: str, name: str) -> Path:
     return path
 
 
-def validation_message(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """The first thing pydantic objects to, in one line: which option, which value, the way out."""
+def validation_message(
+    error: ValidationError, model: type[BaseModel] | None = None, within: str = ""
+) -> str:
+    """The first thing pydantic objects to, in one line: which option, which value, the way out.
+
+    within: the stage that the options are of.
+    """
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in (*filter(None, [within]), *first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"unknown option {name!r}{_suggestion(first['loc'], model)}"
     reason = first["msg"].removeprefix("Value error, ")

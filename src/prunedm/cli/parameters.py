@@ -22,12 +22,19 @@ def keyword(name: str, annotation: Any, default: Any) -> Argument:
     return Argument(name, Argument.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def options_of(kind: type[Options]) -> list[Argument]:
-    """One keyword a field."""
+def options_of(kind: type[Options], *, within: str = "") -> list[Argument]:
+    """One keyword a field; `within` a stage, hidden from the help and named --STAGE.OPTION."""
     return [
         keyword(
-            name,
-            Annotated[_plain(field.annotation), Parameter(help=field.description)],
+            f"{within}__{name}" if within else name,
+            Annotated[
+                _plain(field.annotation),
+                Parameter(
+                    name=f"--{within}.{name.replace('_', '-')}" if within else None,
+                    help=field.description,
+                    show=not within,
+                ),
+            ],
             field.get_default(call_default_factory=True),
         )
         for name, field in kind.model_fields.items()
