@@ -119,7 +119,7 @@ def _policy_gradient(
     @torch.no_grad()
     def forward() -> None:
         with autocast():
-            for _ in range(options.samples):
+            for _ in range(options.policy_gradient.samples):
                 problem_losses(predict(dense.denoiser, batch), batch.target).mean()
 
     return _in_turns(step, forward)

@@ -41,7 +41,7 @@ from prunedm.sampling import make_sampler, sample_batches
 from prunedm.scores import SCORES
 from prunedm.stages.inputs import held_out_problems, images_for
 from prunedm.stages.pruning.job import Job
-from prunedm.stages.pruning.mechanisms import MECHANISMS
+from prunedm.tables import MECHANISMS
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = 2000

@@ -50,6 +50,7 @@ LEVELS = [
     },
     {
         "options",
+        "tables",
         "progress",
         "running",
         "watching",

@@ -15,7 +15,7 @@ import yaml
 from prunedm.cli import app
 from prunedm.configuration import merged
 from prunedm.experiments.plan import read_sweep
-from prunedm.recipe import Recipe
+from prunedm.recipe_draft import read_draft
 from prunedm.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -107,8 +107,10 @@ def read_as(verb: str, file: Path) -> None:
     if verb == "sweep":
         read_sweep(file)
         return
-    kind = Recipe if verb == "run" else STAGES[verb].options
-    assert merged(kind, file).model_fields_set
+    if verb == "run":
+        assert read_draft(file).old_form(file.name) == []
+        return
+    assert merged(STAGES[verb].options, file).model_fields_set
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -101,13 +101,13 @@ def read_options(path: Path) -> dict[str, Any]:
     value = read_yaml(path) or {}
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no table of options")
-    return _underscored(value)
+    return underscored(value)
 
 
-def _underscored(value: dict[str, Any]) -> dict[str, Any]:
+def underscored(value: Mapping[str, Any]) -> dict[str, Any]:
     """Hyphens in names mean underscores, as on the command line."""
     return {
-        str(k).replace("-", "_"): _underscored(v) if isinstance(v, dict) else v
+        str(k).replace("-", "_"): underscored(v) if isinstance(v, dict) else v
         for k, v in value.items()
     }
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from prunedm.configuration import combined, read_options, validation_message
+from prunedm.configuration import combined, read_options, underscored, validation_message
 from prunedm.errors import UserError, nearest
 from prunedm.options import Options
 from prunedm.recipe import Recipe, RecipeStage, numbered
@@ -41,7 +41,9 @@ class Entry:
 
     def set(self, table: Mapping[str, Any]) -> None:
         """Options over those there are."""
-        self.table, self.told = combined(self.table, table), True
+        kind = STAGES[self.verb].options
+        self.table = combined(kind.nested(self.table), kind.nested(underscored(table)))
+        self.told = True
 
     def written(self) -> Table:
         """The entry as a list has it."""
@@ -138,7 +140,7 @@ class Draft:
         Raises `UserError` for an option that there is not.
         """
         first, *rest = option.replace("-", "_").split(".")
-        kind: type[BaseModel] = Recipe
+        kind: type[Options] = Recipe
         entry = None
         if first not in Recipe.model_fields:
             found = self._named(first)
@@ -154,9 +156,9 @@ class Draft:
 
     def recipe(self) -> Recipe:
         """Raises `UserError` that names the stage, the option and the way out."""
-        running = [entry for entry in self.entries if entry.runs]
-        labels = numbered([entry.name for entry in running])
-        listed = [_checked(*pair) for pair in zip(labels, running, strict=True)]
+        labels = numbered([entry.name for entry in self.entries])
+        checked = [_checked(*pair) for pair in zip(labels, self.entries, strict=True)]
+        listed = [part for part, entry in zip(checked, self.entries, strict=True) if entry.runs]
         try:
             return Recipe.model_validate(self.top | {"stages": tuple(listed)})
         except ValidationError as error:
@@ -238,14 +240,16 @@ def _checked(label: str, entry: Entry) -> Any:
     return RecipeStage.model_validate({entry.verb: options, **named})
 
 
-def _check_option(kind: type[BaseModel], parts: list[str], option: str) -> None:
+def _check_option(kind: type[Options], parts: list[str], option: str) -> None:
+    if len(parts) == 1 and parts[0] in {leaf.flag for leaf in kind.leaves()}:
+        return  # flat, of a group
     for number, part in enumerate(parts):
         if part not in kind.model_fields:
             known = list(kind.model_fields)
             raise UserError(f"no option {option!r} to vary{nearest(part, known)}")
         inner = kind.model_fields[part].annotation
         if number < len(parts) - 1:
-            if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            if not (isinstance(inner, type) and issubclass(inner, Options)):
                 raise UserError(f"no option {option!r} to vary: {part} is not a stage")
             kind = inner
 

@@ -1,6 +1,6 @@
 """The command that runs a whole recipe: run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -43,15 +43,19 @@ def _run(given: Given) -> None:
     comparison_tables(report_folder)
 
 
-def _recipe_options() -> list[Argument]:
-    """The recipe's own, the report's, and hidden in the help, those of stages by name or verb."""
-    own = [a for a in options_of(Recipe) if a.name not in ("stages", "evaluate")]
+def _recipe_options(*, everything: bool = False) -> list[Argument]:
+    """The recipe's own, the report's, and those of stages by name or verb, which the help hides."""
+    own = [
+        option
+        for option in options_of(Recipe, everything=everything)
+        if option.name not in ("stages", "evaluate")
+    ]
     names = {name: verb for name, (verb, _) in FIELDS.items()} | {verb: verb for verb in STAGES}
     names["evaluate"] = "evaluate"
     return own + [
         option
         for name, verb in names.items()
-        for option in options_of(STAGES[verb].options, within=name)
+        for option in options_of(STAGES[verb].options, within=name, everything=everything)
     ]
 
 
@@ -74,26 +78,30 @@ _SET = Annotated[
 _DRY_RUN = Annotated[
     bool, Parameter(help="only show every stage, its folder, and whether it is done", negative=())
 ]
-_OPTIONS = [*_recipe_options(), keyword("stages", _STAGES, ())]
-_OF_THE_RECIPE = {option.name for option in _OPTIONS}
-app.command(
-    command(
-        "run",
-        "Compress a model from end to end and report, by a recipe: a list of stages.\n\n"
-        "The default one prunes channels, recovers, sets N:M masks, fine-tunes, and compares. "
-        "A stage is skipped where its options and inputs are the same, and made again where they "
-        "changed. OUT is runs/ and the recipe's name, or the model's.",
-        [
-            keyword("places", _PLACES, ()).replace(kind=Argument.POSITIONAL_ONLY),
-            *_OPTIONS,
-            keyword("config", Config, None),
-            keyword("set_", _SET, ()),
-            keyword("dry_run", _DRY_RUN, False),
-            keyword("overwrite", Overwrite, False),
-        ],
-        _run,
-    )
-)
+_OF_THE_RECIPE = {option.name for option in _recipe_options()} | {"stages"}
+_HELP = """Compress a model from end to end and report, by a recipe: a list of stages.
+
+The default one prunes channels, recovers, sets N:M masks, fine-tunes, and compares. A stage is skipped
+where its options and inputs are the same, and made again where they changed. OUT is runs/ and the
+recipe's name, or the model's."""
+
+
+def run_command(*, everything: bool = False) -> Callable[..., None]:
+    """The command; `everything`: its help shows the options of all stages."""
+    arguments = [
+        keyword("places", _PLACES, ()).replace(kind=Argument.POSITIONAL_ONLY),
+        *_recipe_options(everything=everything),
+        keyword("stages", _STAGES, ()),
+        keyword("config", Config, None),
+        keyword("set_", _SET, ()),
+        keyword("dry_run", _DRY_RUN, False),
+        keyword("overwrite", Overwrite, False),
+    ]
+    text = _HELP if everything else f"{_HELP}\n\nMore options, by --help-all: those of all stages."
+    return command("run", text, arguments, _run)
+
+
+app.command(run_command())
 
 
 def _places(places: Sequence[Path], config: Path | None) -> tuple[Path | None, Path | None]:

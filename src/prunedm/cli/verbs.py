@@ -17,10 +17,18 @@ from prunedm.cli.frame import (
     told,
     watched_terminal,
 )
-from prunedm.cli.parameters import Given, argument, command, keyword, options_of
+from prunedm.cli.parameters import (
+    Given,
+    argument,
+    command,
+    keyword,
+    options_in,
+    options_of,
+    sections_of,
+)
 from prunedm.configuration import combined, merged, preset_file, read_options
 from prunedm.errors import UserError
-from prunedm.options import EvaluateOptions
+from prunedm.options import EvaluateOptions, LearnOptions, Options
 from prunedm.options.presets import preset_named
 from prunedm.stages import STAGES
 from prunedm.stages.table import Stage
@@ -33,7 +41,7 @@ def _train_preset(name: str, given: Table) -> Table:
 
 
 def _learn_preset(name: str, given: Table) -> Table:
-    estimator = given.get("estimator", STAGES["learn"].options.model_fields["estimator"].default)
+    estimator = given.get("estimator", LearnOptions().estimator)
     return preset_named(name).options(estimator) | given
 
 
@@ -45,7 +53,7 @@ PRESETS: dict[str, tuple[str, Callable[[str, Table], Table]]] = {
 
 
 def _run(stage: Stage, given: Given) -> None:
-    table = {name: value for name, value in given.items() if name in stage.options.model_fields}
+    table = options_in(stage.options, given)
     config = given.get("config")
     if "preset" in given:
         below = read_options(config) if config else {}
@@ -63,24 +71,31 @@ def _run(stage: Stage, given: Given) -> None:
         SHOWN[stage.verb](out)
 
 
-def _add(stage: Stage) -> None:
+def stage_command(stage: Stage, *, everything: bool = False) -> Callable[..., None]:
+    """The command of a verb; `everything`: its help shows all options."""
     arguments = [argument("model", Model)] if stage.reads == "model" else []
-    arguments += [argument("out", Out), *options_of(stage.options)]
+    arguments += [argument("out", Out), *options_of(stage.options, everything=everything)]
     if stage.verb in PRESETS:
         preset = Annotated[str | None, Parameter(help=PRESETS[stage.verb][0])]
         arguments.append(keyword("preset", preset, None))
     arguments += [keyword("config", Config, None), keyword("overwrite", Overwrite, False)]
-    app.command(command(stage.verb, stage.help, arguments, lambda given: _run(stage, given)))
+    text = stage.help + ("" if everything else more_options(stage.options))
+    return command(stage.verb, text, arguments, lambda given: _run(stage, given))
+
+
+def more_options(kind: type[Options]) -> str:
+    """A sentence of the help about the options that it leaves out."""
+    sections = sections_of(kind)
+    return f"\n\nMore options, by --help-all: {', '.join(sections)}." if sections else ""
 
 
 for _stage in STAGES.values():
-    _add(_stage)
+    app.command(stage_command(_stage))
 
 
 def _compare(given: Given) -> None:
     models, out = _labels(given["models"]), given["out"]
-    table = {name: value for name, value in given.items() if name in EvaluateOptions.model_fields}
-    options = merged(EvaluateOptions, given.get("config"), table)
+    options = merged(EvaluateOptions, given.get("config"), options_in(EvaluateOptions, given))
     check_names(*models.values(), dataset=options.dataset)
     from prunedm.console import comparison_tables
     from prunedm.stages import compare
@@ -93,20 +108,23 @@ def _compare(given: Given) -> None:
 
 
 _MODELS = Annotated[list[str], Parameter(help="models; the first is the one to compare with")]
-app.command(
-    command(
-        "compare",
-        "Measure several models on the same problems and noise; table and report.html.",
-        [
-            argument("models", _MODELS).replace(kind=Argument.POSITIONAL_ONLY),
-            keyword("out", Out, Argument.empty),
-            *options_of(EvaluateOptions),
-            keyword("config", Config, None),
-            keyword("overwrite", Overwrite, False),
-        ],
-        _compare,
-    )
-)
+
+
+def compare_command(*, everything: bool = False) -> Callable[..., None]:
+    """As `stage_command`; it reads several models."""
+    text = "Measure several models on the same problems and noise; table and report.html."
+    arguments = [
+        argument("models", _MODELS).replace(kind=Argument.POSITIONAL_ONLY),
+        keyword("out", Out, Argument.empty),
+        *options_of(EvaluateOptions, everything=everything),
+        keyword("config", Config, None),
+        keyword("overwrite", Overwrite, False),
+    ]
+    text += "" if everything else more_options(EvaluateOptions)
+    return command("compare", text, arguments, _compare)
+
+
+app.command(compare_command())
 
 
 def _labels(models: list[str]) -> dict[str, str]:

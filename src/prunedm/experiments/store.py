@@ -30,7 +30,6 @@ from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.recipe_draft import Draft
 from prunedm.record import write_json
-from prunedm.stages.frame import identifying
 
 STAGES, RUNS = "stages", "runs"
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
@@ -217,7 +216,7 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def _address(verb: str, options: Options, parent: str, files: Sequence[str] = ()) -> str:
-    return _digest([verb, identifying(options), parent, *files])
+    return _digest([verb, options.identity(), parent, *files])
 
 
 def _digest(content: Any) -> str:

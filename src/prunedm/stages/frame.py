@@ -14,13 +14,7 @@ from prunedm.record import Record, Source, environment, read_record
 from prunedm.stages.workplace import RESUME, Workplace
 from prunedm.training import processes
 
-__all__ = ["RESUME", "Plan", "Request", "identifying", "run_stage", "status"]
-# options that change how a result is made but not what it is
-_NOT_IDENTITY = {
-    "device", "workers", "checkpoint_every", "trust_features",
-    "tracker", "tracker_project", "tracker_mode", "track_images",
-}  # fmt: skip
-
+__all__ = ["RESUME", "Plan", "Request", "run_stage", "status"]
 O_co = TypeVar("O_co", bound=Options, covariant=True)
 Figures = dict[str, Any]
 Known = Callable[[dict[str, Any] | None], dict[str, Any] | None]  # an identity, completed
@@ -57,7 +51,7 @@ class Plan:
         lineage = self.parent.lineage() if self.parent else []
         return Record(
             stage=verb,
-            options=identifying(self.options),
+            options=self.options.identity(),
             inputs=self.inputs,
             seed=getattr(self.options, "seed", None),
             history=[r.model_copy(update={"history": []}) for r in lineage],
@@ -155,16 +149,11 @@ def _record_of(out: Path) -> Record:
     return record
 
 
-def identifying(options: Options) -> dict[str, Any]:
-    """The options that decide what a result is."""
-    return options.model_dump(mode="json", exclude=_NOT_IDENTITY)
-
-
 def _completed(identity: dict[str, Any] | None, options: Options) -> dict[str, Any] | None:
     """An identity with the options that came after it was written, at their defaults."""
     if identity is None:
         return None
-    defaults = type(options).model_construct().model_dump(mode="json", exclude=_NOT_IDENTITY)
+    defaults = type(options).model_construct().identity()
     return identity | {"options": defaults | identity["options"]}
 
 

@@ -4,21 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.deployment.description import Description, write_description
-from prunedm.deployment.extras import require
-from prunedm.errors import UserError
 from prunedm.folder import Model, save_config
-from prunedm.masks import Masks
 from prunedm.options import ExportOptions
 from prunedm.record import Source, file_hash
 from prunedm.stages.exporting.data import Data
-from prunedm.stages.exporting.job import Job
+from prunedm.stages.exporting.job import Format, Job, Written
 from prunedm.stages.exporting.quality import before_and_after
 from prunedm.stages.exporting.quiet import quiet
-from prunedm.stages.exporting.writers import WRITERS
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, source_of
-
-SPARSE = (2, 4)  # the one pattern that NVIDIA's sparse tensor cores take
+from prunedm.tables import FORMATS
 
 
 def export(request: Request[ExportOptions]) -> Plan:
@@ -29,9 +24,11 @@ def export(request: Request[ExportOptions]) -> Plan:
     lost zeros, or where a package is missing (before any work).
     """
     options, progress = request.options.filled(), request.progress
-    require(options.format, precision=str(options.precision))
+    kind: Format = FORMATS[options.format]
+    kind.require(options.format, str(options.precision))
     model = given_model(request.source, options, progress)
-    _check_masks(model.masks, options)
+    if model.masks is not None:
+        kind.check_masks(model.masks)
     data = (
         Data.of(model, options)
         if options.precision == "int8" and options.format != "packed"
@@ -50,7 +47,7 @@ def _make(job: Job) -> dict[str, Any]:
     save_config(model, folder)
     job.progress.say(f"writing {options.format} in {options.precision}, and running it")
     with quiet():
-        written = WRITERS[options.format](job)
+        written: Written = FORMATS[options.format].write(job)
     description = Description(
         format=options.format,
         precision=str(options.precision),
@@ -72,20 +69,6 @@ def _make(job: Job) -> dict[str, Any]:
 
 def _inputs(model: Model, data: Data | None) -> dict[str, Source]:
     return model_sources(model) | (data.sources if data else {})
-
-
-def _check_masks(masks: Masks | None, options: ExportOptions) -> None:
-    """TensorRT's sparse kernels take 2:4 only; other zeros would be carried along for nothing."""
-    if options.format != "tensorrt" or masks is None:
-        return
-    for layer, _ in masks:
-        pattern = masks.patterns.get(layer)
-        if pattern is None or (pattern.n, pattern.m) != SPARSE:
-            found = "unstructured" if pattern is None else str(pattern)
-            raise UserError(
-                f"tensorrt: the masks of {layer} are {found}, and sparse tensor cores take 2:4 only; "
-                "prune with --pattern 2:4, or export --format onnx"
-            )
 
 
 def _sizes(model: Model, files: list[Path]) -> dict[str, Any]:

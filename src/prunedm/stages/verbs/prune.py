@@ -25,9 +25,9 @@ from prunedm.stages.inputs import (
     images_for,
     model_sources,
 )
-from prunedm.stages.pruning.job import Job, check_options
-from prunedm.stages.pruning.mechanisms import MECHANISMS
+from prunedm.stages.pruning.job import Details, Job, check_options
 from prunedm.stages.verbs.sample import labels_for
+from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
@@ -65,7 +65,7 @@ def _prune(
     held_out = held_out_problems(model, options, min(HELD_OUT, affordable))
     before = _summary(model, held_out, options)
     _picture(model, options, folder / "vis" / "before_pruning.png")
-    details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
+    details: Details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)
