@@ -219,6 +219,8 @@ def test_an_evaluate_stage_starts_from_what_the_report_has():
         ([{}], "not one verb with options"),
         ([{"prune": {}}, "finetune"], r"write `- finetune: \{\}`"),
         ([{"prune": 3}], "give it a table of options"),
+        ([{"prune": {}, "name": "../mine"}], "name = '../mine': string should match pattern"),
+        ([{"prune": {}, "name": 3}, {"learn": None}], "name = '3': string should match pattern"),
         ([{"prune": {"patern": "2:4"}}], "unknown option 'prune.patern'; did you mean 'pattern'"),
         ([{"prune": {}}, {"prune": {"pattern": "4:2"}}], "prune.2.pattern = '4:2'"),
         ([{"prune": {}}, {"train": {}}], "2-train: train starts from nothing; put it first"),

@@ -26,7 +26,11 @@ _SHARED = (
 class _Entry(Options):
     """One verb of `STAGES` with its options, and a name where the verb's own would not do."""
 
-    name: str = Field("", description="of the stage and its folder; none: the verb")
+    name: str = Field(
+        "",
+        pattern=r"^([A-Za-z][A-Za-z0-9_-]*)?$",
+        description="of the stage and its folder: letters, digits, - and _; none: the verb",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -232,12 +232,12 @@ def _entry(part: Any) -> Entry:
 
 def _checked(label: str, entry: Entry) -> Any:
     kind = STAGES[entry.verb].options
+    named = {} if entry.name == entry.verb else {"name": entry.name}
     try:
         options = kind.model_validate(entry.table)
+        return RecipeStage.model_validate({entry.verb: options, **named})
     except ValidationError as error:
         raise UserError(validation_message(error, kind, label)) from error
-    named = {} if entry.name == entry.verb else {"name": entry.name}
-    return RecipeStage.model_validate({entry.verb: options, **named})
 
 
 def _check_option(kind: type[Options], parts: list[str], option: str) -> None:
