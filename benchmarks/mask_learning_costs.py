@@ -101,7 +101,7 @@ def _policy_gradient(
     @torch.no_grad()
     def forward() -> None:
         with autocast():
-            for _ in range(options.samples):
+            for _ in range(options.policy_gradient.samples):
                 batch.losses(predict(dense.denoiser, batch)).mean()
 
     return _in_turns(step, forward)

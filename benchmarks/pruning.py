@@ -45,7 +45,7 @@ from prunedm.record import write_json
 from prunedm.scores import SCORES
 from prunedm.stages.inputs import images_for
 from prunedm.stages.pruning.job import Job
-from prunedm.stages.pruning.mechanisms import MECHANISMS
+from prunedm.tables import MECHANISMS
 
 SETTINGS: dict[str, Row] = {
     "channels 30 %": {"mechanism": "channels", "target": "params=0.3"},

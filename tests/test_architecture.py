@@ -14,7 +14,16 @@ LEVELS = [
     {"__main__"},
     {"cli"},
     {"experiments"},
-    {"recipe", "console", "messages", "maskpro", "preset_table", "monitor", "export"},
+    {
+        "recipe",
+        "recipe_draft",
+        "console",
+        "messages",
+        "maskpro",
+        "preset_table",
+        "monitor",
+        "export",
+    },
     {"stages", "configuration"},
     {
         "folder",
@@ -42,6 +51,7 @@ LEVELS = [
     },
     {
         "options",
+        "tables",
         "progress",
         "running",
         "watching",

@@ -14,8 +14,9 @@ import yaml
 from helpers import TINY, tiny_folder
 from PIL import Image
 
-from prunedm.cli import main, making, measuring
-from prunedm.configuration import merge_file, preset_file
+from prunedm.cli import main, verbs
+from prunedm.cli import run as run_command
+from prunedm.configuration import merged, preset_file
 from prunedm.errors import UserError
 from prunedm.folder import load
 from prunedm.masks import Masks, Pattern, save_masks
@@ -333,7 +334,7 @@ def test_a_fault_of_ours_is_told_as_one(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("prunedm.stages.sample", broken)
+    monkeypatch.setattr("prunedm.stages.verbs.sample.sample", broken)
     assert call("sample", tiny_folder(), tmp_path / "out") == 1
     told = capsys.readouterr().err
     assert told.startswith("prunedm: internal error: RuntimeError: two lines; --debug")
@@ -344,7 +345,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunedm.stages.sample", stopped)
+    monkeypatch.setattr("prunedm.stages.verbs.sample.sample", stopped)
     assert call("sample", tiny_folder(), tmp_path / "out") == 130
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -356,13 +357,13 @@ def caught(monkeypatch, name: str, *words: object):
     """The options that the command hands to its stage."""
     seen = []
 
-    def stage(*arguments, **named):
-        seen.extend(arguments)
+    def stage(request):
+        seen.append(request.options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"prunedm.stages.{name}", stage)
+    monkeypatch.setattr(f"prunedm.stages.verbs.{name}.{name}", stage)
     assert call(name, *words) == 130
-    return next(a for a in seen if hasattr(a, "model_fields_set"))
+    return seen[0]
 
 
 def caught_recipe(monkeypatch, *words: object) -> Recipe:
@@ -372,7 +373,7 @@ def caught_recipe(monkeypatch, *words: object) -> Recipe:
         seen.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(making, "run_recipe", run)
+    monkeypatch.setattr(run_command, "run_recipe", run)
     assert call("run", *words) == 130
     return seen[0]
 
@@ -387,8 +388,8 @@ def test_hyphen_and_underscore_are_the_same(words, monkeypatch):
 @pytest.mark.parametrize("key", ["batch-size", "batch_size"])
 def test_hyphen_and_underscore_are_the_same_in_yaml(key, monkeypatch, tmp_path):
     config = write(tmp_path / "a.yaml", {"learn": {key: 7}, "convert-channels": True})
-    recipe = caught_recipe(monkeypatch, "out", "--config", config)
-    assert recipe.learn.batch_size == 7
+    recipe = caught_recipe(monkeypatch, "out", "--config", config, "--stages", "learn")
+    assert recipe.stage_options("learn").batch_size == 7
     assert recipe.convert_channels is True
 
 
@@ -410,10 +411,12 @@ def test_nested_options_merge_one_by_one(monkeypatch, tmp_path):
     table = {"learn": {"steps": 5, "lr": 0.5}, "seed": 3, "mask": {"pattern": "1:4"}}
     config = write(tmp_path / "a.yaml", table)
     words = ["out", "--config", config, "--learn.steps", "3", "--finetune.lr", "0.1"]
+    words += ["--set", "stages=[mask, learn, finetune]"]
     recipe = caught_recipe(monkeypatch, *words)
-    assert (recipe.learn.steps, recipe.learn.lr, recipe.seed) == (3, 0.5, 3)
+    learn = recipe.stage_options("learn")
+    assert (learn.steps, learn.lr, recipe.seed) == (3, 0.5, 3)
     assert recipe.stage_options("mask").pattern == "1:4"
-    assert recipe.finetune.lr == 0.1
+    assert recipe.stage_options("finetune").lr == 0.1
 
 
 def test_a_stage_keeps_the_recipes_defaults_for_what_is_not_said(monkeypatch, tmp_path):
@@ -429,18 +432,17 @@ def test_a_stage_keeps_the_recipes_defaults_for_what_is_not_said(monkeypatch, tm
 
 
 def test_shared_options_reach_every_stage_that_has_none_of_its_own():
-    recipe = Recipe(seed=4, device="cpu", flip=True, learn=LearnOptions(seed=9))
-    for name in ("prune", "recover", "mask", "finetune", "evaluate"):
-        assert recipe.stage_options(name).seed == 4
-        assert recipe.stage_options(name).flip is True
-    assert recipe.stage_options("learn").seed == 9
-    assert recipe.stage_options("learn").flip is True
-    assert recipe.stage_options("recover").device == "cpu"
-    assert isinstance(recipe.stage_options("mask"), PruneOptions)
+    stages = [{"prune": {}}, {"finetune": None}, {"learn": LearnOptions(seed=9)}]
+    recipe = Recipe(seed=4, device="cpu", flip=True, stages=stages)
+    found = [recipe.stage_options(name) for name in ("prune", "finetune", "learn")]
+    assert [options.seed for options in (*found, recipe.evaluation())] == [4, 4, 9, 4]
+    assert {options.flip for options in (*found, recipe.evaluation())} == {True}
+    assert {options.device for options in found} == {"cpu"}
+    assert isinstance(found[0], PruneOptions)
 
 
 def test_the_preset_lies_below_file_and_command_line(monkeypatch, tmp_path):
-    preset = merge_file(TrainOptions(), preset_file("train", "digits"))
+    preset = merged(TrainOptions, preset_file("train", "digits"))
     assert preset.unet["sample_size"] == 16
     config = write(tmp_path / "a.yaml", {"batch_size": 5, "unet": {"norm_num_groups": 4}})
     words = ["out", "--preset", "digits", "--config", config, "--steps", "7"]
@@ -450,8 +452,8 @@ def test_the_preset_lies_below_file_and_command_line(monkeypatch, tmp_path):
 
 
 def test_models_of_one_name_get_labels_that_differ():
-    assert measuring._labels(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
-    assert measuring._labels(["a/x", "b/x"]) == {"a-x": "a/x", "b-x": "b/x"}
+    assert verbs._labels(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert verbs._labels(["a/x", "b/x"]) == {"a-x": "a/x", "b-x": "b/x"}
 
 
 # ------------------------------------------------------------------------ whole processes
@@ -614,7 +616,7 @@ def test_names_of_nothing_are_refused_before_pytorch_is_imported(
     words, expected, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "prunedm.stages")
+    monkeypatch.delitem(sys.modules, "prunedm.folder")
     assert call(*words) == 2
     assert expected in capsys.readouterr().err
-    assert "prunedm.stages" not in sys.modules
+    assert "prunedm.folder" not in sys.modules

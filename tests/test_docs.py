@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from prunedm.cli import app
-from prunedm.configuration import merge_file
+from prunedm.configuration import merged
 from prunedm.experiments.plan import read_sweep
-from prunedm.options import Options
+from prunedm.recipe_draft import read_draft
+from prunedm.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -106,9 +107,10 @@ def read_as(verb: str, file: Path) -> None:
     if verb == "sweep":
         read_sweep(file)
         return
-    parameters = signature(app[verb].default_command).parameters.values()
-    (options,) = (p.default for p in parameters if isinstance(p.default, Options))
-    assert merge_file(options, file).model_fields_set
+    if verb == "run":
+        assert read_draft(file).old_form(file.name) == []
+        return
+    assert merged(STAGES[verb].options, file).model_fields_set
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

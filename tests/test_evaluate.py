@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from diffusers import DDPMScheduler
 from helpers import TINY, Killed, drawn_figures, noise_images, problems, tiny_folder, tiny_model
 from PIL import Image
 
-from prunedm.cli.frame import show_comparison
+from prunedm.console import comparison_tables
 from prunedm.data import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.dashboard import pareto
@@ -675,7 +676,8 @@ def test_labels_are_names_of_files(tmp_path, label):
 
 
 def test_a_label_that_the_dense_row_has_is_not_taken_twice(chain, tmp_path):
-    evaluate(chain["narrow"], tmp_path / "out", SHALLOW, label="dense")
+    shutil.copytree(chain["narrow"], tmp_path / "dense")
+    evaluate(tmp_path / "dense", tmp_path / "out", SHALLOW)
     assert [row.label for row in read_comparison(tmp_path / "out")] == ["dense-2", "dense"]
 
 
@@ -789,9 +791,9 @@ def test_a_report_that_failed_is_not_pointed_at(tmp_path, monkeypatch, capsys):
     evaluate(tiny_folder(), tmp_path / "good", SHALLOW)
     monkeypatch.setattr("prunedm.stages.evaluating.files.write_report", broken)
     evaluate(tiny_folder(), tmp_path / "bad", SHALLOW)
-    show_comparison(tmp_path / "good")
+    comparison_tables(tmp_path / "good")
     assert "report: " in capsys.readouterr().out
-    show_comparison(tmp_path / "bad")
+    comparison_tables(tmp_path / "bad")
     said = capsys.readouterr()
     assert "Failed: report (no ink)" in " ".join(said.out.split())
     assert "report: " not in said.out

@@ -20,7 +20,6 @@ from prunedm.deployment.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVino
 from prunedm.errors import UserError
 from prunedm.folder import Model, load, save
 from prunedm.options import (
-    PRECISIONS,
     EvaluateOptions,
     ExportOptions,
     PruneOptions,
@@ -31,7 +30,7 @@ from prunedm.record import Source, read_record
 from prunedm.stages import evaluate, export, prune, sample
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.pruning.job import Job as PruneJob
-from prunedm.stages.pruning.mechanisms import MECHANISMS
+from prunedm.tables import FORMATS, MECHANISMS
 
 QUICK = SampleOptions(count=7, batch_size=3, sampling_steps=3, device="cpu")
 PACKED = ExportOptions(format="packed", precision="fp32", device="cpu")
@@ -271,9 +270,9 @@ def test_done_already_and_overwrite(tmp_path):
 
 
 def test_what_is_left_out_is_filled_in():
-    for format, precisions in PRECISIONS.items():
-        filled = ExportOptions(format=format).filled()
-        assert filled.precision == precisions[0]
+    for name, kind in FORMATS.items():
+        filled = ExportOptions(format=name).filled()
+        assert filled.precision == kind.precisions[0]
         assert filled.tolerance is not None
     assert ExportOptions(tolerance=0.5, precision="int8").filled().tolerance == 0.5
     with pytest.raises(ValueError, match="torch takes no int8; there are fp32, fp16, bf16"):

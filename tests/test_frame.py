@@ -26,7 +26,7 @@ from prunedm.record import (
     write_record,
 )
 from prunedm.stages import frame, workplace
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Plan, run_stage
 
 OPTIONS = LoopOptions(steps=5, seed=3)
 INPUTS = {"model": Source(path="/somewhere", hash="aaaa")}
@@ -48,8 +48,8 @@ class Stage:
             raise self.failure
         return {"loss": 0.5, "curve": {"losses": [1.0]}}
 
-    def run(self, out, *, options=OPTIONS, inputs=INPUTS, stage="finetune", **more):
-        return run_stage(stage, out, options=options, inputs=inputs, make=self.make, **more)
+    def run(self, out, *, options=OPTIONS, inputs=INPUTS, stage="finetune", parent=None, **more):
+        return run_stage(stage, Plan(options, inputs, self.make, parent), out, **more)
 
 
 def names(folder) -> list[str]:
@@ -200,7 +200,7 @@ def test_folders_without_files_are_nothing_to_resume_from(tmp_path):
         raise ValueError
 
     with pytest.raises(ValueError):
-        run_stage("compare", tmp_path / "out", options=OPTIONS, inputs={}, make=make)
+        run_stage("compare", Plan(OPTIONS, {}, make), tmp_path / "out")
     assert names(tmp_path) == []
 
 

@@ -17,7 +17,7 @@ from prunedm.progress import Silent
 from prunedm.removal.channel_costs import count_macs, layer_positions
 from prunedm.scores import SCORES
 from prunedm.stages.pruning.job import Job
-from prunedm.stages.pruning.mechanisms import MECHANISMS
+from prunedm.tables import MECHANISMS
 
 CONDITIONAL = {
     "num_class_embeds": 3,

@@ -13,7 +13,7 @@ from prunedm.errors import UserError
 from prunedm.options import FinetuneOptions, LoopOptions, StatsOptions
 from prunedm.places import bare, located, portable, target
 from prunedm.record import FILE, Record, Source, read_record, write_record
-from prunedm.stages.frame import run_stage
+from prunedm.stages.frame import Plan, run_stage
 
 QUICK = ["--count", "2", "--sampling-steps", "1", "--device", "cpu"]
 
@@ -60,7 +60,7 @@ def test_a_tilde_in_options_and_python_too(home):
     assert FinetuneOptions(teacher="~/t").teacher == str(home / "t")
     assert StatsOptions(features="~/f.pt").features == str(home / "f.pt")
     make = lambda folder: {}  # noqa: E731
-    run_stage("loss", "~/out", options=LoopOptions(), inputs={}, make=make)
+    run_stage("loss", Plan(LoopOptions(), {}, make), "~/out")
     assert (home / "out" / FILE).exists()
 
 
@@ -102,7 +102,7 @@ def test_a_file_or_a_loop_of_links_is_refused_before_any_work(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     for name, words in (("to-file", "no result of prunedm"), ("a", "leads nowhere|exists")):
         with pytest.raises(UserError, match=words):
-            run_stage("loss", tmp_path / name, options=LoopOptions(), inputs={}, make=make)
+            run_stage("loss", Plan(LoopOptions(), {}, make), tmp_path / name)
     assert (tmp_path / "file").read_text() == "dear"
 
 
@@ -130,7 +130,7 @@ def test_a_link_to_a_masks_file_stays_a_link(tmp_path):
 def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
     name = "x" * 238
     assert target(tmp_path / name).name == name
-    run_stage("loss", tmp_path / name, options=LoopOptions(), inputs={}, make=lambda folder: {})
+    run_stage("loss", Plan(LoopOptions(), {}, lambda folder: {}), tmp_path / name)
     assert (tmp_path / name / FILE).exists()
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from prunedm import preset_table
 from prunedm.cli import main
 from prunedm.errors import UserError
-from prunedm.options import ESTIMATOR_DEFAULTS, LearnOptions
-from prunedm.options.presets import ESTIMATORS, PRESETS, network_passes, with_preset
+from prunedm.learning import ESTIMATORS
+from prunedm.options import LearnOptions
+from prunedm.options.presets import PRESETS, network_passes, with_preset
 from prunedm.preset_table import (
     StepSeconds,
     Timing,
@@ -48,11 +49,11 @@ def caught(monkeypatch, *words: object) -> LearnOptions:
     """The options that `prunedm learn` hands to its stage."""
     seen = []
 
-    def stage(_, out, options, **__):
-        seen.append(options)
+    def stage(request):
+        seen.append(request.options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunedm.stages.learn", stage)
+    monkeypatch.setattr("prunedm.stages.verbs.learn.learn", stage)
     assert call("learn", "digits", "out", *words) == 130
     return seen[0]
 
@@ -79,10 +80,10 @@ def test_every_preset_goes_with_every_estimator(name, estimator):
     if estimator == CLASSIC:
         assert options.steps == preset.masks
         return
-    assert options.lr == ESTIMATOR_DEFAULTS[estimator]["lr"]
-    assert options.logits == ESTIMATOR_DEFAULTS[estimator]["logits"]
+    assert options.lr == ESTIMATORS[estimator].lr
+    assert options.logits == ESTIMATORS[estimator].logits
     if estimator == "policy-gradient":
-        assert options.steps * options.samples == preset.masks
+        assert options.steps * options.policy_gradient.samples == preset.masks
     else:
         seen = options.steps * options.batch_size
         assert preset.passes * options.dataset_size <= seen

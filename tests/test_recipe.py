@@ -1,31 +1,35 @@
 """Recipes: what is done is skipped, what changed is made again, and a dry run makes nothing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import Killed, tiny_folder
 
 from prunedm import recipe as recipes
 from prunedm.cli import app, main
 from prunedm.configuration import parse_settings, read_options
 from prunedm.errors import UserError
-from prunedm.options import EvaluateOptions, FinetuneOptions, LearnOptions, PruneOptions
+from prunedm.options import EvaluateOptions, FinetuneOptions, PruneOptions
 from prunedm.recipe import Recipe, plan, run
+from prunedm.recipe_draft import Draft
+from prunedm.record import read_record
 from prunedm.training import loop
 
 QUICK = EvaluateOptions(depth="quick", problems=8, latency_repeats=1)
 TUNE = {"batch_size": 4, "validation_problems": 8, "validate_every": 0, "checkpoint_every": 2}
 
 
-def tiny_recipe(**more) -> Recipe:
-    mask = PruneOptions(mechanism="nm", score="magnitude", pictures=0, calibration_problems=8)
+MASK = PruneOptions(mechanism="nm", score="magnitude", pictures=0, calibration_problems=8)
+
+
+def tiny_recipe(*, mask=MASK, finetune=FinetuneOptions(steps=4, **TUNE), **more) -> Recipe:
     settings = {
         "model": str(tiny_folder()),
         "convert_channels": True,
         "device": "cpu",
-        "stages": ("mask", "finetune"),
-        "mask": mask,
-        "finetune": FinetuneOptions(steps=4, **TUNE),
+        "stages": [{"prune": mask, "name": "mask"}, {"finetune": finetune}],
         "evaluate": QUICK,
     }
     return Recipe(**(settings | more))
@@ -43,7 +47,7 @@ class Lines:
         self.said.append(text)
 
 
-def todo(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
+def todo_of(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
     return [(stage.name, stage.todo) for stage in plan(recipe, out)]
 
 
@@ -61,14 +65,12 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def out(made, tmp_path) -> Path:
     """A copy of a finished run, for a test to change."""
-    import shutil
-
     return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def test_a_dry_run_of_a_new_recipe_makes_nothing(tmp_path):
     out = tmp_path / "out"
-    assert todo(tiny_recipe(), out) == [
+    assert todo_of(tiny_recipe(), out) == [
         ("mask", "to do"),
         ("finetune", "after 1-mask"),
         ("report", "after 1-mask"),
@@ -77,7 +79,7 @@ def test_a_dry_run_of_a_new_recipe_makes_nothing(tmp_path):
 
 
 def test_a_finished_recipe_is_done_and_is_not_touched(out):
-    assert todo(tiny_recipe(), out) == [("mask", ""), ("finetune", ""), ("report", "")]
+    assert todo_of(tiny_recipe(), out) == [("mask", ""), ("finetune", ""), ("report", "")]
     before = times(out)
     lines = Lines()
     run(tiny_recipe(), out, progress=lines)
@@ -88,7 +90,7 @@ def test_a_finished_recipe_is_done_and_is_not_touched(out):
 def test_what_changed_and_what_follows_is_made_again(out):
     changed = tiny_recipe(finetune=FinetuneOptions(steps=3, **TUNE))
     before = times(out)
-    (_, mask), (_, tune), _ = todo(changed, out)
+    (_, mask), (_, tune), _ = todo_of(changed, out)
     assert mask == ""
     assert tune == "again: it is of another steps (4, now 3)"
     lines = Lines()
@@ -98,7 +100,7 @@ def test_what_changed_and_what_follows_is_made_again(out):
     assert after["2-finetune"] != before["2-finetune"]
     assert after["report"] != before["report"]
     assert "2-finetune: made again, for it held another steps (4, now 3)" in lines.said
-    assert todo(changed, out) == [("mask", ""), ("finetune", ""), ("report", "")]
+    assert todo_of(changed, out) == [("mask", ""), ("finetune", ""), ("report", "")]
 
 
 def test_a_changed_input_changes_what_follows(out):
@@ -106,7 +108,7 @@ def test_a_changed_input_changes_what_follows(out):
     changed = tiny_recipe(
         mask=PruneOptions(mechanism="nm", score="random", pictures=0, calibration_problems=8)
     )
-    (_, mask), (_, tune), _ = todo(changed, out)
+    (_, mask), (_, tune), _ = todo_of(changed, out)
     assert mask.startswith("again: it is of another score")
     assert tune == "after 1-mask"
     before = times(out)
@@ -128,7 +130,7 @@ def test_an_interrupted_redo_goes_on(out, monkeypatch):
     with pytest.raises(Killed):
         run(changed, out)
     monkeypatch.setattr(loop, "_step", step)
-    assert todo(changed, out)[1] == ("finetune", "goes on from its checkpoint")
+    assert todo_of(changed, out)[1] == ("finetune", "goes on from its checkpoint")
     steps = []
     monkeypatch.setattr(
         loop, "_step", lambda *a, **named: steps.append(named["step"]) or step(*a, **named)
@@ -145,21 +147,158 @@ def test_what_is_not_ours_is_never_replaced(out):
         plan(tiny_recipe(), out)
 
 
-def test_stages_have_an_order_and_known_names():
-    steps = recipes.steps_of(tiny_recipe(stages=("finetune", "prune")))
-    assert [(step.name, step.verb) for step in steps] == [
-        ("prune", "prune"),
-        ("finetune", "finetune"),
+# ------------------------------------------------------------------------------- lists of stages
+
+LIST = [
+    {"prune": {"target": "macs=0.5"}},
+    {"finetune": {"steps": 200}},
+    {"prune": {"mechanism": "obs-nm"}},
+    {"finetune": {"steps": 100}},
+    {"export": None},
+]
+
+
+def labelled(table: dict, *settings: dict) -> dict[str, object]:
+    """The stages by label, with the options that were given."""
+    draft = Draft.of(table)
+    for more in settings:
+        draft.set(more)
+    return {step.label: step.options for step in recipes.steps_of(draft.recipe())}
+
+
+def test_a_list_has_any_verb_any_number_of_times():
+    steps = recipes.steps_of(Draft.of({"stages": LIST, "seed": 3}).recipe())
+    assert [(step.label, step.folder, step.stage.verb) for step in steps] == [
+        ("prune.1", "1-prune", "prune"),
+        ("finetune.1", "2-finetune", "finetune"),
+        ("prune.2", "3-prune", "prune"),
+        ("finetune.2", "4-finetune", "finetune"),
+        ("export", "5-export", "export"),
     ]
-    with pytest.raises(UserError, match="no 'distil'; there are prune, recover"):
-        recipes.steps_of(tiny_recipe(stages=("distil",)))
+    assert {step.options.seed for step in steps} == {3}
+    assert [step.options.steps for step in steps[1::2]] == [200, 100]
 
 
-def test_options_of_a_stage_that_is_not_run_are_told(out):
-    lines = Lines()
-    run(tiny_recipe(learn=LearnOptions(steps=3)), out, progress=lines)
-    assert lines.said[0] == "learn: given options, but not among the stages (mask, finetune)"
-    assert recipes.unused(tiny_recipe()) == []
+def test_the_default_recipe_has_its_names():
+    assert [step.folder for step in recipes.steps_of(Recipe())] == [
+        "1-prune", "2-recover", "3-mask", "4-finetune"
+    ]  # fmt: skip
+    assert Draft.of({}).recipe() == Recipe()
+
+
+def test_settings_reach_a_stage_by_name_by_verb_and_by_number():
+    assert labelled({"stages": LIST}, {"finetune": {"2": {"steps": 7}}})["finetune.2"].steps == 7
+    assert labelled({"stages": LIST}, {"export": {"format": "onnx"}})["export"].format == "onnx"
+    named = [{"prune": {}}, {"prune": {"mechanism": "nm"}, "name": "mask"}]
+    found = labelled({"stages": named}, {"mask": {"pattern": "1:4"}}, {"prune": {"score": "wanda"}})
+    assert (found["mask"].pattern, found["prune"].pattern) == ("1:4", "2:4")
+    assert (found["mask"].score, found["prune"].score) == ("taylor", "wanda")
+    only = [{"prune": {}, "name": "narrow"}]
+    assert labelled({"stages": only}, {"prune": {"score": "wanda"}})["narrow"].score == "wanda"
+
+
+def test_a_list_of_names_says_which_stages_run():
+    assert list(labelled({"stages": LIST}, {"stages": ["export"]})) == ["export"]
+    assert list(labelled({}, {"stages": ["learn", "mask"]})) == ["mask", "learn"]
+
+
+def test_an_evaluate_stage_starts_from_what_the_report_has():
+    table = {"stages": [{"evaluate": {"samples": 3}}], "evaluate": {"problems": 9}}
+    found = labelled(table, {"evaluate": {"batch_size": 4}}, {"evaluate": {"1": {"seed": 8}}})
+    options = found["evaluate"]
+    assert (options.samples, options.problems, options.batch_size, options.seed) == (3, 9, 4, 8)
+    assert options.sampling_steps == Recipe().evaluation().sampling_steps
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "the list is empty"),
+        ([{"prnue": {}}], "no verb 'prnue'; did you mean 'prune'"),
+        ([{"prune": {}, "finetune": {}}], "not one verb with options"),
+        ([{}], "not one verb with options"),
+        ([{"prune": {}}, "finetune"], r"write `- finetune: \{\}`"),
+        ([{"prune": 3}], "give it a table of options"),
+        ([{"prune": {}, "name": "../mine"}], "name = '../mine': string should match pattern"),
+        ([{"prune": {}, "name": 3}, {"learn": None}], "name = '3': string should match pattern"),
+        ([{"prune": {"patern": "2:4"}}], "unknown option 'prune.patern'; did you mean 'pattern'"),
+        ([{"prune": {}}, {"prune": {"pattern": "4:2"}}], "prune.2.pattern = '4:2'"),
+        ([{"prune": {}}, {"train": {}}], "2-train: train starts from nothing; put it first"),
+        (
+            [{"learn": {}}, {"finetune": {}}, {"prune": {}}],
+            "3-prune: the model has masks from 1-learn",
+        ),
+        (
+            [{"prune": {"mechanism": "nm"}}, {"prune": {}}],
+            "2-prune: the model has masks from 1-prune",
+        ),
+        ("distil", "no 'distil'; there are prune, recover"),
+        (3, "write a list of verbs"),
+    ],
+)
+def test_a_list_that_cannot_be_is_one_line(stages, message):
+    with pytest.raises(UserError, match=message) as caught:
+        labelled({"stages": stages})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"finetune": {"steps": 3}}, "which of 2. write finetune.1.steps or finetune.2.steps"),
+        ({"finetune": {"3": {"steps": 3}}}, "finetune.3: there are 2 stages finetune"),
+        ({"finetune": 3}, "finetune is a stage; set an option"),
+        ({"fintune": {"steps": 3}}, "unknown option 'fintune'; did you mean 'finetune'"),
+    ],
+)
+def test_a_setting_of_no_stage_is_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        labelled({"stages": LIST}, settings)
+
+
+def test_fields_beside_a_list_are_refused():
+    with pytest.raises(UserError, match="mask: the stages are a list, which has their options"):
+        Draft.of({"stages": LIST, "mask": {"pattern": "1:4"}})
+
+
+def test_the_old_form_reads_as_the_list_that_it_meant():
+    table = {"stages": ["mask", "finetune"], "mask": {"pattern": "1:4"}, "seed": 3}
+    draft = Draft.of(table)
+    (line,) = draft.old_form("a.yaml")
+    assert line == (
+        "a.yaml: stages are a list now; this one is stages: [{prune: {mechanism: obs-nm, "
+        "pattern: '1:4'}, name: mask}, {finetune: {steps: 350}}]"
+    )
+    now = Draft.of({"seed": 3} | yaml.safe_load("stages:" + line.partition(" stages:")[2]))
+    assert now.recipe() == draft.recipe()
+    assert now.old_form("a.yaml") == []
+    assert Draft.of({"seed": 3}).old_form("a.yaml") == []
+
+
+def test_leaves_are_made_and_the_next_stage_goes_on_from_the_last_model(tmp_path):
+    stages = [
+        {"prune": MASK},
+        {"loss": {"problems": 4}},
+        {"finetune": FinetuneOptions(steps=2, **TUNE)},
+        {"export": {}},
+    ]
+    recipe, out = tiny_recipe(stages=stages), tmp_path / "out"
+    run(recipe, out)
+    records = {
+        folder.parent.name: read_record(folder.parent) for folder in out.glob("*/record.json")
+    }
+    assert sorted(records) == ["1-prune", "2-loss", "3-finetune", "4-export", "report"]
+    assert records["3-finetune"].inputs["model"].path == str((out / "1-prune").resolve())
+    assert list(records["report"].figures["models"]) == ["dense", "1-prune", "3-finetune"]
+    assert all(todo == "" for _, todo in todo_of(recipe, out))
+    shutil.rmtree(out / "2-loss")
+    assert [todo for _, todo in todo_of(recipe, out)] == ["", "to do", "", "", ""]
+
+
+def test_options_of_a_stage_that_is_not_run_are_told():
+    draft = Draft.of({"stages": ["mask", "finetune"], "learn": {"steps": 3}})
+    assert draft.unused() == ["learn: given options, but not among the stages (mask, finetune)"]
+    assert Draft.of({}).unused() == []
 
 
 # --------------------------------------------------------------------------- files and settings
@@ -204,19 +343,20 @@ def test_a_setting_needs_a_name_and_a_value(text):
 def parsed(monkeypatch, *words: object) -> tuple[Recipe, Path]:
     seen = []
     monkeypatch.setattr(
-        "prunedm.cli.making.run_recipe", lambda recipe, out, **_: seen.append((recipe, out))
+        "prunedm.cli.run.run_recipe", lambda recipe, out, **_: seen.append((recipe, out))
     )
-    monkeypatch.setattr("prunedm.cli.making.show_comparison", lambda folder: None)
+    monkeypatch.setattr("prunedm.console.comparison_tables", lambda folder: None)
     app(["run", *map(str, words)], exit_on_error=False, result_action="return_value")
     return seen[0]
 
 
 def test_file_then_settings_then_command_line(monkeypatch, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("learn: {pattern: 1:8, steps: 7, lr: 0.5}\nseed: 3\n")
+    file.write_text("stages: [{learn: {pattern: 1:8, steps: 7, lr: 0.5}}]\nseed: 3\n")
     settings = ["--set", "learn.pattern=1:4", "--set", "learn.steps=8"]
     recipe, out = parsed(monkeypatch, file, *settings, "--learn.steps", 9)
-    assert (recipe.learn.pattern, recipe.learn.steps, recipe.learn.lr) == ("1:4", 9, 0.5)
+    learn = recipe.stage_options("learn")
+    assert (learn.pattern, learn.steps, learn.lr) == ("1:4", 9, 0.5)
     assert recipe.seed == 3
     assert out == Path("runs/mine")
 
@@ -253,7 +393,8 @@ def test_wrong_words_are_one_line(words, message, capsys):
 
 def test_the_dry_run_shows_stage_folder_and_state(out, capsys, monkeypatch):
     monkeypatch.setattr("prunedm.console.console.width", 200)
-    monkeypatch.setattr("prunedm.cli.making.merge_file", lambda *_: tiny_recipe())
+    draft = Draft.of(dict(tiny_recipe()))
+    monkeypatch.setattr("prunedm.cli.run.read_draft", lambda *_: draft)
     app(["run", str(out), "--dry-run"], exit_on_error=False, result_action="return_value")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["mask", str(out / "1-mask"), "done"] in lines

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import Ended, Killed, tiny_folder
 
-from prunedm import stages
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.experiments import chain, workers
@@ -82,18 +82,21 @@ def test_a_grid_is_every_combination_in_order():
     assert [case.label for case in cases] == [
         "pattern=2:4 lr=0.001", "pattern=2:4 lr=0.0001", "pattern=1:4 lr=0.001", "pattern=1:4 lr=0.0001",
     ]  # fmt: skip
-    assert [(c.recipe.mask.pattern, c.recipe.finetune.lr) for c in cases] == list(
-        itertools.product(["2:4", "1:4"], [1e-3, 1e-4])
-    )
-    assert cases[0].recipe.finetune.steps == 2  # the recipe's, beside what is varied
+    assert [
+        (c.recipe.stage_options("mask").pattern, c.recipe.stage_options("finetune").lr)
+        for c in cases
+    ] == list(itertools.product(["2:4", "1:4"], [1e-3, 1e-4]))
+    assert (
+        cases[0].recipe.stage_options("finetune").steps == 2
+    )  # the recipe's, beside what is varied
 
 
 def test_a_dimension_may_set_several_fields_under_a_label():
     method = {"plain": {"mask.score": "random"}, "obs": {"mask.mechanism": "obs-nm"}}
     first, _, last, _ = grid_cases(plan({"method": method, "seed": [0, 1]}))
     assert (first.label, last.label) == ("plain seed=0", "obs seed=0")
-    assert (first.recipe.mask.mechanism, first.recipe.mask.score) == ("nm", "random")
-    assert (last.recipe.mask.mechanism, last.recipe.mask.score) == ("obs-nm", "magnitude")
+    masks = [case.recipe.stage_options("mask") for case in (first, last)]
+    assert [(m.mechanism, m.score) for m in masks] == [("nm", "random"), ("obs-nm", "magnitude")]
     assert plan({"method": method, "seed": [0]}).fields() == [
         "mask.score",
         "mask.mechanism",
@@ -133,7 +136,8 @@ def test_the_recipe_may_be_a_file_beside_it(tmp_path):
     (tmp_path / "r.yaml").write_text("seed: 7\nmask: {pattern: 1:4}\n")
     (tmp_path / "sweep.yaml").write_text("recipe: r.yaml\ngrid: {finetune.steps: [1, 2]}\n")
     recipe = case_of(read_sweep(tmp_path / "sweep.yaml"), {"finetune.steps": 2}).recipe
-    assert (recipe.seed, recipe.mask.pattern, recipe.finetune.steps) == (7, "1:4", 2)
+    assert (recipe.seed, recipe.stage_options("mask").pattern) == (7, "1:4")
+    assert recipe.stage_options("finetune").steps == 2
 
 
 def test_a_setting_that_the_recipe_does_not_take_names_its_case():
@@ -317,9 +321,10 @@ def test_cases_that_come_to_the_same_are_one_run():
 def test_a_sweep_from_end_to_end(in_process, tmp_path, monkeypatch):
     """Four runs, the masks of two made once each; then nothing is left to do."""
     prunings = []
-    prune = stages.prune
+    verb = import_module("prunedm.stages.verbs.prune")
+    prune = verb.prune
     monkeypatch.setattr(
-        stages, "prune", lambda *a, **named: prunings.append(a[2].pattern) or prune(*a, **named)
+        verb, "prune", lambda request: prunings.append(request.options.pattern) or prune(request)
     )
     out = tmp_path / "out"
     rows = sweep(plan(), out, progress=Silent())

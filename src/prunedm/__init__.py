@@ -15,18 +15,12 @@ __version__ = "0.1.0"
 switch_off()  # before any of them is imported, and torch
 spin_briefly()
 
+from prunedm.stages.table import STAGES  # noqa: E402
+
 _HOME = {
     "load": "prunedm.folder",
     "save": "prunedm.folder",
-    "train": "prunedm.stages",
-    "prune": "prunedm.stages",
-    "learn": "prunedm.stages",
-    "finetune": "prunedm.stages",
-    "export": "prunedm.stages",
-    "sample": "prunedm.stages",
-    "evaluate": "prunedm.stages",
-    "compare": "prunedm.stages",
-    "analyze": "prunedm.stages",
+    **dict.fromkeys([*STAGES, "compare"], "prunedm.stages"),
     "run": "prunedm.recipe",
     "Recipe": "prunedm.recipe",
     "sweep": "prunedm.experiments.sweep",

@@ -14,19 +14,16 @@ from prunedm.reading import parse_yaml, read_yaml
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-def merge_file(
-    given: AnyOptions, path: Path | None, settings: Mapping[str, Any] | None = None
-) -> AnyOptions:
-    """`given` wins wherever it was set; then `settings` (nested tables), the file, the defaults."""
-    if path is None and not settings:
-        return given
-    merged = combined(read_options(path) if path else {}, settings or {})
-    merged = combined(merged, given.model_dump(exclude_unset=True))
+def merged(kind: type[AnyOptions], path: Path | None, *above: Mapping[str, Any]) -> AnyOptions:
+    """Defaults < the file < each of the tables, in this order. Raises `UserError` naming the file."""
+    table = read_options(path) if path else {}
+    for more in above:
+        table = combined(table, more)
     try:
-        return type(given).model_validate(merged)
+        return kind.model_validate(table)
     except ValidationError as error:
         where = f"{path}: " if path else ""
-        raise UserError(f"{where}{validation_message(error, type(given))}") from error
+        raise UserError(f"{where}{validation_message(error, kind)}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -65,10 +62,15 @@ def preset_file(stage: str, name: str) -> Path:
     return path
 
 
-def validation_message(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """The first thing pydantic objects to, in one line: which option, which value, the way out."""
+def validation_message(
+    error: ValidationError, model: type[BaseModel] | None = None, within: str = ""
+) -> str:
+    """The first thing pydantic objects to, in one line: which option, which value, the way out.
+
+    within: the stage that the options are of.
+    """
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in (*filter(None, [within]), *first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"unknown option {name!r}{_suggestion(first['loc'], model)}"
     reason = first["msg"].removeprefix("Value error, ")
@@ -99,13 +101,13 @@ def read_options(path: Path) -> dict[str, Any]:
     value = read_yaml(path) or {}
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no table of options")
-    return _underscored(value)
+    return underscored(value)
 
 
-def _underscored(value: dict[str, Any]) -> dict[str, Any]:
+def underscored(value: Mapping[str, Any]) -> dict[str, Any]:
     """Hyphens in names mean underscores, as on the command line."""
     return {
-        str(k).replace("-", "_"): _underscored(v) if isinstance(v, dict) else v
+        str(k).replace("-", "_"): underscored(v) if isinstance(v, dict) else v
         for k, v in value.items()
     }
 

@@ -1,7 +1,7 @@
 """What the terminal shows: bars with remaining time, tables, one-line messages."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
 from prunedm.masks import Masks
 from prunedm.progress import Bar
-from prunedm.reading import read_json
+from prunedm.reading import read_json, read_text
 from prunedm.recipe import Planned
-from prunedm.record import Record, read_record
+from prunedm.record import read_record
 from prunedm.stages.masks import Extraction
+from prunedm.stages.verbs.compare import REPORT, SUMMARY, read_comparison
 from prunedm.training import processes
 
 console = Console(quiet=processes.rank() > 0)
@@ -93,6 +94,14 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> None:
         console.print(warning, style="yellow", markup=False)
 
 
+def comparison_tables(folder: Path) -> None:
+    """The table of a report, what failed or is missing, and where the page is."""
+    evaluation_table(read_comparison(folder))
+    Terminal().say(read_text(folder / SUMMARY).splitlines()[-1])
+    if (folder / REPORT).exists():  # its step may have failed
+        Terminal().say(f"report: {(folder / REPORT).resolve()}")
+
+
 def plan_table(stages: Sequence[Planned]) -> None:
     """Every stage of a recipe, its folder, and whether it is done or what is to be done."""
     table = _empty_table()
@@ -104,9 +113,9 @@ def plan_table(stages: Sequence[Planned]) -> None:
     console.print(table)
 
 
-def pruning_table(stats_file: Path) -> None:
+def pruning_table(folder: Path) -> None:
     """What pruning did to each layer: widths before and after, or the share of zeros."""
-    stats = read_json(stats_file)
+    stats = read_json(folder / "pruning_stats.json")
     pattern = stats.get("requested", {}).get("pattern", "")
     title = f"pruning {pattern}".rstrip()
     table = Table("layer", "before => after", title=title, title_justify="left")
@@ -195,8 +204,10 @@ def extraction_lines(out: Path, masks: Masks, found: Extraction, *, made: bool) 
     Terminal().say(f"{out}: {masks_line(masks)}{'' if made else '  (done already)'}")
 
 
-def loss_line(record: Record) -> None:
+def loss_line(folder: Path) -> None:
     """A loss with its standard error, and what it is the loss of."""
+    record = read_record(folder)
+    assert record is not None
     found = record.figures
     error = "" if found["loss_se"] is None else f" ± {found['loss_se']:.6f} (standard error)"
     masked = f"; {found['kept']:.1%} kept in {found['masked_layers']} masked layers"
@@ -299,3 +310,13 @@ def _text(shown: Cell, apart: str = " ") -> Text:
     figure = shown.figure.replace(" ± ", f"{apart}± ").replace(" in ", "\nin ")
     text = Text(figure, style="dim" if figure == NONE else "")
     return text.append(f"\n{shown.change}", style=_TONES[shown.tone]) if shown.change else text
+
+
+# what the command line shows of a stage's folder, beyond its one line
+SHOWN: dict[str, Callable[[Path], None]] = {
+    "prune": pruning_table,
+    "export": export_lines,
+    "evaluate": comparison_tables,
+    "loss": loss_line,
+    "analyze": analysis_table,
+}

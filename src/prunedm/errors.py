@@ -31,10 +31,6 @@ class NotFinite(UserError):
     """A loss or figure is NaN or infinite."""
 
 
-class NotDone(Exception):
-    """A stage that was only looked at is not done: why."""
-
-
 def nearest(name: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown name: the one that was meant, or all there are."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -9,8 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prunedm.learning import ESTIMATORS
 from prunedm.options import LearnOptions
-from prunedm.options.learn import ESTIMATOR_DEFAULTS, EstimatorName
+from prunedm.options.learn import EstimatorName, PolicyGradientOptions
 from prunedm.options.presets import PRESETS, network_passes, preset_named, with_preset
 
 SHOWN: tuple[EstimatorName, ...] = ("relaxed", "policy-gradient-classic")
@@ -109,8 +110,8 @@ def _add_estimator(table: Table, estimator: EstimatorName, timings: list[Timing]
 
 def _notes(timings: list[Timing]) -> list[str]:
     others = [
-        f"{name}: lr {value['lr']:g}, logits {value['logits']:g}"
-        for name, value in ESTIMATOR_DEFAULTS.items()
+        f"{name}: lr {method.lr:g}, logits {method.logits:g}"
+        for name, method in ESTIMATORS.items()
         if name not in SHOWN
     ]
     measured = [
@@ -118,7 +119,7 @@ def _notes(timings: list[Timing]) -> list[str]:
         f"measured {t.created[:10]} by {t.command}, times steps"
         for t in timings
     ]
-    samples = LearnOptions.model_fields["samples"].default
+    samples = PolicyGradientOptions().samples
     untimed = {"CPU", "GPU"} - {timing.kind for timing in timings}
     return [
         "classic: --estimator policy-gradient-classic. "

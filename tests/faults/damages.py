@@ -421,20 +421,24 @@ def of_recipe(sound: Path) -> Iterator[Damage]:
     """A wrong value for every option of a recipe and of its stages."""
     import yaml
 
+    from prunedm.options import EvaluateOptions
     from prunedm.recipe import Recipe
+    from prunedm.recipe_draft import FIELDS
+    from prunedm.stages import STAGES
 
     recipe = yaml.safe_load(sound.read_text(encoding="utf-8"))
-    for name, field in Recipe.model_fields.items():
+    for name in Recipe.model_fields:
         yield from (
             (f"{name} = {what}", _yaml(recipe | {name: "@"}, value))
             for what, value in VALUES.items()
             if what in (*FEW, "NaN", "{}", "5,000 digits", "NUL")
             and (name, what) != ("evaluate", "{}")  # sound: it measures in Inception's features
         )
-        inner = getattr(field.annotation, "model_fields", None) or {}
-        for option in inner:
-            table = {**recipe.get(name, {}), option: "@"}
-            yield f"{name}.{option} = [[]]", _yaml(recipe | {name: table}, "[[]]")
+    kinds = {name: STAGES[verb].options for name, (verb, _) in FIELDS.items()}
+    for name, kind in (kinds | {"evaluate": EvaluateOptions}).items():
+        for leaf in kind.leaves():
+            table = {**recipe.get(name, {}), leaf.flag: "@"}
+            yield f"{name}.{leaf.flag} = [[]]", _yaml(recipe | {name: table}, "[[]]")
 
 
 def _yaml(table: dict[str, Any], value: str) -> Callable[[Path], None]:

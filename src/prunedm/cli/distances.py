@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from prunedm.cli.frame import Config, Flat, app, to_output
-from prunedm.configuration import merge_file
+from prunedm.configuration import merged
 from prunedm.options import FidOptions, StatsOptions
 
 Side = Annotated[
@@ -38,7 +38,12 @@ def fid(
         json = check_file(json, ".json", overwrite=overwrite)
         make_place(json)
     terminal = Terminal()
-    figures = stage(generated, real, merge_file(options, config), progress=terminal)
+    figures = stage(
+        generated,
+        real,
+        merged(type(options), config, options.model_dump(exclude_unset=True)),
+        progress=terminal,
+    )
     for line in lines(figures):
         terminal.say(line)
     if json is not None:
@@ -61,7 +66,7 @@ def stats(
     from prunedm.stages.distance import stats as stage
 
     terminal = Terminal()
-    options = merge_file(options, config)
+    options = merged(type(options), config, options.model_dump(exclude_unset=True))
     figures = stage(source, out, options, progress=terminal, overwrite=overwrite)
     done = "" if figures["made"] else "  (done already)"
     terminal.say(f"{out}: {figures['features']}, {figures['images']:,} images of {source}{done}")

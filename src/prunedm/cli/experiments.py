@@ -46,11 +46,14 @@ def make(
     a shared OUT, they share the runs. A stage that several runs begin with is made once. Exit code 1
     says that a run of the grid has failed.
     """
-    from prunedm.experiments.plan import read_sweep
+    from prunedm.console import Terminal
+    from prunedm.experiments.plan import draft_of, read_sweep
     from prunedm.experiments.sweep import planned
     from prunedm.experiments.sweep import sweep as run_sweep
 
     plan = read_sweep(file)
+    for line in draft_of(plan, {}).old_form(f"{file}, recipe"):
+        Terminal().say(line)
     if dry_run:
         _show(planned(plan, out, only), plan, out, write=False)
         return

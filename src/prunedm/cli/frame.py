@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter, Token
 
@@ -54,34 +54,24 @@ Model = Annotated[str, Parameter(help="a model folder, a hub id like owner/name,
 Out = Annotated[Path, Parameter(help="the new folder", converter=to_output)]
 
 
-def report(verb: str, *arguments: Any, overwrite: bool) -> "Record":
-    """Run a stage with bars, and say in one line what came out."""
-    check_names(*arguments)
-    from prunedm import stages
-
-    out = next(a for a in reversed(arguments) if isinstance(a, Path))
-    with watched_terminal(out, verb) as terminal:
-        record, made = getattr(stages, verb)(*arguments, progress=terminal, overwrite=overwrite)
-        terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
-        terminal.result(record.figures, made=made)
-    return record
+def told(terminal: "Watched", out: Path, record: "Record", *, made: bool) -> None:
+    """Say in one line what came out."""
+    terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
+    terminal.result(record.figures, made=made)
 
 
-def check_names(*arguments: Any) -> None:
+def check_names(*names: str, dataset: str = "digits") -> None:
     """Raise `UserError` for a model or dataset that is nowhere, before PyTorch is imported."""
     from prunedm.hub import find_locally
 
-    for given in arguments:
-        for name in given.values() if isinstance(given, dict) else [given]:
-            if isinstance(name, str):
-                find_locally(name)
-        dataset = getattr(given, "dataset", None)
-        if dataset and dataset != "digits":
-            from prunedm.image_hub import open_hub
-            from prunedm.image_tables import find_dataset
+    for name in filter(None, names):
+        find_locally(name)
+    if dataset not in ("", "digits"):
+        from prunedm.image_hub import open_hub
+        from prunedm.image_tables import find_dataset
 
-            if find_dataset(dataset) is None:
-                open_hub(dataset)
+        if find_dataset(dataset) is None:
+            open_hub(dataset)
 
 
 def watched_terminal(out: Path, stage: str = "") -> "Watched":
@@ -108,15 +98,3 @@ def _command() -> str:
     start = ["prunedm"] if script in ("prunedm", "__main__") else ["python", sys.argv[0]]
     words = [word.encode("utf-8", "replace").decode() for word in sys.argv[1:]]
     return shlex.join([*start, *words])
-
-
-def show_comparison(folder: Path) -> None:
-    """The table, what failed or is missing, and where the report is."""
-    from prunedm.console import Terminal, evaluation_table
-    from prunedm.reading import read_text
-    from prunedm.stages.verbs.compare import REPORT, SUMMARY, read_comparison
-
-    evaluation_table(read_comparison(folder))
-    Terminal().say(read_text(folder / SUMMARY).splitlines()[-1])
-    if (folder / REPORT).exists():  # its step may have failed
-        Terminal().say(f"report: {(folder / REPORT).resolve()}")

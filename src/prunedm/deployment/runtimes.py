@@ -15,8 +15,9 @@ from torch import nn
 
 from prunedm.architecture import architecture_of
 from prunedm.deployment.description import Description
-from prunedm.deployment.extras import require
+from prunedm.deployment.extras import ONNX, OPENVINO, require
 from prunedm.errors import UserError, first_line
+from prunedm.tables import FORMATS
 
 
 class ExportedDenoiser(nn.Module):
@@ -68,7 +69,7 @@ class OnnxDenoiser(ExportedDenoiser):
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, precision: str) -> None:
         super().__init__(config)
-        require("onnx")
+        require("onnx", ONNX, "onnx")
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -116,7 +117,7 @@ class OpenVinoDenoiser(ExportedDenoiser):
         threads: int | None = None,
     ) -> None:
         super().__init__(config)
-        require("openvino")
+        require("openvino", OPENVINO, "openvino")
         import openvino
 
         self.core = openvino.Core()
@@ -191,10 +192,10 @@ def open_file(
 ) -> ExportedDenoiser:
     """The exported denoiser, ready to be called. Raises `UserError` for formats without a runtime."""
     path = folder / description.file
-    if description.format == "onnx":
-        return OnnxDenoiser(path, config, precision=description.precision)
-    if description.format == "openvino":
-        return OpenVinoDenoiser(path, config, precision=description.precision)
+    known = FORMATS.get(description.format)
+    if known is not None and known.open is not None:
+        opened: ExportedDenoiser = known.open(path, config, precision=description.precision)
+        return opened
     raise UserError(
         f"{folder} is a {description.format} export, which prunedm does not run; "
         "export --format onnx or openvino to sample from a file"

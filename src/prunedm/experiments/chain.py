@@ -26,7 +26,7 @@ from prunedm.folder import load
 from prunedm.messages import one_line
 from prunedm.options import EvaluateOptions
 from prunedm.progress import Progress
-from prunedm.recipe import Step, describe, steps_of
+from prunedm.recipe import Step, steps_of
 from prunedm.stages.evaluating.measure import RESULTS, measure, read_evaluation
 from prunedm.stages.verbs.compare import yardstick
 from prunedm.watching import Watched
@@ -38,14 +38,15 @@ _LOOK_EVERY = 0.5  # seconds
 def run_chain(store: Store, run: Run, progress: Progress) -> None:
     """Make what is missing of a run. A stage that another run is making is waited for."""
     recipe = recipe_of(run)
-    measured = partial(figures, options=recipe.stage_options("evaluate"), progress=progress)
+    measured = partial(figures, options=recipe.evaluation(), progress=progress)
     current: str | Path = recipe.model
     works: list[tuple[str, str, Callable[[Path], None]]] = [
         ("dense", run.dense, partial(measured, current, label="dense"))
     ]
     for step, place in zip(steps_of(recipe), run.stages, strict=True):
-        works.append((step.name, place.folder, partial(_make, step, current, progress=progress)))
-        current = store.stage(place.folder)
+        works.append((step.label, place.folder, partial(_make, step, current, progress=progress)))
+        if step.stage.makes == "model":
+            current = store.stage(place.folder)
     works.append(("evaluate", run.evaluation, partial(measured, current, label=run.label)))
     status = Status(state="running", host=socket.gethostname(), pid=os.getpid())
     status.started = time.time()
@@ -58,8 +59,7 @@ def run_chain(store: Store, run: Run, progress: Progress) -> None:
 
 
 def _make(step: Step, source: str | Path, out: Path, *, progress: Progress) -> None:
-    record, made = step.make(source, out, progress=progress)
-    progress.say(f"{step.name}: {describe(record.figures, record.wall_time_s, made)}")
+    progress.say(f"{step.label}: {step.make(source, out, progress=progress)}")
 
 
 def figures(

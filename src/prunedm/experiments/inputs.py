@@ -5,14 +5,14 @@ from contextlib import suppress
 from typing import Any
 
 from prunedm.errors import UserError
-from prunedm.experiments.plan import Sweep, case_of
+from prunedm.experiments.plan import Sweep, case_of, draft_of
 from prunedm.experiments.store import inputs_of, inputs_of_evaluation, inputs_of_stages
 from prunedm.folder import Model, hash_folder, load
 from prunedm.hub import find
 from prunedm.options import PATH_OPTIONS, DataOptions
 from prunedm.places import expanded
-from prunedm.recipe import STAGES
 from prunedm.record import file_hash
+from prunedm.stages import STAGES
 from prunedm.stages.inputs import data_source, images_for
 
 
@@ -44,11 +44,11 @@ def _varied(sweep: Sweep) -> Iterable[str]:
         if field.rpartition(".")[2] not in PATH_OPTIONS:
             continue
         with suppress(UserError):  # a combination that is impossible fails by itself
-            recipe = case_of(sweep, {field: value}).recipe
+            draft = draft_of(sweep, {field: value})
+            recipe, owner = draft.recipe(), draft.owner(field)
             yield from [*inputs_of_stages(recipe), *inputs_of_evaluation(recipe)]
-            stage = field.replace("-", "_").partition(".")[0]
-            if stage in STAGES:  # that is run only with another varied field
-                yield from inputs_of(recipe.stage_options(stage))
+            if owner is not None and not owner.runs:  # it is run only with another varied field
+                yield from inputs_of(STAGES[owner.verb].options.model_validate(owner.table))
 
 
 def _values(sweep: Sweep) -> Iterable[tuple[str, Any]]:

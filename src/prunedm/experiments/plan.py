@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from prunedm.configuration import combined, nested, read_options, validation_message
-from prunedm.errors import UserError, nearest
+from prunedm.configuration import nested, read_options, validation_message
+from prunedm.errors import UserError
 from prunedm.options import Options
 from prunedm.places import expanded
-from prunedm.recipe import STAGES, Recipe
+from prunedm.recipe import Recipe
+from prunedm.recipe_draft import Draft
 
 Settings = dict[str, Any]  # "prune.score" -> "taylor"
 Direction = Literal["minimize", "maximize"]
@@ -132,37 +133,32 @@ def read_sweep(path: Path) -> Sweep:
         raise UserError(f"{path}: {validation_message(error, Sweep)}") from error
 
 
+def draft_of(sweep: Sweep, settings: Settings) -> Draft:
+    """The sweep's recipe with the settings over it."""
+    draft = Draft.of(sweep.base)
+    for field, value in settings.items():
+        draft.set(nested({field: value}))
+    return draft
+
+
 def case_of(sweep: Sweep, settings: Settings, label: str = "") -> Case:
     """Raises `UserError` where the recipe does not take a setting."""
+    label = label or label_of(settings)
     try:
-        recipe = Recipe.model_validate(combined(sweep.base, nested(settings)))
-    except ValidationError as error:
-        message = validation_message(error, Recipe)
-        raise UserError(f"{label or label_of(settings)}: {message}") from error
-    return Case(settings, label or label_of(settings), recipe)
+        return Case(settings, label, draft_of(sweep, settings).recipe())
+    except UserError as error:
+        raise UserError(f"{label}: {error}" if label else str(error)) from error
 
 
 def check_fields(sweep: Sweep) -> None:
     """Raise `UserError` for a field that is varied and that no stage of the recipe has."""
-    varied = "stages" in sweep.fields()
-    ran = set(STAGES) if varied else set(case_of(sweep, {}).recipe.stages)
+    varied, draft = "stages" in sweep.fields(), draft_of(sweep, {})
+    ran = ", ".join(entry.name for entry in draft.entries if entry.runs)
     for field in sweep.fields():
-        kind: type[BaseModel] = Recipe
-        *tables, last = field.replace("-", "_").split(".")
-        for number, part in enumerate([*tables, last]):
-            if part not in kind.model_fields:
-                raise UserError(
-                    f"no option {field!r} to vary{nearest(part, list(kind.model_fields))}"
-                )
-            inner = kind.model_fields[part].annotation
-            if number < len(tables):
-                if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-                    raise UserError(f"no option {field!r} to vary: {part} is not a stage")
-                kind = inner
-        if sweep.search and tables and tables[0] in STAGES and tables[0] not in ran:
+        owner = draft.owner(field)
+        if sweep.search and owner and not (owner.runs or varied):
             raise UserError(
-                f"{field!r} changes nothing: {tables[0]} is not among the stages "
-                f"({', '.join(sorted(ran, key=list(STAGES).index))})"
+                f"{field!r} changes nothing: {owner.name} is not among the stages ({ran})"
             )
 
 

@@ -48,7 +48,7 @@ def value_of(store: Store, run: Run, name: str) -> float | None:
     if name == "seconds":
         spent = [r.wall_time_s for folder in folders.values() if (r := read_record(folder))]
         return sum(spent) if len(spent) == len(folders) else None
-    stage, dot, figure = name.partition(".")
+    stage, dot, figure = name.rpartition(".")
     if dot:
         record = read_record(folders[stage]) if stage in folders else None
         return _number(record.figures.get(figure)) if record else None

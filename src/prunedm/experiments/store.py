@@ -25,18 +25,18 @@ from pydantic import BaseModel
 
 from prunedm.errors import UserError
 from prunedm.experiments.plan import Case, Settings
-from prunedm.options import EvaluateOptions, Options
+from prunedm.options import Options
 from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
+from prunedm.recipe_draft import Draft
 from prunedm.record import write_json
-from prunedm.stages.frame import identifying
 
 STAGES, RUNS = "stages", "runs"
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
 
 
-class Stage(BaseModel):
-    """One stage of a run: its name in the recipe, and its folder's name below `stages`."""
+class StageFolder(BaseModel):
+    """One stage of a run: its label in the recipe, and its folder's name below `stages`."""
 
     name: str
     folder: str
@@ -49,7 +49,7 @@ class Run(BaseModel):
     label: str
     settings: Settings
     recipe: dict[str, Any]
-    stages: list[Stage]
+    stages: list[StageFolder]
     evaluation: str
     dense: str  # the folder of the dense model's evaluation
 
@@ -174,14 +174,14 @@ def inputs_of(options: Options) -> list[str]:
 
 def inputs_of_stages(recipe: Recipe) -> list[str]:
     """What the stages read beside the dense model, and the images of the evaluation."""
-    evaluate = set(inputs_of(recipe.stage_options("evaluate"))) - set(inputs_of_evaluation(recipe))
+    evaluate = set(inputs_of(recipe.evaluation())) - set(inputs_of_evaluation(recipe))
     every = [name for step in steps_of(recipe) for name in inputs_of(step.options)]
     return sorted({*every, *evaluate})
 
 
 def inputs_of_evaluation(recipe: Recipe) -> list[str]:
     """Files that only the evaluation reads: features, weights."""
-    options = recipe.stage_options("evaluate")
+    options = recipe.evaluation()
     marks = options.inputs()
     return [name for name in inputs_of(options) if marks[name.partition(" ")[0]].kind == "file"]
 
@@ -192,11 +192,13 @@ def run_of(case: Case, hashes: Mapping[str, str]) -> Run:
     # 0.1.0 did not know these
     files = [hashes[name] for name in inputs_of_evaluation(case.recipe) if name in hashes]
     model = _digest([hashes["model"], contents])
-    stages, address = list[Stage](), model
+    stages, address = list[StageFolder](), model
     for step in steps_of(case.recipe):
-        address = _address(step.verb, step.options, address)
-        stages.append(Stage(name=step.name, folder=f"{step.name}-{address}"))
-    evaluate: EvaluateOptions = case.recipe.stage_options("evaluate")
+        own = _address(step.stage.verb, step.options, address)
+        name = step.folder.partition("-")[2]
+        stages.append(StageFolder(name=step.label, folder=f"{name}-{own}"))
+        address = own if step.stage.makes == "model" else address
+    evaluate = case.recipe.evaluation()
     whole = _address("evaluate", evaluate, address, files)
     return Run(
         id=whole,
@@ -210,11 +212,11 @@ def run_of(case: Case, hashes: Mapping[str, str]) -> Run:
 
 
 def recipe_of(run: Run) -> Recipe:
-    return Recipe.model_validate(run.recipe)
+    return Draft.of(run.recipe).recipe()
 
 
 def _address(verb: str, options: Options, parent: str, files: Sequence[str] = ()) -> str:
-    return _digest([verb, identifying(options), parent, *files])
+    return _digest([verb, options.identity(), parent, *files])
 
 
 def _digest(content: Any) -> str:

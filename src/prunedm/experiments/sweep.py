@@ -154,7 +154,7 @@ def _check(plan: Sweep, only: Sequence[str] = (), *, retry: bool = False) -> Non
         raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
     check_fields(plan)
     first = case_of(plan, {})
-    check_inputs(first.recipe.model, first.recipe.stage_options("evaluate"))
+    check_inputs(first.recipe.model, first.recipe.evaluation())
     _check_objectives(plan, first.recipe)
 
 
@@ -184,11 +184,11 @@ def read_kept(out: Path) -> Kept:
 
 def _check_objectives(plan: Sweep, recipe: Recipe) -> None:
     """Raise `UserError` for a name under which no run will have a figure."""
-    stages = [step.name for step in steps_of(recipe)]
-    evaluate = recipe.stage_options("evaluate")
+    stages = [step.label for step in steps_of(recipe)]
+    evaluate = recipe.evaluation()
     draws = evaluate.depth != "quick" and evaluate.samples != 0
     for name in plan.objectives:
-        stage, dot, _ = name.partition(".")
+        stage, dot, _ = name.rpartition(".")
         if dot and stage not in stages:
             raise UserError(f"objective {name!r}: the recipe's stages are {', '.join(stages)}")
         if not dot and name in _IN_TURNS:

@@ -1,6 +1,6 @@
 """How the logits learn: an estimator turns one step's trial into a loss whose gradient it wants.
 
-To add one: a file, and a line in `learning.ESTIMATORS`.
+To add one: a file with a `Method`, and a line in `tables.ESTIMATORS`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prunedm.learning.logits import MaskLogits
+from prunedm.options import LearnOptions
 
 ByLayer = Mapping[str, torch.Tensor]
 
@@ -65,6 +66,15 @@ class Estimator(nn.Module, ABC):
 
     def after_step(self, logits: MaskLogits, weights: ByLayer) -> None:
         """Set logits that are not learned, but follow from the weights that were trained."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """An estimator by its options, and its usual learning rate and lead of the first masks."""
+
+    make: Callable[[LearnOptions], Estimator]
+    lr: float
+    logits: float
 
 
 def uniforms(logits: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution
-from prunedm.learning.estimator import Estimator, Trial, uniforms
+from prunedm.learning.estimator import Estimator, Method, Trial, uniforms
 from prunedm.learning.logits import MaskLogits
 
 Groups = list[torch.Tensor]  # one tensor a pattern
@@ -134,3 +134,15 @@ def _block(groups: int, share: float, generator: torch.Generator) -> torch.Tenso
     size, device = max(1, round(share * groups)), generator.device
     start = torch.randint(groups, (), generator=generator, device=device)
     return (start + torch.arange(size, device=device)) % groups
+
+
+POLICY_GRADIENT = Method(
+    lambda options: PolicyGradient(
+        options.distribution,
+        samples=options.policy_gradient.samples,
+        explore=options.policy_gradient.explore,
+    ),
+    lr=1.0,
+    logits=3.0,
+)
+CLASSIC = Method(lambda options: ClassicPolicyGradient(options.distribution), lr=50.0, logits=10.0)

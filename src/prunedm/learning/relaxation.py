@@ -7,7 +7,7 @@ members' logits, so a group has M: for 2:4, 4 numbers in place of 6; for 4:8, 8 
 import torch
 
 from prunedm.learning.distribution import ConditionalBernoulli, all_patterns
-from prunedm.learning.estimator import Estimator, Trial
+from prunedm.learning.estimator import Estimator, Method, Trial
 from prunedm.learning.logits import MaskLogits
 from prunedm.masks import Pattern
 
@@ -63,3 +63,6 @@ def _gumbel(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generat
     # torch's own exponential draws take three times as long on a CPU
     noise.uniform_(generator=generator).clamp_min_(torch.finfo(like.dtype).tiny)
     return noise.log_().neg_().log_().neg_()
+
+
+RELAXED = Method(lambda options: RelaxedPatterns(options.relaxed.tau), lr=0.3, logits=1.0)

@@ -2,7 +2,7 @@
 
 import torch
 
-from prunedm.learning.estimator import ByLayer, Estimator, Trial
+from prunedm.learning.estimator import ByLayer, Estimator, Method, Trial
 from prunedm.learning.logits import MaskLogits
 
 
@@ -32,3 +32,6 @@ class SrSte(Estimator):
         sizes = logits.to_groups({name: weight.abs() for name, weight in weights.items()})
         for l_GM, size_GM in zip(logits.groups, sizes, strict=True):
             l_GM.copy_(size_GM)
+
+
+SR_STE = Method(lambda options: SrSte(options.sr_ste.decay), lr=1.0, logits=1.0)

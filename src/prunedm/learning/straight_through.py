@@ -2,7 +2,7 @@
 
 import torch
 
-from prunedm.learning.estimator import Estimator, Trial, uniforms
+from prunedm.learning.estimator import Estimator, Method, Trial, uniforms
 from prunedm.learning.logits import MaskLogits
 
 
@@ -20,3 +20,6 @@ class StraightThrough(Estimator):
             inclusion_GM = distribution.inclusion()
             masks.append(distribution.sample(u_GM) + (inclusion_GM - inclusion_GM.detach()))
         return trial.loss(logits.by_layer(masks))
+
+
+STRAIGHT_THROUGH = Method(lambda options: StraightThrough(options.distribution), lr=0.2, logits=3.0)

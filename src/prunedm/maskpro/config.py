@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, ValidationError, ValidationInfo, field_validator
 
-from prunedm.configuration import merge_file, validation_message
+from prunedm.configuration import merged, validation_message
 from prunedm.errors import UserError
 from prunedm.options import DataOptions
 
@@ -55,7 +55,7 @@ def parsed_config(config: str | Path | Mapping[str, Any] | MaskProConfig) -> Mas
     if isinstance(config, MaskProConfig):
         return config
     if isinstance(config, str | Path):
-        return merge_file(MaskProConfig(), Path(config))
+        return merged(MaskProConfig, Path(config))
     try:
         return MaskProConfig.model_validate(dict(config))
     except ValidationError as error:

@@ -1,9 +1,11 @@
 """Every stage's options, typed. The command line, YAML files and the docs come from these classes."""
 
 from prunedm.options.base import (
+    PATH_OPTIONS,
     CalibrationOptions,
     DataOptions,
-    Input,
+    Group,
+    Leaf,
     LoopOptions,
     ModelName,
     ModelOptions,
@@ -13,26 +15,15 @@ from prunedm.options.base import (
     ScoreOptions,
 )
 from prunedm.options.distance import FidOptions, StatsOptions
-from prunedm.options.export import PRECISIONS, ExportOptions
-from prunedm.options.learn import ESTIMATOR_DEFAULTS, EstimatorName, LearnOptions
+from prunedm.options.export import ExportOptions
+from prunedm.options.learn import EstimatorName, LearnOptions
+from prunedm.options.marks import How, Input, OneOf
 from prunedm.options.measure import AnalyzeOptions, EvaluateOptions, LossOptions, SampleOptions
 from prunedm.options.prune import TARGETS, Mechanism, PruneOptions, parse_target
 from prunedm.options.train import FinetuneOptions, TrainOptions
 
-# names of the options, of any stage, that say what is read
-PATH_OPTIONS = frozenset(
-    name
-    for options in (
-        AnalyzeOptions, EvaluateOptions, ExportOptions, FidOptions, FinetuneOptions, LearnOptions,
-        LossOptions, PruneOptions, SampleOptions, StatsOptions, TrainOptions,
-    )
-    for name in options.inputs()
-)  # fmt: skip
-
 __all__ = [
-    "ESTIMATOR_DEFAULTS",
     "PATH_OPTIONS",
-    "PRECISIONS",
     "TARGETS",
     "AnalyzeOptions",
     "CalibrationOptions",
@@ -42,13 +33,17 @@ __all__ = [
     "ExportOptions",
     "FidOptions",
     "FinetuneOptions",
+    "Group",
+    "How",
     "Input",
+    "Leaf",
     "LearnOptions",
     "LoopOptions",
     "LossOptions",
     "Mechanism",
     "ModelName",
     "ModelOptions",
+    "OneOf",
     "Options",
     "Precision",
     "PruneOptions",

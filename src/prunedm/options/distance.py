@@ -1,6 +1,6 @@
 """Options of the stages that compare sets of images: fid, stats."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,7 @@ from prunedm.options.base import (
     FileName,
     Options,
 )
+from prunedm.options.marks import How
 
 
 class StatsOptions(Options):
@@ -18,7 +19,7 @@ class StatsOptions(Options):
         "inception",
         description="inception, digits-cnn, or a file of TorchScript (uint8 NCHW to N x D)",
     )
-    trust_features: bool = Field(False, description=TRUST)
+    trust_features: Annotated[bool, How()] = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")
     num_samples: int | None = Field(None, ge=2, description="the first so many images; none: all")
     res: int | None = Field(
@@ -30,7 +31,9 @@ class StatsOptions(Options):
     skip_bad: bool = Field(False, description="go on without files that cannot be read; count them")
     force: bool = Field(False, description="go on with fewer images than features: a biased number")
     batch_size: int = Field(64, ge=1, description="images at a time")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
+    device: Annotated[Literal["auto", "cpu"], How()] = Field(
+        "auto", description="auto takes a GPU if there is one"
+    )
 
 
 class FidOptions(StatsOptions):

@@ -1,6 +1,6 @@
 """Options of `prunedm export`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,18 +10,11 @@ from prunedm.options.base import (
     FileName,
     ModelOptions,
 )
+from prunedm.options.marks import How, OneOf
+from prunedm.tables import FORMATS
 
-ExportFormat = Literal["packed", "onnx", "openvino", "torch", "tensorrt"]
 ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
-# the precisions of each format, its default first
-PRECISIONS: dict[str, tuple[str, ...]] = {
-    "packed": ("fp16", "fp32", "bf16", "int8"),
-    "onnx": ("fp32", "fp16", "int8"),
-    "openvino": ("bf16", "fp32", "fp16", "int8"),
-    "torch": ("fp32", "fp16", "bf16"),
-    "tensorrt": ("fp16", "fp32"),
-}
 # relative error of one denoiser call that is still taken for rounding
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "int8": 0.2}
 
@@ -29,11 +22,10 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "int8": 0.2}
 class ExportOptions(DataOptions, ModelOptions):
     """`prunedm export`: one file for another runtime, checked against the model by running it."""
 
-    format: ExportFormat = Field("packed", description="what is written")
+    format: Annotated[str, OneOf(FORMATS)] = Field("packed", description="what is written")
     precision: ExportPrecision | None = Field(
         None,
-        description="of weights and arithmetic; none: fp16 (packed, tensorrt), fp32 (onnx, torch), "
-        "bf16 (openvino)",
+        description="of weights and arithmetic; none: the format's first, such as fp16 (packed)",
     )
     tolerance: float | None = Field(
         None,
@@ -61,20 +53,21 @@ class ExportOptions(DataOptions, ModelOptions):
         "auto",
         description="auto, digits-cnn, inception, or a file of TorchScript (uint8 NCHW to N x D)",
     )
-    trust_features: bool = Field(False, description=TRUST)
+    trust_features: Annotated[bool, How()] = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")
 
     @model_validator(mode="after")
     def _possible(self) -> "ExportOptions":
-        known = PRECISIONS[self.format]
-        if self.precision is not None and self.precision not in known:
-            raise ValueError(
-                f"{self.format} takes no {self.precision}; there are {', '.join(known)}"
-            )
+        if self.precision is not None:  # else the format need not be imported
+            known = FORMATS[self.format].precisions
+            if self.precision not in known:
+                raise ValueError(
+                    f"{self.format} takes no {self.precision}; there are {', '.join(known)}"
+                )
         return self
 
     def filled(self) -> "ExportOptions":
         """With the format's precision, and that precision's tolerance."""
-        precision = self.precision or PRECISIONS[self.format][0]
+        precision = self.precision or FORMATS[self.format].precisions[0]
         tolerance = self.tolerance or TOLERANCES[precision]
         return self.model_copy(update={"precision": precision, "tolerance": tolerance})

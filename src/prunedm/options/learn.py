@@ -1,11 +1,12 @@
 """Options of `prunedm learn`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from prunedm.options.base import (
     LARGEST_LR,
+    Group,
     LoopOptions,
     ModelName,
     ModelOptions,
@@ -13,18 +14,33 @@ from prunedm.options.base import (
     ScoreName,
     ScoreOptions,
 )
+from prunedm.options.marks import Flag, OneOf
+from prunedm.tables import ESTIMATORS
 
-EstimatorName = Literal[
-    "relaxed", "straight-through", "policy-gradient", "policy-gradient-classic", "sr-ste"
-]
-# what a learning rate and a lead of logits mean depends on the estimator
-ESTIMATOR_DEFAULTS: dict[str, dict[str, float]] = {
-    "relaxed": {"lr": 0.3, "logits": 1.0},
-    "straight-through": {"lr": 0.2, "logits": 3.0},
-    "policy-gradient": {"lr": 1.0, "logits": 3.0},
-    "policy-gradient-classic": {"lr": 50.0, "logits": 10.0},
-    "sr-ste": {"lr": 1.0, "logits": 1.0},
-}
+EstimatorName = Annotated[str, OneOf(ESTIMATORS)]
+
+
+class RelaxedOptions(Group):
+    """Soft masks (estimator relaxed)."""
+
+    tau: tuple[PositiveFloat, PositiveFloat] = Field(
+        (2.0, 0.1), description="softmax temperature, first and last"
+    )
+
+
+class PolicyGradientOptions(Group):
+    """Values of the loss alone (estimator policy-gradient)."""
+
+    samples: int = Field(8, ge=4, multiple_of=2, description="masks a step, in antithetic pairs")
+    explore: float = Field(0.1, gt=0, le=1, description="share of groups explored in a step")
+
+
+class SrSteOptions(Group):
+    """Masks that follow trained weights (estimator sr-ste)."""
+
+    decay: Annotated[float, Flag("sr_ste_decay")] = Field(
+        2e-4, ge=0, description="of removed weights"
+    )
 
 
 class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
@@ -62,15 +78,6 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 is no limit")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="averaging of what is trained; 0 is none")
-    tau: tuple[PositiveFloat, PositiveFloat] = Field(
-        (2.0, 0.1), description="softmax temperature, first and last (relaxed)"
-    )
-    samples: int = Field(
-        8, ge=4, multiple_of=2, description="masks a step, in antithetic pairs (policy-gradient)"
-    )
-    explore: float = Field(
-        0.1, gt=0, le=1, description="share of groups explored in a step (policy-gradient)"
-    )
     distill: float = Field(
         1.0, ge=0, le=1, description="share of the dense model's output in the target"
     )
@@ -82,7 +89,9 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
     keep_magnitude: float = Field(
         0.0, ge=0, description="reward for the share of magnitude kept, falling to zero"
     )
-    sr_ste_decay: float = Field(2e-4, ge=0, description="of removed weights (sr-ste)")
+    relaxed: RelaxedOptions = RelaxedOptions()
+    policy_gradient: PolicyGradientOptions = PolicyGradientOptions()
+    sr_ste: SrSteOptions = SrSteOptions()
     keep: Literal["best", "last"] = Field(
         "best", description="masks of the lowest held-out loss, or of the last step"
     )
@@ -97,10 +106,9 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
 
     def filled(self) -> "LearnOptions":
         """With numbers for all that depends on the estimator, and steps within the epochs."""
+        usual = ESTIMATORS[self.estimator]  # what a rate and a lead mean depends on it
         update: dict[str, float] = {
-            name: value
-            for name, value in ESTIMATOR_DEFAULTS[self.estimator].items()
-            if getattr(self, name) is None
+            name: getattr(usual, name) for name in ("lr", "logits") if getattr(self, name) is None
         }
         if self.epochs:
             passes = self.epochs * self.dataset_size // (self.batch_size * self.accumulation)

@@ -1,6 +1,6 @@
 """Options of the stages that change nothing: sample, evaluate, compare, analyze, loss."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -13,6 +13,7 @@ from prunedm.options.base import (
     ModelOptions,
     PatternText,
 )
+from prunedm.options.marks import How
 
 
 class SampleOptions(ModelOptions):
@@ -33,7 +34,9 @@ class SampleOptions(ModelOptions):
     seed: int = Field(0, ge=0, description="decides every random draw")
     format: Literal["png", "npz"] = Field("png", description="files, or one uint8 NHWC array")
     label: int | None = Field(None, ge=0, description="class of all images; default: all in turn")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto takes a GPU if there is one")
+    device: Annotated[Literal["auto", "cpu"], How()] = Field(
+        "auto", description="auto takes a GPU if there is one"
+    )
 
 
 class EvaluateOptions(DataOptions, ModelOptions):
@@ -69,7 +72,7 @@ class EvaluateOptions(DataOptions, ModelOptions):
         "auto",
         description="auto, digits-cnn, inception, or a file of TorchScript (uint8 NCHW to N x D)",
     )
-    trust_features: bool = Field(False, description=TRUST)
+    trust_features: Annotated[bool, How()] = Field(False, description=TRUST)
     inception_weights: FileName = Field("", description="local file with the Inception weights")
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(

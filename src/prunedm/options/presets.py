@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from prunedm.errors import UserError, nearest
-from prunedm.options.learn import EstimatorName, LearnOptions
+from prunedm.options.learn import EstimatorName, LearnOptions, PolicyGradientOptions
 
 POLICY_GRADIENTS = ("policy-gradient", "policy-gradient-classic")
-ESTIMATORS: tuple[EstimatorName, ...] = get_args(EstimatorName)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Preset:
             trained = {"train_weights": True} if estimator == "sr-ste" else {}
             return update | {"steps": steps} | trained
         if estimator == "policy-gradient":
-            samples: int = LearnOptions.model_fields["samples"].default
+            samples = PolicyGradientOptions().samples
             return update | {"steps": self.masks // samples, "samples": samples}
         rare = {"validate_every": 500, "checkpoint_every": 500}  # a step is a forward pass
         return update | {"steps": self.masks, "lr": self.lr, "logits": self.logits} | rare
@@ -104,7 +103,9 @@ def network_passes(options: LearnOptions) -> NetworkPasses:
     cycle = math.ceil(options.dataset_size / stride) * stride
     seen = options.steps * stride
     distinct = min(seen, cycle) if cycle else seen
-    tried = seen * (options.samples if options.estimator == "policy-gradient" else 1)
+    tried = seen * (
+        options.policy_gradient.samples if options.estimator == "policy-gradient" else 1
+    )
     first = {"policy-gradient-classic": distinct}.get(options.estimator, 0)
     dense = distinct if options.distill else 0
     by_value = options.estimator in POLICY_GRADIENTS and not options.train_weights

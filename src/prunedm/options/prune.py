@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat
 
-from prunedm.options.base import ModelOptions, PatternText, ScoreOptions
+from prunedm.options.base import Group, ModelOptions, PatternText, ScoreOptions
+from prunedm.options.marks import Flag, OneOf
+from prunedm.tables import MECHANISMS
 
-Mechanism = Literal["channels", "weights", "nm", "obs-weights", "obs-nm"]
+Mechanism = Annotated[str, OneOf(MECHANISMS)]
 TARGETS = ("params", "macs", "channels", "weights")
 
 
@@ -33,6 +35,55 @@ def _checked_target(text: str) -> str:
 TargetText = Annotated[str, AfterValidator(_checked_target)]
 
 
+class ObsOptions(Group):
+    """Optimal brain surgeon: which weights go by the Hessian, and what the others become."""
+
+    damping: Annotated[float, Flag("obs_damping")] = Field(
+        0.01, gt=0, description="of the Hessian's mean diagonal"
+    )
+    time_weights: Annotated[tuple[PositiveFloat, PositiveFloat], Flag("obs_time_weights")] = Field(
+        (1.2, 0.8), description="of problems, from the noisiest step to the cleanest"
+    )
+    guidance: Annotated[float, Flag("obs_guidance")] = Field(
+        0.5, ge=0, description="positions count by influence^this; 0 is SparseGPT's rule"
+    )
+    swaps: Annotated[int, Flag("obs_swaps")] = Field(
+        15, ge=0, description="rounds of swaps that mend the masks after the sweep (obs-nm)"
+    )
+    memory: Annotated[float, Flag("obs_memory")] = Field(
+        2.0, gt=0, description="GiB of Hessians at a time"
+    )
+
+
+class SensitivityOptions(Group):
+    """What each layer may get where the allocation goes by measured loss."""
+
+    candidates: tuple[str, ...] = Field(
+        (), description="a pattern or ratio that layers may get; repeat it"
+    )
+    problems: Annotated[int, Flag("sensitivity_problems")] = Field(
+        128, ge=2, description="problems behind a layer's sensitivity"
+    )
+
+
+class ChannelOptions(Group):
+    """How channels are narrowed."""
+
+    round_to: int | None = Field(
+        None, ge=1, description="widths' multiple; none: 16, or 8 where none is over 64"
+    )
+    max_layer_ratio: float = Field(0.7, gt=0, lt=1, description="most that one layer loses")
+    narrow_ends: bool = Field(
+        False, description="also remove channels that conv_in makes and conv_out reads"
+    )
+    reduction: Literal["sum", "mean", "max", "first"] = Field(
+        "max", description="of a channel's scores over the layers that share it"
+    )
+    reinitialise: bool = Field(
+        False, description="fresh weights in the smaller network: a baseline"
+    )
+
+
 class PruneOptions(ScoreOptions, ModelOptions):
     """`prunedm prune`: remove channels, single weights, or N:M weights."""
 
@@ -47,43 +98,11 @@ class PruneOptions(ScoreOptions, ModelOptions):
     allocation: Literal["uniform", "sensitivity"] = Field(
         "uniform", description="same for all layers, or by measured loss to meet the target"
     )
-    candidates: tuple[str, ...] = Field(
-        (), description="a pattern or ratio that layers may get; repeat it (sensitivity)"
-    )
-    sensitivity_problems: int = Field(
-        128, ge=2, description="problems behind a layer's sensitivity"
-    )
     permute: bool = Field(
         False, description="reorder channels first so that groups lose less (nm, obs-nm)"
     )
     scope: Literal["row", "layer", "global"] = Field(
         "global", description="rank weights within an output row, a layer, or all (weights)"
-    )
-    obs_damping: float = Field(0.01, gt=0, description="of the Hessian's mean diagonal (obs)")
-    obs_time_weights: tuple[PositiveFloat, PositiveFloat] = Field(
-        (1.2, 0.8), description="of problems, from the noisiest step to the cleanest (obs)"
-    )
-    obs_guidance: float = Field(
-        0.5, ge=0, description="positions count by influence^this; 0 is SparseGPT's rule (obs)"
-    )
-    obs_swaps: int = Field(
-        15, ge=0, description="rounds of swaps that mend the masks after the sweep (obs-nm)"
-    )
-    obs_memory: float = Field(2.0, gt=0, description="GiB of Hessians at a time (obs)")
-    round_to: int | None = Field(
-        None, ge=1, description="widths' multiple; none: 16, or 8 where none is over 64 (channels)"
-    )
-    max_layer_ratio: float = Field(
-        0.7, gt=0, lt=1, description="most that one layer loses (channels)"
-    )
-    narrow_ends: bool = Field(
-        False, description="also remove channels that conv_in makes and conv_out reads (channels)"
-    )
-    reduction: Literal["sum", "mean", "max", "first"] = Field(
-        "max", description="of a channel's scores over the layers that share it (channels)"
-    )
-    reinitialise: bool = Field(
-        False, description="fresh weights in the smaller network: a baseline (channels)"
     )
     pictures: int = Field(16, ge=0, description="samples before and after, from the same noise")
     problems: int | None = Field(
@@ -91,3 +110,6 @@ class PruneOptions(ScoreOptions, ModelOptions):
         ge=0,
         description="held-out, of the loss before and after; none: 16 to 64 by their cost",
     )
+    channels: ChannelOptions = ChannelOptions()
+    obs: ObsOptions = ObsOptions()
+    sensitivity: SensitivityOptions = SensitivityOptions()

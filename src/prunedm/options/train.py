@@ -1,15 +1,17 @@
 """Options of `prunedm train` and `finetune`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from prunedm.options.base import (
     LARGEST_LR,
+    Group,
     LoopOptions,
     ModelName,
     ModelOptions,
 )
+from prunedm.options.marks import Flag
 
 
 class WeightOptions(LoopOptions):
@@ -37,6 +39,17 @@ class TrainOptions(WeightOptions):
     )
 
 
+class SensitivityMatching(Group):
+    """How the teacher's response to small changes is measured."""
+
+    every: Annotated[int, Flag("sensitivity_every")] = Field(
+        4, ge=1, description="one pair of problems in so many is changed a little"
+    )
+    size: Annotated[float, Flag("sensitivity_size")] = Field(
+        0.05, gt=0, description="standard deviation of the change; images span -1 to 1"
+    )
+
+
 class FinetuneOptions(WeightOptions, ModelOptions):
     """`prunedm finetune`: weights of any model, masks held exactly."""
 
@@ -52,12 +65,7 @@ class FinetuneOptions(WeightOptions, ModelOptions):
     match_sensitivity: float = Field(
         0.0, ge=0, description="weight of the relative error of its response to small changes"
     )
-    sensitivity_every: int = Field(
-        4, ge=1, description="one pair of problems in so many is changed a little"
-    )
-    sensitivity_size: float = Field(
-        0.05, gt=0, description="standard deviation of the change; images span -1 to 1"
-    )
+    sensitivity: SensitivityMatching = SensitivityMatching()
     dropout: float | None = Field(
         None, ge=0, lt=1, description="dropout inside the residual blocks; none: the model's own"
     )

@@ -1,16 +1,17 @@
 """What matters: a score per weight, higher = keep. Any score works with any mechanism.
 
-A score is a small pure function of a layer's weight and one statistic of it. To add one: a file, and
-a line in `SCORES`. A score may be signed: mechanisms sum it over the weights that go together, and
-compare absolute values.
+A score is a small pure function of a layer's weight and one statistic of it. To add one: a file with
+a `Score`, and a line in `tables.SCORES`. A score may be signed: mechanisms sum it over the weights
+that go together, and compare absolute values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from prunedm import tables
 from prunedm.architecture import architecture_of
 from prunedm.calibration import (
     OverProblems,
@@ -22,7 +23,9 @@ from prunedm.calibration import (
 from prunedm.errors import UserError
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
-from prunedm.scores import diff_pruning, fluctuation, magnitude, random, taylor, wanda
+from prunedm.scores import diff_pruning, wanda
+from prunedm.scores.score import Score
+from prunedm.tables import Table
 from prunedm.task import Batch, Stream, Task
 
 Statistics = dict[str, torch.Tensor]
@@ -47,28 +50,7 @@ class Calibration:
         return self.problems.stream(self.count, size=self.batch_size)
 
 
-@dataclass(frozen=True)
-class Score:
-    """`function(weight, statistic)`, and which statistic of a layer it wants."""
-
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    statistic: str = "nothing"  # of _STATISTICS
-
-    @property
-    def needs_problems(self) -> bool:
-        return self.statistic not in ("nothing", "noise")
-
-
-SCORES = {
-    "random": Score(random.random, "noise"),
-    "magnitude": Score(magnitude.magnitude),
-    "magnitude-l2": Score(magnitude.magnitude_l2),
-    "taylor": Score(taylor.taylor, "gradient"),
-    "taylor-multivariable": Score(taylor.taylor_multivariable, "gradient"),
-    "diff-pruning": Score(diff_pruning.diff_pruning, "low-noise gradient"),
-    "wanda": Score(wanda.wanda, "input norm"),
-    "fluctuation": Score(fluctuation.fluctuation, "input variance"),
-}
+SCORES: Table[Score] = tables.SCORES
 
 
 def score_layers(

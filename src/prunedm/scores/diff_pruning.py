@@ -12,10 +12,11 @@ from torch import nn
 
 from prunedm.calibration import loss_gradients
 from prunedm.progress import Progress
+from prunedm.scores.score import Score
 from prunedm.scores.taylor import taylor
 from prunedm.task import Task
 
-diff_pruning = taylor  # of the gradients below
+DIFF_PRUNING = Score(taylor, "low-noise gradient")
 
 
 def low_noise_gradients(

@@ -6,7 +6,12 @@ that the next norm takes away in part. `docs/log.md` has what that is worth.
 
 import torch
 
+from prunedm.scores.score import Score
+
 
 def fluctuation(weight: torch.Tensor, input_variance: torch.Tensor) -> torch.Tensor:
     """|w| * sqrt(Var x), x the inputs that this weight meets: per channel, and tap of a kernel."""
     return weight.abs() * input_variance.sqrt().to(weight.dtype)
+
+
+FLUCTUATION = Score(fluctuation, "input variance")

@@ -2,6 +2,8 @@
 
 import torch
 
+from prunedm.scores.score import Score
+
 
 def magnitude(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """|w|: channels are compared by their L1 norm."""
@@ -11,3 +13,7 @@ def magnitude(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 def magnitude_l2(weight: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """w^2: single weights rank as by |w|, channels by their L2 norm."""
     return weight.square()
+
+
+MAGNITUDE = Score(magnitude)
+MAGNITUDE_L2 = Score(magnitude_l2)

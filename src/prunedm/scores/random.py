@@ -2,7 +2,12 @@
 
 import torch
 
+from prunedm.scores.score import Score
+
 
 def random(_: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """A seeded uniform draw per weight."""
     return noise
+
+
+RANDOM = Score(random, "noise")

@@ -6,6 +6,8 @@ channel differ: |sum w g| lets their effects cancel, sum |w g| does not. For sin
 
 import torch
 
+from prunedm.scores.score import Score
+
 
 def taylor(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """|w * dL/dw|, so that a channel's is the sum of the sizes of its weights' effects."""
@@ -15,3 +17,7 @@ def taylor(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def taylor_multivariable(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """w * dL/dw, signed: what goes together is summed first, and its absolute value compared."""
     return weight * gradient
+
+
+TAYLOR = Score(taylor, "gradient")
+TAYLOR_MULTIVARIABLE = Score(taylor_multivariable, "gradient")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from prunedm.scores.score import Score
+
 
 def wanda(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
     """|w| * |x|, x the inputs that this weight meets: per channel, and tap of a kernel."""
@@ -27,3 +29,6 @@ OVER_TIME: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "median": lambda norms_B: norms_B.quantile(0.5, dim=0),
     "weighted_mean": weighted_mean,
 }
+
+
+WANDA = Score(wanda, "input norm")

@@ -2,66 +2,78 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar
 
-from prunedm.errors import Changed, NotDone, UserError
+from prunedm.errors import Changed, UserError
 from prunedm.options import Options
+from prunedm.progress import Progress
 from prunedm.record import Record, Source, environment, read_record
 from prunedm.stages.workplace import RESUME, Workplace
 from prunedm.training import processes
 
-__all__ = ["RESUME", "Overwrite", "identifying", "run_stage"]
-# options that change how a result is made but not what it is
-_NOT_IDENTITY = {
-    "device", "workers", "checkpoint_every", "trust_features",
-    "tracker", "tracker_project", "tracker_mode", "track_images",
-}  # fmt: skip
-
-Make = Callable[[Path], dict[str, Any]]  # working folder -> figures
+__all__ = ["RESUME", "Plan", "Request", "run_stage", "status"]
+O_co = TypeVar("O_co", bound=Options, covariant=True)
+Figures = dict[str, Any]
 Known = Callable[[dict[str, Any] | None], dict[str, Any] | None]  # an identity, completed
-Overwrite = bool | Literal["look"]  # "look": make nothing, raise NotDone where there is work
 
 
-def _complete(out: Path) -> bool:
-    return True
+@dataclass(frozen=True)
+class Request(Generic[O_co]):
+    """What a verb is asked for: a model, the place of the result, and options."""
+
+    source: str | Path
+    out: Path
+    options: O_co
+    progress: Progress
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides a result, and `make`, which writes it into a working folder.
+
+    options: as they came to be, with every default filled in. inputs: what was read, by role.
+    parent: the record of the model that this one is made from. complete: whether a result is without
+    failures; of one that is not, `overwrite` makes the same again.
+    """
+
+    options: Options
+    inputs: dict[str, Source]
+    make: Callable[[Path], Figures]
+    parent: Record | None = None
+    complete: Callable[[Path], bool] = lambda out: True
+
+    def record(self, verb: str) -> Record:
+        """The record to be, without what came out."""
+        lineage = self.parent.lineage() if self.parent else []
+        return Record(
+            stage=verb,
+            options=self.options.identity(),
+            inputs=self.inputs,
+            seed=getattr(self.options, "seed", None),
+            history=[r.model_copy(update={"history": []}) for r in lineage],
+        )
 
 
 def run_stage(
-    stage: str,
-    out: str | Path,
-    *,
-    options: Options,
-    inputs: dict[str, Source],
-    make: Make,
-    parent: Record | None = None,
-    overwrite: Overwrite = False,
-    complete: Callable[[Path], bool] = _complete,
+    verb: str, plan: Plan, out: str | Path, *, overwrite: bool = False
 ) -> tuple[Record, bool]:
     """Make `out` unless it is there already; returns its record and whether anything was made.
 
-    `make` writes its result into the working folder, `<out>.partial`, and returns the figures of
+    `plan.make` writes its result into the working folder, `<out>.partial`, and returns the figures of
     the record. What it leaves in `resume/` survives an interruption, and is gone when the stage is
     done; without it, a failed stage leaves nothing. Raises `Changed` where `out` holds another
     result, which `overwrite` replaces, and `UserError` for anything that is not ours, which is never
-    touched. Of a result that is not `complete`, `overwrite` makes the same one again. An unfinished
-    `<out>.partial` of what is asked for now was allowed to replace `out` when it was begun; a whole
-    one only takes its place (workplace.py).
+    touched. An unfinished `<out>.partial` of what is asked for now was allowed to replace `out` when
+    it was begun; a whole one only takes its place (workplace.py).
     Of several processes the first writes; the others share its work.
     """
-    place = Workplace.of(out)
-    record = Record(
-        stage=stage,
-        options=identifying(options),
-        inputs=inputs,
-        seed=getattr(options, "seed", None),
-        history=[r.model_copy(update={"history": []}) for r in parent.lineage()] if parent else [],
-    )
-    known = partial(_completed, options=options)
-    if overwrite == "look":
-        return _look(place, record, known), False
-    found = _existing(place, record, known, overwrite, complete)
+    place, record = Workplace.of(out), plan.record(verb)
+    known = partial(_completed, options=plan.options)
+    found = _existing(place, record, known, overwrite, plan.complete)
     if found is not None:
         if processes.rank() == 0:
             place.tidy()
@@ -70,33 +82,44 @@ def run_stage(
     is_whole = whole is not None and known(whole.identity) == record.identity
     processes.wait_for_all()  # all have looked; now the first may change what is there
     if processes.rank() > 0:
-        return _help(place, make, is_whole=is_whole), not is_whole
+        return _help(place, plan, is_whole=is_whole), not is_whole
     if not is_whole:
-        record = _made(place, record, known, options=options, make=make, overwrite=overwrite)
+        record = _made(place, record, known, plan, overwrite=overwrite)
     place.finish()
     processes.wait_for_all()
     return _record_of(place.out) if is_whole else record, not is_whole
 
 
-def _made(
-    place: Workplace,
-    record: Record,
-    known: Known,
-    *,
-    options: Options,
-    make: Make,
-    overwrite: Overwrite,
-) -> Record:
-    """The whole record of what `make` has written into the working folder."""
+def status(verb: str, plan: Plan, out: str | Path) -> str:
+    """What `run_stage` would do: "" where `out` is done, else why it is not, in words.
+
+    Raises `UserError` where `out` holds no result of ours.
+    """
+    place, record = Workplace.of(out), plan.record(verb)
+    known = partial(_completed, options=plan.options)
+    found = _found(place)
+    before = known(found.identity if found else None)
+    if found is not None and before == record.identity:
+        return ""
+    if known(place.unfinished()) == record.identity:
+        whole = place.whole() is not None
+        return "is whole, and takes its place" if whole else "goes on from its checkpoint"
+    if before is not None:
+        return f"again: it is of {_difference(before, record.identity)}"
+    return "to do"
+
+
+def _made(place: Workplace, record: Record, known: Known, plan: Plan, *, overwrite: bool) -> Record:
+    """The whole record of what was written into the working folder."""
     try:
-        _open(place, record, known, bool(overwrite))
+        _open(place, record, known, overwrite)
         before, started = place.spent(), time.monotonic()
         processes.wait_for_all()
-        figures = make(place.partial)
+        figures = plan.make(place.partial)
         seconds = round(before + time.monotonic() - started, 2)
         record = record.model_copy(
             update={"figures": figures, "wall_time_s": seconds}
-            | environment(getattr(options, "device", "cpu"))
+            | environment(getattr(plan.options, "device", "cpu"))
         )
         place.set_whole(record)
     except BaseException:
@@ -105,7 +128,7 @@ def _made(
     return record
 
 
-def _help(place: Workplace, make: Make, *, is_whole: bool) -> Record:
+def _help(place: Workplace, plan: Plan, *, is_whole: bool) -> Record:
     """What every process but the first does: the same work, and nothing written."""
     if not is_whole:
         processes.wait_for_all()
@@ -115,7 +138,7 @@ def _help(place: Workplace, make: Make, *, is_whole: bool) -> Record:
                 "give all machines one shared folder"
             )
         with processes.place_to_write(place.partial, RESUME) as folder:
-            make(folder)
+            plan.make(folder)
     processes.wait_for_all()
     return _record_of(place.out)
 
@@ -126,16 +149,11 @@ def _record_of(out: Path) -> Record:
     return record
 
 
-def identifying(options: Options) -> dict[str, Any]:
-    """The options that decide what a result is."""
-    return options.model_dump(mode="json", exclude=_NOT_IDENTITY)
-
-
 def _completed(identity: dict[str, Any] | None, options: Options) -> dict[str, Any] | None:
     """An identity with the options that came after it was written, at their defaults."""
     if identity is None:
         return None
-    defaults = type(options).model_construct().model_dump(mode="json", exclude=_NOT_IDENTITY)
+    defaults = type(options).model_construct().identity()
     return identity | {"options": defaults | identity["options"]}
 
 
@@ -159,20 +177,6 @@ def _existing(
     what = _difference(before, record.identity)
     message = f"{out} exists and holds {what}; give another folder, or --overwrite"
     raise Changed(message, what)
-
-
-def _look(place: Workplace, record: Record, known: Known) -> Record:
-    """The record of `out` where it is done. Raises `NotDone` in words for a table of stages."""
-    found = _found(place)
-    before = known(found.identity if found else None)
-    if found is not None and before == record.identity:
-        return found
-    if known(place.unfinished()) == record.identity:
-        whole = place.whole() is not None
-        raise NotDone("is whole, and takes its place" if whole else "goes on from its checkpoint")
-    if before is not None:
-        raise NotDone(f"again: it is of {_difference(before, record.identity)}")
-    raise NotDone("to do")
 
 
 def _found(place: Workplace) -> Record | None:

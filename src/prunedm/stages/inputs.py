@@ -167,10 +167,10 @@ def score_weights(
         count=options.calibration_problems,
         batch_size=options.calibration_batch,
         time_bins=options.time_bins,
-        over_time=options.over_time,
-        over_problems=options.over_problems,
-        sweep_images=options.sweep_images,
-        stop_below=options.stop_below,
+        over_time=options.wanda.over_time,
+        over_problems=options.wanda.over_problems,
+        sweep_images=options.diff_pruning.sweep_images,
+        stop_below=options.diff_pruning.stop_below,
         device=device,
     )
     return score_layers(

@@ -35,7 +35,7 @@ from prunedm.stages.evaluating.conditions import asked, weights_in_words
 from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, features_of
 from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Plan, run_stage
 from prunedm.stages.inputs import data_source, device_for, model_sources, problems_on
 from prunedm.stages.verbs.sample import sample_resumably
 
@@ -88,16 +88,14 @@ def measure(
         write_json([step.model_dump(mode="json") for step in steps.taken], folder / STEPS)
         return {}
 
-    run_stage(
-        "measure",
-        out,
+    plan = Plan(
         options=yard.options,
         inputs={**model_sources(model), **yard.inputs},
         parent=model.record,
         make=make,
-        overwrite=overwrite,
         complete=lambda folder: not read_evaluation(folder).failed,
     )
+    run_stage("measure", plan, out, overwrite=overwrite)
 
 
 def read_evaluation(folder: Path) -> Evaluation:

@@ -3,7 +3,7 @@
 Shapes: N images.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
+from prunedm.deployment.extras import require
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
 from prunedm.folder import Model
+from prunedm.masks import Masks
 from prunedm.options import ExportOptions
 from prunedm.packed import FLOATS
 from prunedm.progress import Progress
@@ -106,3 +108,26 @@ class Job:
                 f"tolerance of {tolerance:g}; take another --precision, or --tolerance {relative:.1g}"
             )
         return relative, largest
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a model is written for another runtime: a file that is opened again and run.
+
+    precisions: of weights and arithmetic, the default first. packages: what is imported, and
+    int8_packages besides; the extra of prunedm that installs them. open: the file as prunedm runs it,
+    where it does. check_masks: raises `UserError` for masks that the format can make nothing of.
+    """
+
+    precisions: tuple[str, ...]
+    write: Callable[[Job], Written]
+    packages: tuple[str, ...] = ()
+    int8_packages: tuple[str, ...] = ()
+    extra: str = ""
+    open: Callable[..., ExportedDenoiser] | None = None
+    check_masks: Callable[[Masks], None] = lambda masks: None
+
+    def require(self, name: str, precision: str) -> None:
+        """Raise `UserError` with the `pip install` to run where packages are missing."""
+        more = self.int8_packages if precision == "int8" else ()
+        require(name, (*self.packages, *more), self.extra)

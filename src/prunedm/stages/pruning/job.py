@@ -43,8 +43,8 @@ class Job:
 
         Kernels work in blocks of 16 channels; narrow models need finer steps, odd widths the finest.
         """
-        if self.options.round_to:
-            return [self.options.round_to]
+        if self.options.channels.round_to:
+            return [self.options.channels.round_to]
         widest = max(widths(layer)[1] for layer in self.layers.values())
         return [step for step in (16, 8, 4, 2, 1) if step <= (16 if widest > 64 else 8)]
 
@@ -125,7 +125,7 @@ def check_options(options: PruneOptions, process: Process) -> None:
             f"--score {options.score}: {options.mechanism} goes by its own Hessian; leave the score "
             f"out, or --mechanism {'nm' if nm else 'weights'}"
         )
-    for text in options.candidates:
+    for text in options.sensitivity.candidates:
         if isinstance(choice_of(text), Pattern) != nm:
             takes = "patterns like 2:4" if nm else "ratios like 0.5"
             raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")

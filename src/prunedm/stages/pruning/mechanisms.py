@@ -1,7 +1,10 @@
-"""The mechanisms behind `prune`: each changes the model in place, and says what it did."""
+"""The mechanisms behind `prune`: each changes the model in place, and says what it did.
+
+To add one: such a function, and a line in `tables.MECHANISMS`.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,7 +63,7 @@ def remove_by_channels(job: Job) -> Details:
     plan, groups, round_to = _channel_plan(job, kind, ratio)
     remove_channels(denoiser, plan)
     job.model.denoiser = as_narrowed(denoiser)
-    if options.reinitialise:
+    if options.channels.reinitialise:
         job.model.denoiser = _fresh(job.model.denoiser, options.seed)
     changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
     free = {coupling.layer for group in groups for coupling in group.couplings}
@@ -84,7 +87,9 @@ def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[
         groups = channel_groups(
             denoiser,
             job.model.example(),
-            protect=[n for n in known.protect if not (options.narrow_ends and n in known.ends)],
+            protect=[
+                n for n in known.protect if not (options.channels.narrow_ends and n in known.ends)
+            ],
             round_to=round_to,
         )
         scores = scores or job.scores()
@@ -96,8 +101,8 @@ def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[
                 ratio=ratio,
                 target_kind=kind,  # type: ignore[arg-type]
                 positions=job.positions,
-                reduction=options.reduction,
-                max_ratio=options.max_layer_ratio,
+                reduction=options.channels.reduction,
+                max_ratio=options.channels.max_layer_ratio,
             )
         except OutOfReach:
             if round_to == job.roundings[-1]:
@@ -122,7 +127,7 @@ def remove_weights(job: Job) -> Details:
     obs, by_layer = options.mechanism == "obs-weights", options.allocation == "sensitivity"
     scores = {} if obs and not by_layer else job.scores()
     choices = (
-        _allocated(job, scores, options.candidates or RATIOS)
+        _allocated(job, scores, options.sensitivity.candidates or RATIOS)
         if by_layer
         else dict.fromkeys(job.layers, share)
     )
@@ -145,7 +150,7 @@ def remove_nm(job: Job) -> Details:
     scores = job.scores() if by_layer or options.permute or not obs else {}
     details: Details = {"dense": {}}
     if by_layer:
-        choices = _allocated(job, scores, options.candidates or PATTERNS)
+        choices = _allocated(job, scores, options.sensitivity.candidates or PATTERNS)
         details["dense"] = _left_dense(job, choices)
     else:
         pattern = Pattern.parse(options.pattern)
@@ -163,15 +168,6 @@ def remove_nm(job: Job) -> Details:
     else:
         details["requested"] = {"pattern": options.pattern}
     return details | _zeros(job)
-
-
-MECHANISMS: dict[str, Callable[[Job], Details]] = {
-    "channels": remove_by_channels,
-    "weights": remove_weights,
-    "nm": remove_nm,
-    "obs-weights": remove_weights,
-    "obs-nm": remove_nm,
-}
 
 
 def _allocated(
@@ -198,7 +194,7 @@ def _allocated(
     device = device_for(options.device)
     problems = calibration_problems(job.model, options, job.images)
     denoiser = job.model.denoiser.to(device)
-    batches = fixed_batches(problems, options.sensitivity_problems)
+    batches = fixed_batches(problems, options.sensitivity.problems)
     losses = sensitivities(
         denoiser,
         job.layers,
@@ -232,11 +228,11 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
         job.model.denoiser.to(device),
         chosen,
         batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
-        time_weights=options.obs_time_weights,
-        damping=options.obs_damping,
-        swaps=options.obs_swaps,
-        guidance=options.obs_guidance,
-        memory=int(options.obs_memory * 2**30),
+        time_weights=options.obs.time_weights,
+        damping=options.obs.damping,
+        swaps=options.obs.swaps,
+        guidance=options.obs.guidance,
+        memory=int(options.obs.memory * 2**30),
         device=device,
         progress=job.progress,
     )
@@ -267,7 +263,8 @@ def _why_channels(round_to: int) -> str:
 def _left_dense(job: Job, choices: Mapping[str, Choice]) -> dict[str, str]:
     """Layers that got no pattern or ratio, and whether they could have taken one."""
     nm = job.options.mechanism.endswith("nm")
-    sizes = [Pattern.parse(text).m for text in job.options.candidates or PATTERNS] if nm else []
+    candidates = job.options.sensitivity.candidates or PATTERNS
+    sizes = [Pattern.parse(text).m for text in candidates] if nm else []
     reasons = {}
     for name in (name for name, choice in choices.items() if choice is None):
         why = [why_not_nm(job.layers[name], m) for m in sizes]

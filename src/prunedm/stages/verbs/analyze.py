@@ -21,10 +21,10 @@ from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import AnalyzeOptions, ScoreOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, write_json
+from prunedm.progress import Progress
+from prunedm.record import write_json
 from prunedm.removal.nm import eligible_layers, nm_masks
-from prunedm.stages.frame import run_stage
+from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
     calibration_problems,
     data_source,
@@ -41,17 +41,10 @@ PICTURE = "activations.png"
 TRIED = ("magnitude", "wanda", "fluctuation")
 
 
-def analyze(
-    source: str | Path,
-    out: str | Path,
-    options: AnalyzeOptions = AnalyzeOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
+def analyze(request: Request[AnalyzeOptions]) -> Plan:
     """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
-    progress = progress or Silent()
-    model = given_model(source, options, progress)
+    options, progress = request.options, request.progress
+    model = given_model(request.source, options, progress)
     images = images_for(model, options, "train")
     eligible_layers(
         prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
@@ -73,14 +66,11 @@ def analyze(
             "trial": trial.model_dump(),
         }
 
-    return run_stage(
-        "analyze",
-        out,
+    return Plan(
         options=options,
         inputs={**model_sources(model), "dataset": data_source(images)},
         parent=model.record,
         make=make,
-        overwrite=overwrite,
     )
 
 

@@ -38,7 +38,7 @@ from prunedm.stages.evaluating.measure import (
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Entry, pair_with_dense, set_beside, time_in_turns
-from prunedm.stages.frame import RESUME, Overwrite, run_stage
+from prunedm.stages.frame import RESUME, Plan, run_stage
 from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
 from prunedm.training import processes
 
@@ -48,6 +48,7 @@ __all__ = [
     "Entry",
     "check_labels",
     "compare",
+    "comparison",
     "read_comparison",
     "study",
     "yardstick",
@@ -62,13 +63,25 @@ def compare(
     *,
     title: str = "",
     progress: Progress | None = None,
-    overwrite: Overwrite = False,
+    overwrite: bool = False,
 ) -> tuple[Record, bool]:
     """Evaluate `models` (label -> folder, the first is the dense one) and write the report.
 
     Files: see `write_comparison`. Depth "compare" is "full" here: all models are given.
     Where a step has failed, `overwrite` measures again.
     """
+    plan = comparison(models, options, title=title, progress=progress)
+    return run_stage("compare", plan, out, overwrite=overwrite)
+
+
+def comparison(
+    models: Mapping[str, str | Path],
+    options: EvaluateOptions,
+    *,
+    title: str = "",
+    progress: Progress | None = None,
+) -> Plan:
+    """What `compare` does: it reads several models, so it is not one of `STAGES`."""
     if not models:
         raise UserError("compare needs at least one model; the first is the one to compare with")
     check_labels(models)
@@ -91,15 +104,7 @@ def compare(
         rows = study(entries, folder, Steps(), title=name, checkpoint=paths)
         return {"models": list(models), "failed": {r.label: r.failed for r in rows if r.failed}}
 
-    return run_stage(
-        "compare",
-        out,
-        options=yard.options,
-        inputs=inputs,
-        make=make,
-        overwrite=overwrite,
-        complete=without_failures,
-    )
+    return Plan(options=yard.options, inputs=inputs, make=make, complete=without_failures)
 
 
 def read_comparison(folder: Path) -> list[Evaluation]:

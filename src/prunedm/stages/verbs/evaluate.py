@@ -8,14 +8,13 @@ import numpy as np
 from prunedm.folder import Model, load, save
 from prunedm.options import EvaluateOptions
 from prunedm.places import bare
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source, write_json
+from prunedm.record import Source, write_json
 from prunedm.stages.evaluating.files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.evaluating.first_masks import is_learned, under_first_masks
 from prunedm.stages.evaluating.measure import RESULTS, Yardstick, read_evaluation, read_images
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, reload
 from prunedm.stages.verbs.compare import Entry, check_labels, study, yardstick
 from prunedm.training import processes
@@ -24,24 +23,16 @@ __all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]
 DENSE, FIRST = "dense", "first-masks"
 
 
-def evaluate(
-    source: str | Path,
-    out: str | Path,
-    options: EvaluateOptions = EvaluateOptions(),
-    *,
-    label: str = "",
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
-    """Measure `source`, and beside it the dense model of its record.
+def evaluate(request: Request[EvaluateOptions]) -> Plan:
+    """Measure a model, and beside it the dense model of its record.
 
     Files: `evaluation_results.json` (this model, the dense one's figures and the changes to them), and
     those of `compare`. Where the dense model is gone, or no record names one, nothing is measured
     against it, and the steps say so. Where a step has failed, `overwrite` measures again.
     """
-    progress = progress or Silent()
+    source, options, progress = request.source, request.options, request.progress
     model = given_model(source, options, progress)
-    label = label or Path(str(source)).resolve().name
+    label = Path(str(source)).resolve().name
     check_labels({label: source})
     yard = yardstick(model, options, progress)
 
@@ -59,14 +50,11 @@ def evaluate(
         write_json(rows[-1].model_dump(mode="json"), folder / RESULTS)
         return rows[-1].figures.model_dump(mode="json")
 
-    return run_stage(
-        "evaluate",
-        out,
+    return Plan(
         options=yard.options,
         inputs={**model_sources(model), **yard.inputs},
         parent=model.record,
         make=make,
-        overwrite=overwrite,
         complete=without_failures,
     )
 

@@ -4,42 +4,31 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.deployment.description import Description, write_description
-from prunedm.deployment.extras import require
-from prunedm.errors import UserError
 from prunedm.folder import Model, save_config
-from prunedm.masks import Masks
 from prunedm.options import ExportOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source, file_hash
+from prunedm.record import Source, file_hash
 from prunedm.stages.exporting.data import Data
-from prunedm.stages.exporting.job import Job
+from prunedm.stages.exporting.job import Format, Job, Written
 from prunedm.stages.exporting.quality import before_and_after
 from prunedm.stages.exporting.quiet import quiet
-from prunedm.stages.exporting.writers import WRITERS
-from prunedm.stages.frame import run_stage
+from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, source_of
+from prunedm.tables import FORMATS
 
-SPARSE = (2, 4)  # the one pattern that NVIDIA's sparse tensor cores take
 
-
-def export(
-    source: str | Path,
-    out: str | Path,
-    options: ExportOptions = ExportOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
+def export(request: Request[ExportOptions]) -> Plan:
     """Write `source` as `options.format` into folder `out`, with export.json beside it.
 
     The file is opened again and run on fixed noise at timesteps from the first to the last; its
     zeros are looked up in it. Raises `UserError` where it differs by more than the tolerance, has
     lost zeros, or where a package is missing (before any work).
     """
-    options, progress = options.filled(), progress or Silent()
-    require(options.format, precision=str(options.precision))
-    model = given_model(source, options, progress)
-    _check_masks(model.masks, options)
+    options, progress = request.options.filled(), request.progress
+    kind: Format = FORMATS[options.format]
+    kind.require(options.format, str(options.precision))
+    model = given_model(request.source, options, progress)
+    if model.masks is not None:
+        kind.check_masks(model.masks)
     data = (
         Data.of(model, options)
         if options.precision == "int8" and options.format != "packed"
@@ -49,15 +38,7 @@ def export(
     def make(folder: Path) -> dict[str, Any]:
         return _make(Job(model, options, folder, progress, data))
 
-    return run_stage(
-        "export",
-        out,
-        options=options,
-        inputs=_inputs(model, data),
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=_inputs(model, data), parent=model.record, make=make)
 
 
 def _make(job: Job) -> dict[str, Any]:
@@ -66,7 +47,7 @@ def _make(job: Job) -> dict[str, Any]:
     save_config(model, folder)
     job.progress.say(f"writing {options.format} in {options.precision}, and running it")
     with quiet():
-        written = WRITERS[options.format](job)
+        written: Written = FORMATS[options.format].write(job)
     description = Description(
         format=options.format,
         precision=str(options.precision),
@@ -88,20 +69,6 @@ def _make(job: Job) -> dict[str, Any]:
 
 def _inputs(model: Model, data: Data | None) -> dict[str, Source]:
     return model_sources(model) | (data.sources if data else {})
-
-
-def _check_masks(masks: Masks | None, options: ExportOptions) -> None:
-    """TensorRT's sparse kernels take 2:4 only; other zeros would be carried along for nothing."""
-    if options.format != "tensorrt" or masks is None:
-        return
-    for layer, _ in masks:
-        pattern = masks.patterns.get(layer)
-        if pattern is None or (pattern.n, pattern.m) != SPARSE:
-            found = "unstructured" if pattern is None else str(pattern)
-            raise UserError(
-                f"tensorrt: the masks of {layer} are {found}, and sparse tensor cores take 2:4 only; "
-                "prune with --pattern 2:4, or export --format onnx"
-            )
 
 
 def _sizes(model: Model, files: list[Path]) -> dict[str, Any]:

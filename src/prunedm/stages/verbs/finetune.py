@@ -20,10 +20,10 @@ from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
 from prunedm.places import target
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source, read_record
+from prunedm.progress import Progress
+from prunedm.record import Source, read_record
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
-from prunedm.stages.frame import RESUME, Overwrite, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import (
     data_source,
     dense_source,
@@ -43,23 +43,16 @@ from prunedm.training.tracking import Shown
 GIB = 1 << 30
 
 
-def finetune(
-    source: str | Path,
-    out: str | Path,
-    options: FinetuneOptions = FinetuneOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: Overwrite = False,
-) -> tuple[Record, bool]:
+def finetune(request: Request[FinetuneOptions]) -> Plan:
     """Train `source`'s weights and write a model folder of the same shape and masks."""
-    progress = progress or Silent()
-    model = given_model(source, options, progress)
+    options, progress = request.options, request.progress
+    model = given_model(request.source, options, progress)
     _check_dropout(model, options)
     images = images_for(model, options, "train")
     inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     teacher, known = (
         None,
-        None if overwrite is True else _teacher_of_result(target(out), model, options),
+        None if request.overwrite else _teacher_of_result(target(request.out), model, options),
     )
     if known is None:
         teacher = find_teacher(model, options.teacher, progress)
@@ -84,15 +77,7 @@ def finetune(
         save(model, folder)
         return figures
 
-    return run_stage(
-        "finetune",
-        out,
-        options=options,
-        inputs=inputs,
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
 def _teacher_of_result(out: Path, model: Model, options: FinetuneOptions) -> Source | None:
@@ -236,8 +221,8 @@ def _objective(
             output=options.distill,
             features=options.match_features,
             sensitivity=options.match_sensitivity,
-            every=options.sensitivity_every,
-            size=options.sensitivity_size,
+            every=options.sensitivity.every,
+            size=options.sensitivity.size,
             seed=options.seed,
             reordered=_reorderings(model) != _reorderings(teacher),
         ),

@@ -17,10 +17,10 @@ from prunedm.learning.logits import MaskLogits, groups_changed
 from prunedm.learning.trainer import learn_masks
 from prunedm.masks import Masks, Pattern
 from prunedm.options import LearnOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source
+from prunedm.progress import Progress
+from prunedm.record import Source
 from prunedm.removal.nm import nm_masks
-from prunedm.stages.frame import RESUME, Overwrite, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import (
     data_source,
     dense_source,
@@ -39,22 +39,15 @@ from prunedm.stages.unmasked import before_masks, unmasked
 from prunedm.training.loop import make_accelerator
 
 
-def learn(
-    source: str | Path,
-    out: str | Path,
-    options: LearnOptions = LearnOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: Overwrite = False,
-) -> tuple[Record, bool]:
+def learn(request: Request[LearnOptions]) -> Plan:
     """Learn N:M masks for `source` and write it with them.
 
     The first masks are those of `options.masks`, of the model itself, or of a score, in this order.
     A model with masks gets its removed weights back from the model it was pruned from, since a
     weight that was zeroed cannot come back.
     """
-    progress, options = progress or Silent(), options.filled()
-    given = given_model(source, options, progress)
+    progress, options = request.progress, request.options.filled()
+    given = given_model(request.source, options, progress)
     images = images_for(given, options, "train")
     inputs: dict[str, Source] = {**model_sources(given), "dataset": data_source(images)}
     first, said = _given_masks(given, options, inputs)
@@ -76,15 +69,7 @@ def learn(
             progress=progress,
         )
 
-    return run_stage(
-        "learn",
-        out,
-        options=options,
-        inputs=inputs,
-        parent=given.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=inputs, parent=given.record, make=make)
 
 
 def _given_masks(

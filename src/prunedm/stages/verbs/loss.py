@@ -13,9 +13,9 @@ from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model
 from prunedm.masks import Masks
 from prunedm.options import LossOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, Source
-from prunedm.stages.frame import run_stage
+from prunedm.progress import Progress
+from prunedm.record import Source
+from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
     data_source,
     device_for,
@@ -31,21 +31,14 @@ BATCHES = "losses.npy"
 PROBLEMS = "per_problem.npy"
 
 
-def loss(
-    source: str | Path,
-    out: str | Path,
-    options: LossOptions = LossOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
+def loss(request: Request[LossOptions]) -> Plan:
     """Write the losses of batches and of problems; the model stays as it is.
 
     Problem p is a function of (seed, p) alone, and on the test split the one that `evaluate` has.
     Raises `UserError` where the masks are of another model.
     """
-    progress = progress or Silent()
-    model = given_model(source, options, progress)
+    options, progress = request.options, request.progress
+    model = given_model(request.source, options, progress)
     images = images_for(model, options, options.split)
     inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     masks = model.masks
@@ -64,15 +57,7 @@ def loss(
         np.save(folder / PROBLEMS, losses_N.numpy(), allow_pickle=False)
         return _figures(LossEstimate.of(losses_N), len(per_batch), masks)
 
-    return run_stage(
-        "loss",
-        out,
-        options=options,
-        inputs=inputs,
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
 def _losses(

@@ -11,10 +11,10 @@ from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.size import count_macs, count_nonzero, count_parameters
 from prunedm.folder import Model, save
 from prunedm.options import PruneOptions
-from prunedm.progress import Progress, Silent
-from prunedm.record import Record, write_json
+from prunedm.progress import Progress
+from prunedm.record import write_json
 from prunedm.sampling import images_of
-from prunedm.stages.frame import Overwrite, run_stage
+from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
     data_source,
     device_for,
@@ -23,8 +23,8 @@ from prunedm.stages.inputs import (
     images_for,
     model_sources,
 )
-from prunedm.stages.pruning.job import Job, check_options
-from prunedm.stages.pruning.mechanisms import MECHANISMS
+from prunedm.stages.pruning.job import Details, Job, check_options
+from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
 _LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
@@ -33,19 +33,14 @@ PROBLEMS = range(16, 65)  # behind the loss before and after, where options name
 PROBLEMS_MACS = 6e11  # what one pass over them may cost
 
 
-def prune(
-    source: str | Path,
-    out: str | Path,
-    options: PruneOptions = PruneOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: Overwrite = False,
-) -> tuple[Record, bool]:
+def prune(request: Request[PruneOptions]) -> Plan:
     """Prune `source` and write a model folder, `pruning_stats.json` and `vis/`."""
-    progress = progress or Silent()
-    model = given_model(source, options, progress)
+    options, progress = request.options, request.progress
+    model = given_model(request.source, options, progress)
     if model.masks is not None:
-        raise UserError(f"{source} has masks already; prune the model that they were made from")
+        raise UserError(
+            f"{request.source} has masks already; prune the model that they were made from"
+        )
     check_options(options, model.process)
     images = images_for(model, options, "train")
     inputs = {**model_sources(model), "dataset": data_source(images)}
@@ -55,15 +50,7 @@ def prune(
         save(model, folder)
         return figures
 
-    return run_stage(
-        "prune",
-        out,
-        options=options,
-        inputs=inputs,
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
 def _prune(
@@ -72,7 +59,7 @@ def _prune(
     held_out = _held_out(model, options)
     before = _summary(model, held_out, options)
     _picture(model, options, folder / "vis" / "before_pruning.png")
-    details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
+    details: Details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)

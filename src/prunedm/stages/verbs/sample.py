@@ -15,32 +15,24 @@ from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
 from prunedm.folder import Model
 from prunedm.options import SampleOptions
-from prunedm.progress import Progress, Silent
+from prunedm.progress import Progress
 from prunedm.reading import check_regular
-from prunedm.record import Record
 from prunedm.sampling import FastDenoiser, draw_images, make_sampler, set_steps
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import device_for, model_sources
 from prunedm.training import processes
 
 GRID = 64  # images on grid.png
 
 
-def sample(
-    source: str | Path,
-    out: str | Path,
-    options: SampleOptions = SampleOptions(),
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
+def sample(request: Request[SampleOptions]) -> Plan:
     """Draw `options.count` images from `source` into folder `out`, with a `grid.png`.
 
     Several processes share the batches; one batch of images is in memory at a time. An exported
     model runs in its own runtime.
     """
-    progress = progress or Silent()
-    model = open_model(source, scheduler=options.scheduler)
+    options, progress = request.options, request.progress
+    model = open_model(request.source, scheduler=options.scheduler)
     for note in model.notes:
         progress.say(note)
     _check_speed(model, options)
@@ -59,15 +51,7 @@ def sample(
         where = {"runtime": runs.arithmetic} if isinstance(runs, ExportedDenoiser) else {}
         return {"images": options.count} | where | _how(used)
 
-    return run_stage(
-        "sample",
-        out,
-        options=options,
-        inputs=model_sources(model),
-        parent=model.record,
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs=model_sources(model), parent=model.record, make=make)
 
 
 def sample_resumably(

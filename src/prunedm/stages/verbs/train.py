@@ -18,11 +18,10 @@ from prunedm.model_files.configs import (
     describe_network,
 )
 from prunedm.options import TrainOptions
-from prunedm.progress import Progress, Silent
+from prunedm.progress import Progress
 from prunedm.randomness import seed_for
-from prunedm.record import Record
 from prunedm.recovery.objective import data_objective
-from prunedm.stages.frame import RESUME, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
 from prunedm.stages.shown import samples
 from prunedm.training import processes
@@ -30,30 +29,18 @@ from prunedm.training.loop import fit, make_accelerator
 from prunedm.training.tracking import Shown
 
 
-def train(
-    out: str | Path,
-    options: TrainOptions,
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
+def train(request: Request[TrainOptions]) -> Plan:
     """Train `options.unet` on `options.dataset` and write a model folder."""
+    options = request.options
     model = _new_model(options)
     images = images_for(model, options, "train")
 
     def make(folder: Path) -> dict[str, Any]:
-        figures = _train(model, images, options, folder / RESUME, progress or Silent())
+        figures = _train(model, images, options, folder / RESUME, request.progress)
         save(model, folder)
         return figures
 
-    return run_stage(
-        "train",
-        out,
-        options=options,
-        inputs={"dataset": data_source(images)},
-        make=make,
-        overwrite=overwrite,
-    )
+    return Plan(options=options, inputs={"dataset": data_source(images)}, make=make)
 
 
 def _new_model(options: TrainOptions) -> Model:

@@ -1,0 +1,77 @@
+"""Every method by name, and where it is: one lazy table a kind of thing.
+
+To add one: a file with the object, and a line here. Options take the names of a table, so that the
+command line, recipes and schemas know it; nothing is imported before it is used.
+"""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Table(Mapping[str, T_co]):
+    """name -> the object at "module:name", imported when it is first asked for."""
+
+    def __init__(self, kind: str, places: dict[str, str]) -> None:
+        self.kind, self.places = kind, places
+
+    def __getitem__(self, name: str) -> T_co:
+        module, _, attribute = self.places[name].partition(":")
+        found: T_co = getattr(import_module(module), attribute)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places  # a Mapping would import it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+SCORES: Table[Any] = Table(
+    "score",
+    {
+        "random": "prunedm.scores.random:RANDOM",
+        "magnitude": "prunedm.scores.magnitude:MAGNITUDE",
+        "magnitude-l2": "prunedm.scores.magnitude:MAGNITUDE_L2",
+        "taylor": "prunedm.scores.taylor:TAYLOR",
+        "taylor-multivariable": "prunedm.scores.taylor:TAYLOR_MULTIVARIABLE",
+        "diff-pruning": "prunedm.scores.diff_pruning:DIFF_PRUNING",
+        "wanda": "prunedm.scores.wanda:WANDA",
+        "fluctuation": "prunedm.scores.fluctuation:FLUCTUATION",
+    },
+)
+MECHANISMS: Table[Any] = Table(
+    "mechanism",
+    {
+        "channels": "prunedm.stages.pruning.mechanisms:remove_by_channels",
+        "weights": "prunedm.stages.pruning.mechanisms:remove_weights",
+        "nm": "prunedm.stages.pruning.mechanisms:remove_nm",
+        "obs-weights": "prunedm.stages.pruning.mechanisms:remove_weights",
+        "obs-nm": "prunedm.stages.pruning.mechanisms:remove_nm",
+    },
+)
+ESTIMATORS: Table[Any] = Table(
+    "estimator",
+    {
+        "relaxed": "prunedm.learning.relaxation:RELAXED",
+        "straight-through": "prunedm.learning.straight_through:STRAIGHT_THROUGH",
+        "policy-gradient": "prunedm.learning.policy_gradient:POLICY_GRADIENT",
+        "policy-gradient-classic": "prunedm.learning.policy_gradient:CLASSIC",
+        "sr-ste": "prunedm.learning.sr_ste:SR_STE",
+    },
+)
+FORMATS: Table[Any] = Table(
+    "format",
+    {
+        "packed": "prunedm.stages.exporting.packed:PACKED",
+        "onnx": "prunedm.stages.exporting.onnx:ONNX",
+        "openvino": "prunedm.stages.exporting.openvino:OPENVINO",
+        "torch": "prunedm.stages.exporting.torch_program:TORCH",
+        "tensorrt": "prunedm.stages.exporting.tensorrt:TENSORRT",
+    },
+)
