@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel, StableDiffusionPipeline
+from families import model as model_of
 from helpers import noise_images
 from PIL import Image
 from pipelines import autoencoder, latent_diffusion, stable_diffusion
@@ -185,3 +186,41 @@ def test_a_column_of_captions_may_have_any_name(captioned):
     options = options.model_copy(update={"caption_column": "what is sean"})
     with pytest.raises(UserError, match="no column 'what is sean'; did you mean 'what is seen'"):
         images_for(load(stable_diffusion()), options, "train")
+
+
+# ------------------------------------------------------- networks that cannot be asked here
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("SD3Transformer2DModel", "no text encoders beside it"),
+        ("LlamaForCausalLM", "a language model"),
+    ],
+)
+def test_masks_that_ask_nothing_are_made_where_nothing_can_be_asked(name, why, tmp_path):
+    folder = tmp_path / "bare"
+    save(model_of(name), folder)
+    options = PruneOptions(mechanism="nm", pattern="2:4", score="magnitude", **QUICK)
+    record, _ = prune(folder, tmp_path / "sparse", options)
+    masks = load(tmp_path / "sparse").masks
+    assert masks.kept * 2 == masks.total > 0
+    assert "loss" not in record.figures
+    asking = options.model_copy(update={"score": "wanda"})
+    with pytest.raises(UserError, match=rf"{why}.*--score magnitude"):
+        prune(folder, tmp_path / "asked", asking)
+
+
+def test_a_class_without_a_record_takes_masks_that_ask_nothing(tmp_path):
+    made = PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, caption_channels=8, use_additional_conditions=False,
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "pixart")
+    options = PruneOptions(mechanism="nm", pattern="2:4", score="magnitude", **QUICK)
+    prune(tmp_path / "pixart", tmp_path / "sparse", options)
+    again = load(tmp_path / "sparse")
+    assert isinstance(again.denoiser, PixArtTransformer2DModel)
+    assert again.masks.kept * 2 == again.masks.total
+    with pytest.raises(UserError, match="how to ask a PixArtTransformer2DModel is not known"):
+        loss(tmp_path / "pixart", tmp_path / "loss", LossOptions(**QUICK))

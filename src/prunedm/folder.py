@@ -91,6 +91,23 @@ class Model:
         return self.architecture.shape(self.denoiser)
 
     @cached_property
+    def unasked(self) -> str:
+        """Why the network cannot be asked here, so that only what asks nothing works; else ""."""
+        name = type(self.denoiser).__name__
+        if self.scheduler is None:
+            return f"{self.name} is a language model, whose losses take text, which is not read yet"
+        if architecture_named(name) is None:
+            return (
+                f"how to ask a {name} is not known; docs/guides/add-a-family.md says what it takes"
+            )
+        try:
+            assert self.codec
+            assert self.condition
+        except UserError as error:
+            return str(error)
+        return ""
+
+    @cached_property
     def codec(self) -> Codec:
         """Between images and noisy samples. Raises `UserError` where latents are not all it is told."""
         shape, companions = self.sample_shape, self.companions
@@ -101,17 +118,25 @@ class Model:
         if channels != shape[0]:
             raise UserError(
                 f"{self.name} takes samples of {shape[0]} channels, and its autoencoder makes "
-                f"{channels}: a model that is told images; what asks it no questions works "
-                "(--score magnitude)"
+                f"{channels}: a model that is told images too, which are not read yet"
             )
         return Latents(autoencoder, shape, key=companions.key(companions.autoencoder))
 
     @cached_property
     def condition(self) -> Condition:
-        """What the denoiser is told besides noise and time."""
+        """What the denoiser is told besides noise and time.
+
+        Raises `UserError` where it is told prompts, and no text encoders lie beside it.
+        """
         encode, companions = self.architecture.prompts, self.companions
-        if encode is not None and companions is not None:
-            encoders = [n for n in companions.names if n.startswith(("text_encoder", "tokenizer"))]
+        if encode is not None:
+            names = companions.names if companions is not None else []
+            encoders = [n for n in names if n.startswith(("text_encoder", "tokenizer"))]
+            if companions is None or not encoders:
+                raise UserError(
+                    f"{self.name} is told prompts, and has no text encoders beside it; give the folder "
+                    "of its whole pipeline"
+                )
             others = [n for n in companions.names if n not in encoders]
             return Prompts(
                 PromptEncoder(

@@ -80,7 +80,9 @@ def device_for(wanted: str) -> torch.device:
 
 
 def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
-    """The options' images in the shape that the model takes."""
+    """The options' images in the shape that the model takes. Raises `UserError` where it takes none."""
+    if model.unasked:
+        raise UserError(model.unasked)
     channels, height, width = model.codec.image_shape
     if options.convert_channels and channels not in (1, 3):
         raise UserError(
@@ -156,23 +158,28 @@ def score_weights(
     model: Model,
     layers: Mapping[str, nn.Module],
     options: ScoreOptions,
-    images: ImageSet,
+    images: ImageSet | None,
     *,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Scores of these layers by the options' score, on the options' device."""
+    """Scores of these layers by the options' score, on the options' device.
+
+    images: what problems are made of, where the score wants any.
+    """
     device = device_for(options.device)
-    calibration = Calibration(
-        problems=calibration_problems(model, options, images),
-        count=options.calibration_problems,
-        batch_size=options.calibration_batch,
-        time_bins=options.time_bins,
-        over_time=options.wanda.over_time,
-        over_problems=options.wanda.over_problems,
-        sweep_images=options.diff_pruning.sweep_images,
-        stop_below=options.diff_pruning.stop_below,
-        device=device,
-    )
+    calibration = None
+    if images is not None:
+        calibration = Calibration(
+            problems=calibration_problems(model, options, images),
+            count=options.calibration_problems,
+            batch_size=options.calibration_batch,
+            time_bins=options.time_bins,
+            over_time=options.wanda.over_time,
+            over_problems=options.wanda.over_problems,
+            sweep_images=options.diff_pruning.sweep_images,
+            stop_below=options.diff_pruning.stop_below,
+            device=device,
+        )
     return score_layers(
         model.denoiser.to(device),
         layers,

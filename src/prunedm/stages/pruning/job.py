@@ -14,12 +14,12 @@ from prunedm.folder import Model
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import PruneOptions, parse_target
-from prunedm.process import Process
 from prunedm.progress import Progress
 from prunedm.removal.allocation import Choice
 from prunedm.removal.channel_costs import count_macs, layer_positions
 from prunedm.removal.weights import share_of_weights
 from prunedm.stages.inputs import score_weights
+from prunedm.tables import SCORES
 
 Details = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Job:
 
     model: Model
     options: PruneOptions
-    images: ImageSet
+    images: ImageSet | None  # None where the network cannot be asked, and nothing asks it
     progress: Progress
 
     @cached_property
@@ -98,10 +98,15 @@ def widths(layer: nn.Module) -> list[int]:
     return [weight.shape[1], weight.shape[0]]
 
 
-def check_options(options: PruneOptions, process: Process) -> None:
-    """Raise `UserError` for what a mechanism cannot do, before any work."""
+def check_options(options: PruneOptions, model: Model) -> None:
+    """Raise `UserError` for what a mechanism cannot do with this model, before any work."""
     kind, ratio = parse_target(options.target)
-    process.time_range(options.time_range)
+    if model.unasked and _asks(options):
+        raise UserError(
+            f"{model.unasked}. Masks that ask nothing work: --mechanism nm or weights, --score magnitude"
+        )
+    if model.scheduler is not None:
+        model.process.time_range(options.time_range)
     if options.mechanism == "channels":
         if options.targets:
             raise UserError(
@@ -129,6 +134,18 @@ def check_options(options: PruneOptions, process: Process) -> None:
         if isinstance(choice_of(text), Pattern) != nm:
             takes = "patterns like 2:4" if nm else "ratios like 0.5"
             raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")
+
+
+def _asks(options: PruneOptions) -> bool:
+    """Whether the network is run on problems, or on examples."""
+    kind, _ = parse_target(options.target)
+    return (
+        options.mechanism not in ("nm", "weights")
+        or SCORES[options.score].needs_problems
+        or options.permute
+        or options.allocation == "sensitivity"
+        or (options.mechanism == "weights" and kind == "macs")
+    )
 
 
 def choice_of(text: str) -> Choice:

@@ -192,6 +192,7 @@ def _allocated(
             f"{', '.join(texts)}; add sparser ones"
         )
     device = device_for(options.device)
+    assert job.images is not None  # `check_options` has refused
     problems = calibration_problems(job.model, options, job.images)
     denoiser = job.model.denoiser.to(device)
     batches = fixed_batches(problems, options.sensitivity.problems)
@@ -223,6 +224,7 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
     """Masks by OBS; the weights that stay are changed."""
     options, device = job.options, device_for(job.options.device)
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
+    assert job.images is not None  # `check_options` has refused
     problems = calibration_problems(job.model, options, job.images)
     masks = obs_prune(
         job.model.denoiser.to(device),

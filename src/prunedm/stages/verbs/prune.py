@@ -41,9 +41,13 @@ def prune(request: Request[PruneOptions]) -> Plan:
         raise UserError(
             f"{request.source} has masks already; prune the model that they were made from"
         )
-    check_options(options, model.process)
-    images = images_for(model, options, "train")
-    inputs = {**model_sources(model), "dataset": data_source(images)}
+    check_options(options, model)
+    images = None
+    if model.unasked:
+        progress.say(f"{model.unasked}: sizes alone are measured, no loss and no pictures")
+    else:
+        images = images_for(model, options, "train")
+    inputs = model_sources(model) | ({"dataset": data_source(images)} if images else {})
 
     def make(folder: Path) -> dict[str, Any]:
         figures = _prune(model, images, options, folder, progress=progress)
@@ -54,9 +58,14 @@ def prune(request: Request[PruneOptions]) -> Plan:
 
 
 def _prune(
-    model: Model, images: ImageSet, options: PruneOptions, folder: Path, *, progress: Progress
+    model: Model,
+    images: ImageSet | None,
+    options: PruneOptions,
+    folder: Path,
+    *,
+    progress: Progress,
 ) -> dict[str, Any]:
-    held_out = _held_out(model, options)
+    held_out = [] if model.unasked else _held_out(model, options)
     before = _summary(model, held_out, options)
     _picture(model, options, folder / "vis" / "before_pruning.png")
     details: Details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
@@ -67,7 +76,8 @@ def _prune(
     after = _summary(model, held_out, options)
     _picture(model, options, folder / "vis" / "after_pruning.png")
     write_json({"before": before, "after": after} | details, folder / "pruning_stats.json")
-    removed = {f"{k}_removed": 1 - after[k] / before[k] for k in ("params", "nonzero", "macs")}
+    sizes = [k for k in ("params", "nonzero", "macs") if k in before]
+    removed = {f"{k}_removed": 1 - after[k] / before[k] for k in sizes}
     shown = {key: value for key, value in details.items() if key not in _LONG}
     loss_before = {"loss_before": before["loss"]} if held_out else {}
     return {**loss_before, **after, **removed, **shown}
@@ -87,8 +97,9 @@ def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict
     sizes = {
         "params": count_parameters(model.denoiser),
         "nonzero": count_nonzero(model.denoiser),
-        "macs": count_macs(model.denoiser, model.example()),
     }
+    if not model.unasked:
+        sizes["macs"] = count_macs(model.denoiser, model.example())
     if not held_out:
         return sizes
     device = device_for(options.device)
@@ -101,7 +112,7 @@ def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict
 
 def _picture(model: Model, options: PruneOptions, path: Path) -> None:
     count = options.pictures
-    if not count:
+    if not count or model.unasked:
         return
     device = device_for(options.device)
     images = images_of(model, count, PICTURE_STEPS, seed=options.seed, device=device)
