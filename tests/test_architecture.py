@@ -28,7 +28,17 @@ LEVELS = [
         "sparse_kernels",
     },
     {"training"},
-    {"masks", "packed", "layers", "diffusion", "calibration", "record", "data", "pruned_unet"}
+    {
+        "masks",
+        "packed",
+        "layers",
+        "layer_kinds",
+        "diffusion",
+        "calibration",
+        "record",
+        "data",
+        "pruned_unet",
+    }
     | {"architecture", "task"}
     | {
         "image_files",

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from prunedm.errors import UserError
+from prunedm.layer_kinds import NAMES, find_kind, oriented, weight_of
 from prunedm.layers import PROTECTED, from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
@@ -25,7 +26,7 @@ LOGITS = "mask_logits"
 
 
 class MaskProLayer(nn.Module):
-    """One Conv2d or Linear under an N:M mask with learned logits.
+    """One layer under an N:M mask with learned logits.
 
     In training mode every call draws a mask: a soft one, whose gradient reaches the logits
     (`draw="relaxed"`, at `temperature`), or a hard one from the conditional Bernoulli distribution,
@@ -67,7 +68,7 @@ class MaskProLayer(nn.Module):
         self.draw, self.temperature, self.seed, self.drawn = draw, temperature, seed, 0
         for name, parameter in original_layer.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        size = original_layer.get_parameter("weight").detach().float().abs()
+        size = weight_of(original_layer).detach().float().abs()
         first = Masks.uniform({"": nm_mask(size, pattern)}, pattern)
         self.mask_logits = nn.Parameter(MaskLogits(first, {"": size}, lead=lead).groups[0].detach())
         self.register_buffer("fixed_mask", None, persistent=False)
@@ -77,18 +78,18 @@ class MaskProLayer(nn.Module):
         self.train(original_layer.training)
 
     def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        weight = self.get_parameter("weight")
         mask = self._drawn_mask() if self.training and self.fixed_mask is None else self.get_mask()
         own: dict[str, torch.Tensor] = {
             name: p for name, p in self.named_parameters(recurse=False) if name != LOGITS
         }
-        own["weight"] = weight * mask.to(weight.dtype)
+        weight = self.weight_oriented * mask.to(own["weight"].dtype)
+        own["weight"] = oriented(self.original_layer, weight)
         output: torch.Tensor = functional_call(self.original_layer, own, arguments, keywords)
         return output
 
     @torch.no_grad()
     def get_mask(self) -> torch.Tensor:
-        """The hard mask, boolean, of the weight's shape: the fixed one, or the most probable."""
+        """The hard mask, boolean, as [O, I, *taps]: the fixed one, or the most probable."""
         if self.fixed_mask is not None:
             return self.fixed_mask
         return self._of_weight(self._distribution().mode())
@@ -96,9 +97,9 @@ class MaskProLayer(nn.Module):
     def set_mask(self, mask: torch.Tensor | None) -> None:
         """Fix the mask; None goes back to the logits. It need not be N:M, nor leave anything out.
 
-        Raises `UserError` where its shape is not the weight's.
+        Raises `UserError` where its shape is not the weight's, as [O, I, *taps].
         """
-        weight = self.get_parameter("weight")
+        weight = self.weight_oriented
         if mask is not None and mask.shape != weight.shape:
             raise UserError(
                 f"mask has shape {tuple(mask.shape)}, the layer's weight {tuple(weight.shape)}"
@@ -116,6 +117,11 @@ class MaskProLayer(nn.Module):
                 "no hard mask was drawn: call the layer in training mode, draw='sample'"
             )
         return self._distribution().log_prob(mask_GM.to(self.mask_logits.device)).sum()
+
+    @property
+    def weight_oriented(self) -> torch.Tensor:
+        """The weight as [O, I, *taps], as masks are."""
+        return oriented(self.original_layer, self.get_parameter("weight"))
 
     def extra_repr(self) -> str:
         return f"{self.pattern}, {self.draw}, {self.original_layer}"
@@ -153,7 +159,7 @@ class MaskProLayer(nn.Module):
 
     def _of_weight(self, values_GM: torch.Tensor) -> torch.Tensor:
         # contiguous, or the product takes the mask's memory format, and a convolution other bits
-        return from_groups(values_GM, self.get_parameter("weight").shape).contiguous()
+        return from_groups(values_GM, self.weight_oriented.shape).contiguous()
 
 
 def wrap_model_with_maskpro(
@@ -180,9 +186,7 @@ def wrap_model_with_maskpro(
     if "" in layers:
         raise UserError(f"the model is itself a layer; use MaskProLayer(layer, {n}, {m})")
     if not layers:
-        raise UserError(
-            "there is no layer to wrap: no Conv2d or Linear, or all are wrapped already"
-        )
+        raise UserError(f"there is no layer to wrap: no {NAMES}, or all are wrapped already")
     eligible, _ = eligible_layers(layers, pattern)
     wrapped = {
         layer: MaskProLayer(
@@ -232,8 +236,8 @@ def separate_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 
 def why_not_wrapped(layer: nn.Module, m: int) -> str | None:
     """None where a layer can be wrapped, else the reason."""
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        return "no Conv2d or Linear"
+    if find_kind(layer) is None:
+        return f"it is not a {NAMES}"
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return "its weight is computed (parametrized); remove the parametrization first"
     return why_not_nm(layer, m)

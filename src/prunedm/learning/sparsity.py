@@ -6,6 +6,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+from prunedm.layer_kinds import weight_of
 from prunedm.layers import prunable_layers
 from prunedm.learning.layer import (
     MaskProLayer,
@@ -30,7 +31,7 @@ class LayerSparsity(TypedDict):
 class OverallSparsity(TypedDict):
     """overall_sparsity = masked_parameters / total_parameters, of the whole model without logits.
 
-    masked_parameters: weights of Conv2d and Linear layers that are masked or zero.
+    masked_parameters: weights of layers that are masked or zero.
     nm_compliance: share of groups with exactly N kept, over the N:M layers; 0 where there are none.
     """
 
@@ -49,7 +50,7 @@ class SparsitySummary(TypedDict):
 
 @torch.no_grad()
 def get_model_sparsity_summary(model: nn.Module) -> SparsitySummary:
-    """Every Conv2d and Linear layer: the hard mask where it is wrapped, and weights that are zero.
+    """Every layer that can be pruned: the hard mask where it is wrapped, and weights that are zero.
 
     An unwrapped layer is N:M where its zeros are, in every group, for an M up to 16.
     """
@@ -58,7 +59,7 @@ def get_model_sparsity_summary(model: nn.Module) -> SparsitySummary:
     masks = layer_masks(layers)
     stats: dict[str, LayerSparsity] = {}
     for name, mask in masks:
-        nonzero = layers[name].get_parameter("weight") != 0
+        nonzero = _weight(layers[name]) != 0
         pattern = masks.patterns.get(name)
         stats[name] = {
             "shape": tuple(mask.shape),
@@ -86,11 +87,15 @@ def layer_masks(layers: Mapping[str, nn.Module]) -> Masks:
         if isinstance(layer, MaskProLayer):
             by_layer[name], patterns[name] = layer.get_mask(), layer.pattern
             continue
-        by_layer[name] = layer.get_parameter("weight") != 0
+        by_layer[name] = _weight(layer) != 0
         pattern = exact_pattern(layer, by_layer[name])
         if pattern is not None:
             patterns[name] = pattern
     return Masks(by_layer, patterns)
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    return layer.weight_oriented if isinstance(layer, MaskProLayer) else weight_of(layer)
 
 
 def check_nm_compatibility(model: nn.Module, n: int, m: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ from prunedm.diffusion import time_range
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model
+from prunedm.layer_kinds import width_of
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import PruneOptions, parse_target
@@ -94,8 +95,7 @@ def requested(kind: str, ratio: float, achieved: float, why: str) -> Details:
 
 def widths(layer: nn.Module) -> list[int]:
     """Input and output channels."""
-    weight = layer.get_parameter("weight")
-    return [weight.shape[1], weight.shape[0]]
+    return [width_of(layer, "in"), width_of(layer, "out")]
 
 
 def check_options(options: PruneOptions, train_timesteps: int) -> None:
