@@ -37,7 +37,7 @@ from prunedm.learning.sparsity import get_model_sparsity_summary
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
 from prunedm.options import LearnOptions
 from prunedm.packed import load_packed, save_packed
-from prunedm.removal.channel_costs import count_macs, count_params, layer_positions
+from prunedm.removal.channel_costs import count_params, layer_positions, planned_macs
 from prunedm.removal.influence import influence
 from prunedm.removal.input_grams import input_grams
 from prunedm.removal.nm import nm_mask, nm_masks
@@ -45,7 +45,8 @@ from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import Permutation, permute_
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import SCORES, Calibration, score_layers
-from prunedm.sparse_kernels.layers import why_not_sparse
+from prunedm.sparse_kernels.gemm import PACKED
+from prunedm.sparse_kernels.layers import to_sparse, why_not_sparse
 from prunedm.stages.verbs.finetune import observed
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -421,7 +422,7 @@ def test_what_is_told_of_the_layers_is_that_of_the_twin():
         masks = nm(network)
         before = nm_validity(network, masks)
         masks.apply_(network)
-        inputs = {"sample": torch.zeros(1, 1, 8, 8), "timestep": torch.zeros(1)}
+        inputs = {"sample": torch.zeros(3, 1, 8, 8), "timestep": torch.zeros(3)}
         positions = layer_positions(network, inputs)
         layers = layer_sparsity(network, masks)
         told.append(
@@ -429,7 +430,7 @@ def test_what_is_told_of_the_layers_is_that_of_the_twin():
                 "valid": (before, nm_validity(network, masks)),
                 "layers": [(x.name, x.weights, x.nonzero, x.valid, x.why_dense) for x in layers],
                 "observed": observed(network, masks),
-                "macs": count_macs(network, positions),
+                "macs": planned_macs(network, positions),
                 "params": count_params(network),
                 "summary": [
                     {k: v for k, v in row.items() if k != "shape"}
@@ -529,14 +530,16 @@ def test_a_permutation_moves_the_inputs_of_a_transposed_layer():
 
 
 def test_sparse_kernels_take_linear_layers_of_any_storage_and_no_other_convolution():
-    network = Mixed().half()
+    network = Mixed()
+    assert "not 2:4" in why_not_sparse(network.square, torch.float64, [PACKED])
     nm(network).apply_(network)
-    assert "Conv1d is neither" in why_not_sparse(network.line, torch.float16)
-    assert "Conv3d is neither" in why_not_sparse(network.volume, torch.float16)
-    twin = nn.Linear(16, 16).half()
-    twin.weight = nn.Parameter(weight_of(network.square).detach())
-    assert why_not_sparse(network.square, torch.float16) == why_not_sparse(twin, torch.float16)
-    assert "not 2:4" in why_not_sparse(Mixed().square, torch.float16)
+    assert why_not_sparse(network.square, torch.float64, [PACKED]) is None
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(to_sparse(network.square, PACKED, "gemm")(x), network.square(x))
+    for name in ("line", "volume"):
+        layer = network.get_submodule(name)
+        reason = f"a {type(layer).__name__} is neither a linear layer nor a Conv2d"
+        assert why_not_sparse(layer, torch.float64, [PACKED]) == reason
 
 
 def test_obs_refuses_what_it_cannot_take():

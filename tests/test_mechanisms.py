@@ -14,7 +14,7 @@ from prunedm.layers import PROTECTED, is_under, prunable_layers, to_groups
 from prunedm.masks import Pattern
 from prunedm.options import PruneOptions
 from prunedm.progress import Silent
-from prunedm.removal.channel_costs import count_macs, layer_positions
+from prunedm.removal.channel_costs import layer_positions, planned_macs
 from prunedm.scores import SCORES
 from prunedm.stages.pruning.job import Job
 from prunedm.stages.pruning.mechanisms import MECHANISMS
@@ -135,7 +135,7 @@ def test_weights_meet_their_target(target, more):
     layers = prunable_layers(dense).values()
     total = {
         "params": count_parameters(dense),
-        "macs": count_macs(dense, positions),
+        "macs": planned_macs(dense, positions),
         "weights": sum(layer.weight.numel() for layer in layers),
     }
     found = gone / total[kind]

@@ -31,10 +31,13 @@ def count_params(denoiser: nn.Module, removed: Removed | None = None) -> int:
     return total
 
 
-def count_macs(
+def planned_macs(
     denoiser: nn.Module, positions: Mapping[str, int], removed: Removed | None = None
 ) -> int:
-    """Multiply-accumulates of convolutions, linear layers and attention, for one image."""
+    """Multiply-accumulates of layers and attention once `removed` is gone, for one image.
+
+    It runs nothing, as a search over widths must; `evaluation.size.count_macs` counts what runs.
+    """
     gone, total = removed or {}, 0
     for name, module in denoiser.named_modules():
         if find_kind(module) is not None:

@@ -26,7 +26,7 @@ class SparseLinear(nn.Module):
     def __init__(self, layer: nn.Module, kernel: Kernel) -> None:
         super().__init__()
         self.in_features, self.out_features = width_of(layer, "in"), width_of(layer, "out")
-        self.gemm = kernel.pack(weight_of(layer).detach())
+        self.gemm = kernel.pack(weight_of(layer).detach().contiguous())
         self.bias = copy.deepcopy(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
