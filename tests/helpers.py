@@ -67,6 +67,22 @@ class Ended:
         return self.returncode
 
 
+class Conv1D(torch.nn.Module):
+    """GPT-2's layer as transformers has it, which need not be installed: found by its name."""
+
+    __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = torch.nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = torch.nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight)
+        return y.reshape(*x.shape[:-1], self.nf)
+
+
 def tiny_model(**unet: Any) -> Model:
     """A seeded random model with one attention block, in its middle: 8x8 grey unless told."""
     torch.manual_seed(0)

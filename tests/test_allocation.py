@@ -22,7 +22,7 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
-from prunedm.removal.channel_costs import count_macs, layer_positions
+from prunedm.removal.channel_costs import layer_positions, planned_macs
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import score_layers
@@ -233,7 +233,7 @@ def test_dense_costs_are_the_macs_of_the_layers(tiny):
     others = weight_costs(protected, dict.fromkeys(protected, (None,)), positions)
     attention = 2 * 32 * 16 * 16  # inner width 32, over 4x4 positions each way
     counted = sum(c[None] for table in (costs, others) for c in table.values())
-    assert counted + attention == count_macs(denoiser, positions)
+    assert counted + attention == planned_macs(denoiser, positions)
 
 
 def test_sensitivities_are_losses_of_a_model_pruned_by_hand(tiny):

@@ -38,6 +38,7 @@ LEVELS = [
     },
     {"training"},
     {"masks", "packed", "layers", "calibration", "record", "data", "narrowed", "widths", "blocks"}
+    | {"layer_kinds"}
     | {"architecture", "architectures", "task", "denoising", "process", "codec", "condition"}
     | {"prompts", "tensor_cache", "next_token"}
     | {

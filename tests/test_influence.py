@@ -7,8 +7,8 @@ import torch
 from helpers import batch_of, problems, tiny_model
 from torch import nn
 
+from prunedm import layer_kinds
 from prunedm.layers import prunable_layers
-from prunedm.removal import input_grams as grams_module
 from prunedm.removal.influence import FLOOR, influence, random_signs
 from prunedm.removal.input_grams import input_grams
 from prunedm.task import Batch
@@ -55,7 +55,7 @@ def test_the_mean_over_all_signs_is_the_jacobian_squared():
 @pytest.mark.parametrize("chunk", [1, 200, 1 << 24])
 @pytest.mark.parametrize("kind", ["conv", "strided", "linear"])
 def test_guided_grams_weigh_each_position(kind, chunk, guidance, monkeypatch):
-    monkeypatch.setattr(grams_module, "CHUNK", chunk)
+    monkeypatch.setattr(layer_kinds, "CHUNK", chunk)
     layer = {
         "conv": nn.Conv2d(4, 4, 3, padding=1),
         "strided": nn.Conv2d(4, 4, 3, stride=2, padding=1),

@@ -244,7 +244,7 @@ def test_parameters_are_parted_without_rest_or_overlap():
     [
         (nn.Linear(6, 2), (2, 4), "6 input channels are no multiple of 4"),
         (nn.Conv2d(8, 8, 3, groups=2), (2, 4), "grouped convolution"),
-        (nn.GroupNorm(2, 4), (2, 4), "GroupNorm cannot be 2:4: no Conv2d or Linear"),
+        (nn.GroupNorm(2, 4), (2, 4), "GroupNorm cannot be 2:4: it is not a Linear"),
         (nn.Linear(8, 2), (4, 4), "0 < N < M"),
         (parametrizations.weight_norm(nn.Linear(8, 2)), (2, 4), "parametrization"),
     ],

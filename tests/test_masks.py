@@ -10,8 +10,9 @@ from helpers import noise_images, problems, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-from prunedm.layers import PROTECTED, from_groups, prunable_layers, to_groups, why_not_nm
+from prunedm.layers import from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
 from prunedm.removal.nm import exact_pattern, nm_mask, nm_masks, project
 from prunedm.removal.weights import weight_masks
@@ -293,7 +294,9 @@ def test_the_ends_and_embeddings_are_never_among_the_prunable():
     denoiser = tiny_model(num_class_embeds=4).denoiser
     layers = prunable_layers(denoiser)
     every = {n for n, m in denoiser.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    assert {name.split(".")[0] for name in every - set(layers)} <= set(PROTECTED)
+    assert {name.split(".")[0] for name in every - set(layers)} <= set(
+        architecture_of(denoiser).protect
+    )
     assert {name.split(".")[0] for name in layers} == {"down_blocks", "mid_block", "up_blocks"}
     assert set(prunable_layers(denoiser, protect=())) == every
     with pytest.raises(UserError, match="'conv_in' is protected"):

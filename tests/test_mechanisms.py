@@ -7,14 +7,15 @@ import torch
 from helpers import noise_images, tiny_model
 
 from prunedm.architecture import example
+from prunedm.architectures import unet2d
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model, load, save
-from prunedm.layers import PROTECTED, is_under, prunable_layers, to_groups
+from prunedm.layers import is_under, prunable_layers, to_groups
 from prunedm.masks import Pattern
 from prunedm.options import PruneOptions
 from prunedm.progress import Silent
-from prunedm.removal.channel_costs import count_macs, layer_positions
+from prunedm.removal.channel_costs import layer_positions, planned_macs
 from prunedm.scores import SCORES
 from prunedm.stages.pruning.job import Job
 from prunedm.tables import MECHANISMS
@@ -99,7 +100,7 @@ def test_what_is_left_is_exact_protected_and_loads_again(tmp_path, name, options
         every = set(prunable_layers(dense.denoiser))
         assert every == set(model.masks.by_layer) | set(details.get("dense", {}))
     for layer, parameter in dense.denoiser.named_parameters():
-        if is_under(layer, PROTECTED) and options["mechanism"] != "channels":
+        if is_under(layer, unet2d.RECORD.protect) and options["mechanism"] != "channels":
             found = model.denoiser.get_parameter(layer)
             assert torch.equal(found.sort().values, parameter.sort().values)  # or permuted
             assert options.get("permute") or torch.equal(found, parameter)
@@ -135,7 +136,7 @@ def test_weights_meet_their_target(target, more):
     layers = prunable_layers(dense).values()
     total = {
         "params": count_parameters(dense),
-        "macs": count_macs(dense, positions),
+        "macs": planned_macs(dense, positions),
         "weights": sum(layer.weight.numel() for layer in layers),
     }
     found = gone / total[kind]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import Conv1D, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from prunedm import PrunedUNet2DModel
 from prunedm.errors import UserError
 from prunedm.evaluation.size import packed_bytes
+from prunedm.layer_kinds import find_kind, oriented, weight_of
 from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern, save_masks
 from prunedm.packed import load_packed, packed_matmul, save_packed
@@ -41,7 +42,7 @@ def unet() -> nn.Module:
 
 
 class Several(nn.Module):
-    """Layers that a UNet has not: a grouped convolution, an uneven kernel, tied weights, buffers."""
+    """Layers that a UNet has not: grouped and of other ranks, GPT-2's, with tied weights; buffers."""
 
     def __init__(self):
         super().__init__()
@@ -50,6 +51,8 @@ class Several(nn.Module):
         self.uneven = nn.Conv2d(8, 3, (2, 5))
         self.first, self.second = nn.Linear(5, 7), nn.Linear(5, 7)
         self.second.weight = self.first.weight
+        self.line, self.volume = nn.Conv1d(8, 5, 3), nn.Conv3d(4, 3, (1, 2, 3))
+        self.turned = Conv1D(7, 12)
         self.norm = nn.BatchNorm2d(3)
         self.register_buffer("strided", torch.arange(6.0).reshape(2, 3).T)
 
@@ -57,7 +60,7 @@ class Several(nn.Module):
 def unstructured(denoiser: nn.Module) -> Masks:
     layers = prunable_layers(denoiser)
     generator = torch.Generator().manual_seed(1)
-    scores = {n: torch.rand(m.weight.shape, generator=generator) for n, m in layers.items()}
+    scores = {n: torch.rand(weight_of(m).shape, generator=generator) for n, m in layers.items()}
     return weight_masks(scores, 0.37, scope="global")
 
 
@@ -75,7 +78,7 @@ def masked(kind: str) -> tuple[nn.Module, Masks | None]:
     masks.apply_(denoiser)
     with torch.no_grad():
         for name, mask in masks:
-            weight = denoiser.get_submodule(name).weight
+            weight = weight_of(denoiser.get_submodule(name))
             kept, removed = mask.nonzero(), (~mask).nonzero()
             weight[tuple(kept[0])], weight[tuple(kept[1])] = -0.0, 0.0
             weight[tuple(removed[0])] = -0.0
@@ -101,17 +104,17 @@ def expected(denoiser: nn.Module, masks: Masks | None, precision: str) -> dict[s
     by_layer = dict(masks or ())
     modules = dict(denoiser.named_modules(remove_duplicate=False))
     state = {}
-    for name, tensor in denoiser.state_dict().items():
+    for name, stored in denoiser.state_dict().items():
         layer = name.removesuffix(".weight")
-        value = tensor
-        is_weight = isinstance(modules.get(layer), nn.Conv2d | nn.Linear)
+        is_weight = find_kind(modules.get(layer)) is not None
+        tensor = value = oriented(modules[layer], stored) if is_weight else stored
         if is_weight and precision == "int8":
             value = quantised(tensor)
         elif tensor.is_floating_point():
             value = tensor.to(TYPES.get(precision, torch.float16))
         if layer in by_layer:
             value = torch.where(by_layer[layer], value, torch.zeros((), dtype=value.dtype))
-        state[name] = value
+        state[name] = oriented(modules[layer], value) if is_weight else value
     return state
 
 
@@ -145,7 +148,7 @@ def test_what_loads_is_the_masked_weight_to_the_bit(kind, precision, path):
 def reader():
     """`read_packed` of the docs: NumPy only, and short."""
     (text,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(text.splitlines()) <= 30
+    assert len(text.splitlines()) <= 32
     assert not re.search("torch|prunedm[. ]", text)
     names: dict = {}
     exec(compile(text, "packed.md", "exec"), names)
@@ -262,7 +265,7 @@ def test_masks_that_do_not_hold_or_fit_are_not_written(path):
     other = Masks({"gone": mask})
     refused(lambda: save_packed(denoiser, other, path), "another model")
     norm = Masks({"conv_norm_out": torch.ones(16, dtype=torch.bool)})
-    refused(lambda: save_packed(denoiser, norm, path), "conv_norm_out", "no Conv2d or Linear")
+    refused(lambda: save_packed(denoiser, norm, path), "conv_norm_out", "not a Linear, Conv1d")
     assert not list(path.parent.iterdir())
 
 
@@ -338,7 +341,10 @@ DAMAGE = {
     "no pattern at all": (nothing, {"patterns": json.dumps({NAME[:-7]: "two"})}, "N:M"),
     "a number as pattern": (nothing, {"patterns": json.dumps({NAME[:-7]: 2})}, "N:M"),
     "unknown precision": (nothing, {"precision": "fp8"}, "'fp8'"),
-    "other version": (nothing, {"version": "2"}, "version 2; this prunedm reads 1; update"),
+    "other version": (nothing, {"version": "3"}, "version 3; this prunedm reads 1 and 2; update"),
+    "transposed nothing": (nothing, {"transposed": '["gone"]'}, "gone is missing"),
+    "transposed no names": (nothing, {"transposed": "[2]"}, "transposed is not a list of names"),
+    "transposed a bias": (nothing, {"transposed": '["conv_in.bias"]'}, "is not a matrix"),
     "other format": (nothing, {"format": "gguf"}, "no packed file"),
 }
 

@@ -22,7 +22,6 @@ from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.removal.channel_groups import channel_groups
 from prunedm.removal.channels import block_importance
-from prunedm.removal.input_grams import input_grams
 from prunedm.removal.nm import nm_masks
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import SCORES, Calibration, score_layers
@@ -94,34 +93,6 @@ def test_squares_and_variances_are_those_of_a_materialised_unfold(kind):
         variance = input_variances(OneLayer(layer), {"layer": layer}, batches)["layer"]
         expected = unfolded_NKP.var((0, 2), correction=0).reshape(shape)
         torch.testing.assert_close(variance, expected, rtol=1e-9, atol=0)
-
-
-PADDINGS = {
-    "same": {"kernel_size": 3, "padding": "same", "dilation": 2},
-    "same, even": {"kernel_size": (2, 4), "padding": "same"},
-    "valid": {"kernel_size": 3, "padding": "valid"},
-    "both": {"kernel_size": (3, 2), "padding": (2, 1), "stride": (1, 2)},
-}
-
-
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("kind", PADDINGS)
-def test_statistics_and_grams_meet_the_inputs_that_the_layer_itself_meets(kind, mode):
-    """The oracle is the layer: a kernel that is 1 at one tap gives that tap's inputs."""
-    layer = nn.Conv2d(2, 1, **PADDINGS[kind], padding_mode=mode, bias=False).double()
-    inputs = random_inputs(2)
-    taps = [(i, r, s) for r, s in np.ndindex(*layer.kernel_size) for i in range(2)]
-    met = []
-    for tap in taps:
-        with torch.no_grad():
-            layer.weight.zero_()[(0, *tap)] = 1
-            met.append(layer(inputs).flatten())
-    met_KP = torch.stack(met)
-    square, batches = squares(layer, inputs, [6])[0], batches_of(inputs, [2, 4])
-    expected = torch.stack([met_KP[k].square().mean() for k in range(len(taps))])
-    torch.testing.assert_close(torch.stack([square[tap] for tap in taps]), expected)
-    gram = input_grams(OneLayer(layer), {"layer": layer}, batches, weigh=torch.ones_like)["layer"]
-    torch.testing.assert_close(gram, met_KP @ met_KP.T)
 
 
 def test_squares_of_a_linear_layer_are_those_of_its_rows():

@@ -11,6 +11,7 @@ from torch import nn
 from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation import speed
+from prunedm.layer_kinds import to_matrix
 from prunedm.layers import from_groups, prunable_layers, to_groups
 from prunedm.masks import Pattern
 from prunedm.progress import Silent
@@ -18,7 +19,7 @@ from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.sampling import FastDenoiser
 from prunedm.sparse_kernels import gemm, layers, selection
 from prunedm.sparse_kernels.gemm import CUDA_KERNELS, PACKED, Kernel, PackedGemm, find_kernels, pack
-from prunedm.sparse_kernels.layers import forms, to_matrix, to_sparse, why_not_sparse
+from prunedm.sparse_kernels.layers import forms, to_sparse, why_not_sparse
 from prunedm.sparse_kernels.selection import Choice, time_in_turns, use_sparse_kernels
 
 HALF, DOUBLE = torch.float16, torch.float64
@@ -254,7 +255,7 @@ def dense_layer() -> nn.Module:
             "cuSPARSELt: 40 weights an output are no multiple of 16; "
             "CUTLASS: 16 outputs are no multiple of 32",
         ),
-        (nn.ReLU, "ReLU is no linear or convolution layer"),
+        (nn.ReLU, "a ReLU is neither a linear layer nor a Conv2d"),
     ],
 )
 def test_why_a_layer_stays_dense(layer, reason):

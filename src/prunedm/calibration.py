@@ -1,6 +1,6 @@
 """Statistics of layers over a stream of problems. Memory does not grow with the stream.
 
-Shapes: N problems, B time bins, I input channels, a Conv2d's kernel kh x kw.
+Shapes: N problems, B time bins, I input channels, *taps of a convolution's kernel.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import hooked, padded_inputs
+from prunedm.layer_kinds import oriented, tap_means
+from prunedm.layers import hooked
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.task import Batch, Times, predict
@@ -66,7 +67,7 @@ def input_squares(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Squared inputs of each layer, by time bin: Linear (B, I), Conv2d (B, I, kh, kw); float64.
+    """Squared inputs of each layer, by time bin: (B, I, *taps); float64.
 
     A problem gives the mean over positions of x^2; `over_problems` combines the problems of a bin, a
     median from at most `RESERVOIR` of them. Raises `UserError` where a bin has no problem, or a layer
@@ -75,7 +76,8 @@ def input_squares(
     reducers = {name: _REDUCERS[over_problems](bins.count) for name in layers}
 
     def add(name: str, inputs: torch.Tensor, level_N: torch.Tensor) -> None:
-        reducers[name].add(tap_means(layers[name], inputs.square()), bins.of(level_N))
+        means_N = _by_problem(tap_means(layers[name], inputs.square()), len(level_N))
+        reducers[name].add(means_N, bins.of(level_N))
 
     _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
     _check_reached(reducers, bins)
@@ -90,13 +92,14 @@ def input_variances(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Variance over problems and positions of each layer's inputs: (I,) or (I, kh, kw); float64."""
+    """Variance over problems and positions of each layer's inputs: (I, *taps); float64."""
     moments = {name: (_Mean(1), _Mean(1)) for name in layers}
 
     def add(name: str, inputs: torch.Tensor, level_N: torch.Tensor) -> None:
         one_bin_N = torch.zeros_like(level_N, dtype=torch.long)
         for power, moment in enumerate(moments[name], start=1):
-            moment.add(tap_means(layers[name], inputs**power), one_bin_N)
+            means_N = _by_problem(tap_means(layers[name], inputs**power), len(level_N))
+            moment.add(means_N, one_bin_N)
 
     _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
     _check_reached({name: first for name, (first, _) in moments.items()})
@@ -115,7 +118,7 @@ def loss_gradients(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the mean loss over all problems, by layer, of the weight's shape.
+    """Gradient of the mean loss over all problems, by layer, as [O, I, *taps].
 
     It ends before the first batch whose loss is below `stop_below` times the largest so far.
     `total`: batches there may be, for the progress of an iterable that does not say.
@@ -137,24 +140,15 @@ def loss_gradients(
             torch._foreach_add_(list(totals.values()), list(gradients), alpha=len(batch))
             count += len(batch)
             bar.advance()
-    return {name: (total / max(1, count)).cpu() for name, total in totals.items()}
+    means = {name: (total / max(1, count)).cpu() for name, total in totals.items()}
+    return {name: oriented(layers[name], mean) for name, mean in means.items()}
 
 
-def tap_means(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of the layer's inputs that each weight meets: (N, I) or (N, I, kh, kw).
-
-    What an unfold of the inputs would give, without the unfold.
-    """
-    if isinstance(layer, nn.Linear):
-        return values.reshape(len(values), -1, values.shape[-1]).mean(1)
-    assert isinstance(layer, nn.Conv2d)
-    padded_NIHW = padded_inputs(layer, values)
-    rows, columns = (_windows(layer, padded_NIHW, axis) for axis in (0, 1))
-    # columns first: each tap then sums over rows of one number
-    by_column = [padded_NIHW[..., window].mean(3) for window in columns]  # kw x (N, I, H)
-    return torch.stack(
-        [torch.stack([means[..., window].mean(2) for means in by_column], 2) for window in rows], 2
-    )
+def _by_problem(means: torch.Tensor, problems: int) -> torch.Tensor:
+    """One mean a problem, also where a network folds tokens or windows into its first axis."""
+    if len(means) == problems:
+        return means
+    return means.unflatten(0, (problems, -1)).mean(1)
 
 
 def _watch_inputs(
@@ -179,15 +173,6 @@ def _watch_inputs(
             level_N = batch.level_N
             predict(denoiser, batch.to(device))
             bar.advance()
-
-
-def _windows(layer: nn.Conv2d, padded: torch.Tensor, axis: int) -> list[slice]:
-    """The positions along an axis that each tap of the kernel meets."""
-    taps, step, spread = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
-    outputs = (padded.shape[2 + axis] - spread * (taps - 1) - 1) // step + 1
-    return [
-        slice(tap * spread, tap * spread + step * (outputs - 1) + 1, step) for tap in range(taps)
-    ]
 
 
 class _Mean:

@@ -3,8 +3,10 @@
 This is the only file that knows the axis. A group is M consecutive *input channels* at a fixed
 output channel and kernel tap, the one layout that sparse hardware accepts:
 
-    Linear  W[O, I]          -> (O * I/M, M)
-    Conv2d  W[O, I, kh, kw]  -> permute to [O, kh, kw, I] -> (O * kh * kw * I/M, M)
+    Linear       W[O, I]          -> (O * I/M, M)
+    Convolution  W[O, I, *taps]   -> [O, *taps, I] -> (O * taps * I/M, M)
+
+Weights, masks and scores come here as [O, I, *taps] (`layer_kinds.oriented`).
 """
 
 import difflib
@@ -16,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
+from prunedm.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, width_of
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, inputs, output
 
@@ -40,7 +42,7 @@ def hooked(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
 def prunable_layers(
     denoiser: nn.Module, targets: Iterable[str] = (), *, protect: Iterable[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Conv2d and Linear layers by name, without the protected ones: those of its architecture.
+    """Layers of a kind in `layer_kinds.KINDS` by name, but those that the architecture protects.
 
     `targets` narrows them: each is a prefix of module names, or a regular expression found in them.
     Raises `UserError` for a target that matches nothing.
@@ -49,7 +51,7 @@ def prunable_layers(
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not is_under(name, protect)
+        if find_kind(module) is not None and not is_under(name, protect)
     }
     wanted = tuple(targets)
     for target in wanted:
@@ -67,32 +69,21 @@ def why_not_nm(layer: nn.Module, m: int) -> str | None:
 
     A last group is never padded: a padded slot could be kept and break N.
     """
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+    if groups_of(layer) > 1:
         return "grouped convolution"
-    inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    assert isinstance(inputs, int)
+    inputs = width_of(layer, "in")
     return f"{inputs} input channels are no multiple of {m}" if inputs % m else None
 
 
 def to_groups(weight: torch.Tensor, m: int) -> torch.Tensor:
-    """W[O, I, ...] => (groups, M). A view for Linear, a copy for convolutions with kernels > 1."""
+    """W[O, I, *taps] => (groups, M). A view for linear layers, a copy for kernels of several taps."""
     assert weight.shape[1] % m == 0, f"{tuple(weight.shape)} has no groups of {m}"
-    channels_last = weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
-    return channels_last.reshape(-1, m)
+    return to_matrix(weight).reshape(-1, m)
 
 
 def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The inverse of `to_groups` for a weight of `shape`."""
-    if len(shape) == 4:
-        out, inputs, height, width = shape
-        return groups_GM.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
-    return groups_GM.reshape(shape)
-
-
-def padded_inputs(layer: nn.Conv2d, inputs_NIHW: torch.Tensor) -> torch.Tensor:
-    """Inputs of a convolution with its own padding around them, whatever its mode, "same" too."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(inputs_NIHW, layer._reversed_padding_repeated_twice, mode=mode)
+    return from_matrix(groups_GM, shape)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

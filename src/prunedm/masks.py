@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from prunedm.errors import UserError, first_line
+from prunedm.layer_kinds import oriented
 from prunedm.layers import to_groups
 from prunedm.reading import parse_json
 
@@ -46,10 +47,18 @@ class Pattern:
             raise UserError(f"pattern {text!r} is not of the form N:M; try 2:4")
         return cls(int(n), int(m))
 
+    def kept_in(self, weight: torch.Tensor) -> torch.Tensor:
+        """How many are not zero in each group of a weight or mask [O, I, *taps]: (G,)."""
+        return (to_groups(weight, self.m) != 0).sum(1)
+
+    def valid_in(self, weight: torch.Tensor) -> torch.Tensor:
+        """Whether a group has at most N that are not zero, as hardware wants it: boolean, (G,)."""
+        return self.kept_in(weight) <= self.n
+
 
 @dataclass(frozen=True)
 class Masks:
-    """Boolean masks by layer name, each of its layer's weight shape.
+    """Boolean masks by layer name, each of the shape of its layer's weight as [O, I, *taps].
 
     `patterns`: of the layers whose masks are N:M; the others are unstructured.
     """
@@ -142,10 +151,16 @@ class Masks:
         pattern, mask = self.patterns.get(name), self.by_layer[name]
         if pattern is None:
             return None
-        if mask.ndim not in (2, 4) or not mask.numel() or mask.shape[1] % pattern.m:
+        if mask.ndim < 2 or not mask.numel() or mask.shape[1] % pattern.m:
             return 0.0
-        kept_G = to_groups(mask, pattern.m).sum(1)
+        kept_G = pattern.kept_in(mask)
         return int((kept_G == pattern.n).sum()) / len(kept_G)
+
+    def validity(self, network: nn.Module) -> float | None:
+        """Share of the weights' own groups with at most N not zero; None where no layer is N:M."""
+        pairs = ((self.patterns.get(name), weight) for name, weight, _ in self._pairs(network))
+        valid = [pattern.valid_in(weight) for pattern, weight in pairs if pattern]
+        return float(torch.cat(valid).double().mean()) if valid else None
 
     @property
     def compliance(self) -> float:
@@ -164,6 +179,8 @@ class Masks:
         modules = dict(denoiser.named_modules())
         for name, mask in self:
             weight = getattr(modules.get(name), "weight", None)
+            if weight is not None:
+                weight = oriented(modules[name], weight)
             if weight is None or weight.shape != mask.shape:
                 found = "no such layer" if weight is None else f"shape {tuple(weight.shape)}"
                 raise UserError(

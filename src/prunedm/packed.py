@@ -16,11 +16,11 @@ from safetensors.torch import save
 from torch import nn
 
 from prunedm.errors import UserError, first_line
-from prunedm.layers import from_groups, to_groups
+from prunedm.layer_kinds import NAMES, find_kind, from_matrix, kind_of, oriented, to_matrix
 from prunedm.masks import Masks, Pattern, sorted_header
 from prunedm.reading import parse_json
 
-FORMAT, VERSION = "prunedm-packed", "1"
+FORMAT, VERSIONS = "prunedm-packed", ("1", "2")  # 2: some weights are transposed
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 _VALUES, _BITS, _SCALE = ".values", ".bits", ".scale"
 _PARTS = tuple(f".weight{part}" for part in (_VALUES, _BITS, _SCALE))
@@ -34,34 +34,35 @@ def save_packed(
 ) -> None:
     """Write the denoiser's state as one packed safetensors file; equal input gives equal bytes.
 
-    int8 stores the weights of Conv2d and Linear layers so, and all other floats as fp16.
+    int8 stores the weights of layers so (`layer_kinds.KINDS`), and all other floats as fp16.
     Raises `UserError` where masks do not hold on the weights, are not what their patterns say or
     are of other layers, and where `precision` cannot hold a value.
     """
     layers = {
         name: module
         for name, module in denoiser.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        if find_kind(module) is not None
     }
     masks = masks or Masks({})
     _check_masks(masks, denoiser, layers)
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in denoiser.state_dict().items():
+    for name, own in denoiser.state_dict().items():
         assert not name.endswith(_PARTS), f"{name} is a name of the format"
-        layer = name.removesuffix(".weight")
-        quantised = precision == "int8" and name.endswith(".weight") and layer in layers
-        if quantised and tensor.is_floating_point():
-            stored, tensors[name + _SCALE] = _quantise(layer, tensor.cpu())
+        module = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        tensor = own.cpu() if module is None else oriented(module, own.cpu())
+        if precision == "int8" and module is not None and tensor.is_floating_point():
+            stored, tensors[name + _SCALE] = _quantise(name.removesuffix(".weight"), tensor)
         else:
-            stored = _cast(name, tensor.cpu(), precision)
-        mask = masks.by_layer.get(layer) if name.endswith(".weight") else None
+            stored = _cast(name, tensor, precision)
+        mask = None if module is None else masks.by_layer.get(name.removesuffix(".weight"))
         if mask is None:
             tensors[name] = stored
         else:
-            mask_K = to_groups(mask.cpu(), 1).flatten()
-            tensors[name + _VALUES] = to_groups(stored, 1).flatten()[mask_K]
+            mask_K = to_matrix(mask.cpu()).flatten()
+            tensors[name + _VALUES] = to_matrix(stored).flatten()[mask_K]
             tensors[name + _BITS] = torch.from_numpy(np.packbits(mask_K.numpy()))
-    _write(path, tensors, _metadata(masks, precision))
+    turned = [f"{name}.weight" for name, layer in layers.items() if kind_of(layer).transposed]
+    _write(path, tensors, _metadata(masks, precision, turned))
 
 
 def load_packed(path: Path) -> tuple[dict[str, torch.Tensor], Masks | None]:
@@ -80,10 +81,10 @@ def load_packed(path: Path) -> tuple[dict[str, torch.Tensor], Masks | None]:
         raise UserError(f"{path} is no packed file or is damaged ({first_line(error)})") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no packed file: its metadata has no format {FORMAT}")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in VERSIONS:
         raise UserError(
             f"{path} is of packed version {metadata.get('version')}; "
-            f"this prunedm reads {VERSION}; update prunedm"
+            f"this prunedm reads {' and '.join(VERSIONS)}; update prunedm"
         )
     try:
         masks = _unpack(tensors, metadata)
@@ -127,7 +128,7 @@ def _check_masks(masks: Masks, denoiser: nn.Module, layers: Mapping[str, nn.Modu
     masks.check_pattern()
     for name, _ in masks:
         if name not in layers:
-            raise UserError(f"masks of {name} cannot be packed: it is no Conv2d or Linear")
+            raise UserError(f"masks of {name} cannot be packed: it is not a {NAMES}")
 
 
 def _cast(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -156,12 +157,13 @@ def _quantise(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return q_OR.reshape(weight.shape), scale_O
 
 
-def _metadata(masks: Masks, precision: Precision) -> dict[str, str]:
+def _metadata(masks: Masks, precision: Precision, turned: list[str]) -> dict[str, str]:
     shapes = {f"{name}.weight": list(mask.shape) for name, mask in masks}
     patterns = {name: str(pattern) for name, pattern in masks.patterns.items()}
-    return {
+    transposed = {"transposed": json.dumps(turned)} if turned else {}
+    return transposed | {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[bool(turned)],
         "precision": precision,
         "shapes": json.dumps(shapes, sort_keys=True),
         "patterns": json.dumps(patterns, sort_keys=True),
@@ -197,6 +199,11 @@ def _unpack(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Ma
         if weight == name:
             raise ValueError(f"{name} is of no packed weight")
         tensors[weight] = _dequantise(weight, _take(tensors, weight), tensors.pop(name))
+    for name in _transposed(metadata):
+        turned = _take(tensors, name)
+        if turned.ndim != 2:
+            raise ValueError(f"{name} is not a matrix, though it is said to be transposed")
+        tensors[name] = turned.T.contiguous()
     claimed = _table(metadata, "patterns")
     if not claimed.keys() <= by_layer.keys():
         raise ValueError(f"a pattern for {min(claimed.keys() - by_layer.keys())}, not packed")
@@ -209,7 +216,7 @@ def _whole(
     tensors: dict[str, torch.Tensor], name: str, shape: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight in its stored type and its mask, both of `shape`; their parts leave `tensors`."""
-    known = isinstance(shape, list) and len(shape) in (2, 4)
+    known = isinstance(shape, list) and 2 <= len(shape) <= 5
     if not (known and all(type(size) is int and size > 0 for size in shape)):
         raise ValueError(f"{name} has shape {shape}")
     values_K, bits = _take(tensors, name + _VALUES), _take(tensors, name + _BITS)
@@ -220,8 +227,7 @@ def _whole(
     weight_flat = values_K.new_zeros(len(mask_flat))
     weight_flat[mask_flat] = values_K
     del tensors[name + _VALUES], tensors[name + _BITS]
-    size = torch.Size(shape)
-    return from_groups(weight_flat, size).contiguous(), from_groups(mask_flat, size).contiguous()
+    return from_matrix(weight_flat, shape).contiguous(), from_matrix(mask_flat, shape).contiguous()
 
 
 def _unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
@@ -239,6 +245,14 @@ def _dequantise(name: str, q: torch.Tensor, scale_O: torch.Tensor) -> torch.Tens
     if not (fits and q.ndim and scale_O.shape == q.shape[:1] and bool(scale_O.isfinite().all())):
         raise ValueError(f"{name} has a scale that does not fit")
     return q.float() * scale_O.reshape(-1, *[1] * (q.ndim - 1))
+
+
+def _transposed(metadata: Mapping[str, str]) -> list[str]:
+    """Weights that are stored as [O, I] and were [I, O]."""
+    names = parse_json(metadata.get("transposed", "[]"), "transposed")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError("transposed is not a list of names")
+    return names
 
 
 def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from prunedm.errors import UserError
-from prunedm.layers import to_groups
 from prunedm.masks import Masks
 
 
@@ -21,7 +20,7 @@ def check_zeros(arrays: Iterable[tuple[str, np.ndarray]], masks: Masks, where: s
     its shape (transposed for linear layers) and zeros wherever the mask has them. Arrays are used
     once. Raises `UserError` naming the first layer whose zeros are not found, or not its pattern.
     """
-    free = [(name, array) for name, array in arrays if array.ndim in (2, 4)]
+    free = [(name, array) for name, array in arrays if array.ndim >= 2]
     for layer, mask in masks:
         kept = mask.numpy()
         found = _weight(free, layer, kept)
@@ -33,10 +32,9 @@ def check_zeros(arrays: Iterable[tuple[str, np.ndarray]], masks: Masks, where: s
         number, weight = found
         del free[number]
         pattern = masks.patterns.get(layer)
-        if pattern is not None:
-            groups_GM = to_groups(torch.from_numpy(np.ascontiguousarray(weight != 0)), pattern.m)
-            if int(groups_GM.sum(1).max()) > pattern.n:
-                raise UserError(f"{where}: the weight of {layer} is not {pattern} in the file")
+        kept_there = torch.from_numpy(np.ascontiguousarray(weight != 0))
+        if pattern is not None and not bool(pattern.valid_in(kept_there).all()):
+            raise UserError(f"{where}: the weight of {layer} is not {pattern} in the file")
     return len(masks.by_layer)
 
 

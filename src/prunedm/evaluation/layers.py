@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from prunedm.evaluation.results import LayerSparsity
-from prunedm.layers import prunable_layers, to_groups, why_not_nm
+from prunedm.layer_kinds import weight_of
+from prunedm.layers import prunable_layers, why_not_nm
 from prunedm.masks import Masks
 
 
@@ -15,7 +16,7 @@ def layer_sparsity(denoiser: nn.Module, masks: Masks | None) -> list[LayerSparsi
     m = min((pattern.m for pattern in patterns.values()), default=0)
     found = []
     for name, layer in prunable_layers(denoiser).items():
-        weight, pattern = layer.get_parameter("weight"), patterns.get(name)
+        weight, pattern = weight_of(layer), patterns.get(name)
         found.append(
             LayerSparsity(
                 name=name,
@@ -23,16 +24,11 @@ def layer_sparsity(denoiser: nn.Module, masks: Masks | None) -> list[LayerSparsi
                 weights=weight.numel(),
                 nonzero=int(torch.count_nonzero(weight)),
                 pattern=str(pattern) if pattern else "",
-                valid=_valid(weight, pattern.n, pattern.m) if pattern else None,
+                valid=float(pattern.valid_in(weight).double().mean()) if pattern else None,
                 why_dense=_why_dense(name, layer, masks, m),
             )
         )
     return found
-
-
-def _valid(weight: torch.Tensor, n: int, m: int) -> float:
-    nonzero_G = (to_groups(weight, m) != 0).sum(1)
-    return float((nonzero_G <= n).double().mean())
 
 
 def _why_dense(name: str, layer: nn.Module, masks: Masks | None, m: int) -> str:

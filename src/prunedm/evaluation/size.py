@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunedm.architecture import Inputs, answer, like_weights
-from prunedm.layers import prunable_layers, to_groups, why_not_nm
+from prunedm.layers import prunable_layers, why_not_nm
 from prunedm.masks import Masks
 
 HALF = 2  # bytes of a half-precision number
@@ -60,15 +60,10 @@ def nm_validity(denoiser: nn.Module, masks: Masks | None) -> NmValidity:
     """Checked on the weights themselves, not on the masks."""
     if masks is None or not masks.patterns:
         return NmValidity("", None, 0, {})
-    layers = prunable_layers(denoiser)
-    valid = [
-        (to_groups(layers[name].get_parameter("weight"), pattern.m) != 0).sum(1) <= pattern.n
-        for name, pattern in masks.patterns.items()
-    ]
     m = min(pattern.m for pattern in masks.patterns.values())
     dense = {
         name: why_not_nm(layer, m) or "left dense"
-        for name, layer in layers.items()
+        for name, layer in prunable_layers(denoiser).items()
         if name not in masks.by_layer
     }
-    return NmValidity(masks.pattern_text, float(torch.cat(valid).float().mean()), len(valid), dense)
+    return NmValidity(masks.pattern_text, masks.validity(denoiser), len(masks.patterns), dense)

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
+from prunedm.layer_kinds import NAMES, find_kind, oriented, weight_of
 from prunedm.layers import from_groups, prunable_layers, why_not_nm
 from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
@@ -22,7 +23,7 @@ from prunedm.removal.nm import eligible_layers, nm_mask
 
 
 class MaskProLayer(nn.Module):
-    """One Conv2d or Linear under an N:M mask with learned logits.
+    """One layer under an N:M mask with learned logits.
 
     In training mode every call draws a soft mask at `temperature`, whose gradient reaches the logits.
     In evaluation mode the mask is the most probable one. `set_mask` fixes a mask for both modes.
@@ -54,7 +55,7 @@ class MaskProLayer(nn.Module):
         self.n, self.m, self.pattern = n, m, pattern
         self.temperature = temperature
         self.original_layer = original_layer
-        size = self.weight.detach().float().abs()
+        size = weight_of(original_layer).detach().float().abs()
         first = Masks.uniform({"": nm_mask(size, pattern)}, pattern)
         self.mask_logits = nn.Parameter(MaskLogits(first, {"": size}, lead=lead).groups[0].detach())
         self.register_buffer("fixed_mask", None, persistent=False)
@@ -71,13 +72,14 @@ class MaskProLayer(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         mask = self._drawn_mask() if self.training and self.fixed_mask is None else self.get_mask()
-        masked = {"weight": self.weight * mask.to(self.weight.dtype)}
+        weight = self.weight_oriented * mask.to(self.weight.dtype)
+        masked = {"weight": oriented(self.original_layer, weight)}
         output: torch.Tensor = functional_call(self.original_layer, masked, arguments, keywords)
         return output
 
     @torch.no_grad()
     def get_mask(self) -> torch.Tensor:
-        """The hard mask, boolean, of the weight's shape: the fixed one, or the most probable."""
+        """The hard mask, boolean, as [O, I, *taps]: the fixed one, or the most probable."""
         if self.fixed_mask is not None:
             return self.fixed_mask
         return self._of_weight(ConditionalBernoulli(self.mask_logits, self.n).mode())
@@ -85,14 +87,19 @@ class MaskProLayer(nn.Module):
     def set_mask(self, mask: torch.Tensor | None) -> None:
         """Fix the mask; None goes back to the logits. It need not be N:M, nor leave anything out.
 
-        Raises `UserError` where its shape is not the weight's.
+        Raises `UserError` where its shape is not the weight's, as [O, I, *taps].
         """
-        weight = self.weight
+        weight = self.weight_oriented
         if mask is not None and mask.shape != weight.shape:
             raise UserError(
                 f"mask has shape {tuple(mask.shape)}, the layer's weight {tuple(weight.shape)}"
             )
         self.fixed_mask = None if mask is None else mask.bool().to(weight.device).contiguous()
+
+    @property
+    def weight_oriented(self) -> torch.Tensor:
+        """The weight as [O, I, *taps], as masks are."""
+        return oriented(self.original_layer, self.weight)
 
     def extra_repr(self) -> str:
         return str(self.pattern)
@@ -105,7 +112,7 @@ class MaskProLayer(nn.Module):
 
     def _of_weight(self, values_GM: torch.Tensor) -> torch.Tensor:
         # contiguous, or the product takes the mask's memory format, and a convolution other bits
-        return from_groups(values_GM, self.weight.shape).contiguous()
+        return from_groups(values_GM, self.weight_oriented.shape).contiguous()
 
 
 def wrap_model_with_maskpro(
@@ -132,9 +139,7 @@ def wrap_model_with_maskpro(
     if "" in layers:
         raise UserError(f"the model is itself a layer; use MaskProLayer(layer, {n}, {m})")
     if not layers:
-        raise UserError(
-            "there is no layer to wrap: no Conv2d or Linear, or all are wrapped already"
-        )
+        raise UserError(f"there is no layer to wrap: no {NAMES}, or all are wrapped already")
     eligible, _ = eligible_layers(layers, pattern)
     wrapped = {
         layer: MaskProLayer(layer, n, m, temperature=temperature, lead=lead)
@@ -177,8 +182,8 @@ def separate_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 
 def why_not_wrapped(layer: nn.Module, m: int) -> str | None:
     """None where a layer can be wrapped, else the reason."""
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        return "no Conv2d or Linear"
+    if find_kind(layer) is None:
+        return f"it is not a {NAMES}"
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return "its weight is computed (parametrized); remove the parametrization first"
     return why_not_nm(layer, m)

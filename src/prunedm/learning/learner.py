@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from prunedm.architecture import answer
+from prunedm.layer_kinds import oriented, weight_of
 from prunedm.learning.estimator import Estimator, Trial
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.memo import Memo
@@ -39,13 +40,18 @@ class Learner(nn.Module):
         super().__init__()
         self.logits, self.estimator = logits, estimator
         self.wanted, self.share, self.keep_magnitude = wanted, share, keep_magnitude
-        self.weights = {name: denoiser.get_parameter(f"{name}.weight") for name in logits.shapes}
         self.first_losses = first_losses
         if train_weights:
             self.denoiser = denoiser
         self._network = [denoiser]  # in a list: not registered
         for parameter in logits.parameters():
             parameter.register_hook(lambda gradient: gradient * mask_loss_weight)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those that the masks fall on, as [O, I, *taps]."""
+        network = self._network[0]
+        return {name: weight_of(network.get_submodule(name)) for name in self.logits.shapes}
 
     def forward(self, batch: Batch, progress: float, generator: torch.Generator) -> torch.Tensor:
         """The estimator's loss on these problems; `progress` and `generator` are those of `Trial`.
@@ -56,7 +62,7 @@ class Learner(nn.Module):
         autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        target = self.wanted(batch) if self.share else None
+        target, dense = self.wanted(batch) if self.share else None, self.weights
 
         def losses(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             with autocast:
@@ -67,13 +73,13 @@ class Learner(nn.Module):
             return (1 - self.share) * data + self.share * batch.distances(output, target)
 
         def first_loss() -> torch.Tensor:
-            first = {n: self.weights[n] * m.to(device) for n, m in self.logits.first}
+            first = {n: dense[n] * m.to(device) for n, m in self.logits.first}
             return self.first_losses(batch, lambda _: losses(first)).mean()
 
         trial = Trial(
             run=lambda weights: losses(weights).mean(),
             first_loss=first_loss,
-            weights=self.weights,
+            weights=dense,
             progress=progress,
             generator=generator,
             keep_magnitude=self.keep_magnitude * (1 - progress),
@@ -83,5 +89,9 @@ class Learner(nn.Module):
         return loss
 
     def _output(self, weights: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        masked = {f"{name}.weight": weight for name, weight in weights.items()}
-        return answer(self._network[0], batch.inputs, weights=masked)
+        network = self._network[0]
+        masked = {
+            f"{name}.weight": oriented(network.get_submodule(name), weight)
+            for name, weight in weights.items()
+        }
+        return answer(network, batch.inputs, weights=masked)

@@ -6,6 +6,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+from prunedm.layer_kinds import weight_of
 from prunedm.layers import prunable_layers
 from prunedm.learning.layer import (
     MaskProLayer,
@@ -30,7 +31,7 @@ class LayerSparsity(TypedDict):
 class OverallSparsity(TypedDict):
     """overall_sparsity = masked_parameters / total_parameters, of the whole model without logits.
 
-    masked_parameters: weights of Conv2d and Linear layers that are masked or zero.
+    masked_parameters: weights of layers that are masked or zero.
     nm_compliance: share of groups with exactly N kept, over the N:M layers; 0 where there are none.
     """
 
@@ -96,9 +97,7 @@ def _layer_masks(layers: Mapping[str, nn.Module], known: Masks) -> Masks:
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
+    return layer.weight_oriented if isinstance(layer, MaskProLayer) else weight_of(layer)
 
 
 def check_nm_compatibility(model: nn.Module, n: int, m: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
+from prunedm.layer_kinds import weight_of
 from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
 from prunedm.progress import Progress, Silent
@@ -111,7 +112,7 @@ def sensitivities(
         dense = denoising_loss(denoiser, held, device=device).mean
         bar.advance()
         for name, choices in candidates.items():
-            weight, losses[name] = layers[name].get_parameter("weight"), {}
+            weight, losses[name] = weight_of(layers[name]), {}
             for choice in choices:
                 if kept_share(choice) == 1:
                     losses[name][choice] = 0.0

@@ -1,27 +1,21 @@
 """What a UNet of given widths costs, computed from its layers without running or touching it."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
-from prunedm.layers import hooked
+from prunedm.layer_kinds import Side, find_kind, groups_of, weight_of, width_of
+from prunedm.layers import hooked, prunable_layers
 
-Side = Literal["in", "out"]
 Removed = Mapping[tuple[str, Side], int]  # positions that go, by layer and side
 
 
 def width(module: nn.Module, side: Side) -> int:
-    """Channels of a Conv2d, Linear or GroupNorm on one side."""
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels if side == "in" else module.out_channels
-    if isinstance(module, nn.Linear):
-        return module.in_features if side == "in" else module.out_features
-    assert isinstance(module, nn.GroupNorm)
-    return module.num_channels
+    """Channels of a layer or GroupNorm on one side."""
+    return module.num_channels if isinstance(module, nn.GroupNorm) else width_of(module, side)
 
 
 def count_params(denoiser: nn.Module, removed: Removed | None = None) -> int:
@@ -37,13 +31,16 @@ def count_params(denoiser: nn.Module, removed: Removed | None = None) -> int:
     return total
 
 
-def count_macs(
+def planned_macs(
     denoiser: nn.Module, positions: Mapping[str, int], removed: Removed | None = None
 ) -> int:
-    """Multiply-accumulates of convolutions, linear layers and attention, for one image."""
+    """Multiply-accumulates of layers and attention once `removed` is gone, for one image.
+
+    It runs nothing, as a search over widths must; `evaluation.size.count_macs` counts what runs.
+    """
     gone, total = removed or {}, 0
     for name, module in denoiser.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if find_kind(module) is not None:
             total += _weights(module, name, gone) * positions[name]
         elif isinstance(module, Attention):
             inner = _outputs(module.to_q, f"{name}.to_q", gone)
@@ -53,14 +50,14 @@ def count_macs(
 
 @torch.no_grad()
 def layer_positions(denoiser: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Output positions (pixels, tokens) of each Conv2d and Linear, for each row of `inputs`."""
+    """Output positions (pixels, tokens) of each layer, for each row of `inputs`."""
     positions: dict[str, int] = {}
+    rows = len(next(iter(inputs.values())))  # a layer may see more: tokens folded into its batch
 
     def record(name: str, layer: nn.Module, _: object, output: torch.Tensor) -> None:
-        positions[name] = output.numel() // (len(output) * width(layer, "out"))
+        positions[name] = output.numel() // (rows * width_of(layer, "out"))
 
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    with hooked(layers, record):
+    with hooked(prunable_layers(denoiser, protect=()), record):
         answer(denoiser, inputs)
     return positions
 
@@ -73,6 +70,5 @@ def _weights(module: nn.Module, name: str, removed: Removed) -> int:
     if isinstance(module, nn.GroupNorm):
         return _outputs(module, name, removed) * module.affine
     inputs = width(module, "in") - removed.get((name, "in"), 0)
-    assert isinstance(module.weight, torch.Tensor)
-    taps = module.weight[0, 0].numel()
-    return _outputs(module, name, removed) * inputs * taps // getattr(module, "groups", 1)
+    taps = weight_of(module)[0, 0].numel()
+    return _outputs(module, name, removed) * inputs * taps // groups_of(module)

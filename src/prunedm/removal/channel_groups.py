@@ -22,6 +22,7 @@ from torch import nn
 
 from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import UserError
+from prunedm.layer_kinds import find_kind, groups_of, kind_of
 from prunedm.layers import is_under
 from prunedm.removal.channel_costs import Side, width
 
@@ -113,9 +114,9 @@ def _coupled_channels(denoiser: nn.Module, inputs: Inputs) -> list[ChannelGroup]
     with torch.enable_grad():
         graph.build_dependency(copy, dict(inputs), forward_fn=answer, verbose=False)
     names = {module: name for name, module in copy.named_modules()}
-    roots = [m for m in graph.module2node if isinstance(m, nn.Conv2d | nn.Linear)]
+    roots = [m for m in graph.module2node if find_kind(m) is not None]
     # Convolutions first: the projection of scale_shift has two outputs for each of their channels.
-    roots.sort(key=lambda m: not isinstance(m, nn.Conv2d))
+    roots.sort(key=lambda m: not kind_of(m).axes)
     seen: set[tuple[str, Side]] = set()
     groups = []
     for root in roots:
@@ -150,7 +151,7 @@ def _check_coverage(denoiser: nn.Module, groups: Sequence[ChannelGroup]) -> None
             positions[coupling.layer, coupling.side].append(coupling.index_P)
     for (layer, side), found in positions.items():
         module = denoiser.get_submodule(layer)
-        if not isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
+        if not _has_channels(module):
             continue
         if torch.cat(found).sort().values.tolist() != list(range(width(module, side))):
             raise UserError(
@@ -158,11 +159,14 @@ def _check_coverage(denoiser: nn.Module, groups: Sequence[ChannelGroup]) -> None
             )
 
 
+def _has_channels(module: nn.Module) -> bool:
+    return isinstance(module, nn.GroupNorm) or find_kind(module) is not None
+
+
 def _is_free(denoiser: nn.Module, group: ChannelGroup, protected: Sequence[str]) -> bool:
     for coupling in group.couplings:
         module = denoiser.get_submodule(coupling.layer)
-        known = isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm)
-        if not known or getattr(module, "groups", 1) != 1:
+        if not _has_channels(module) or groups_of(module) != 1:
             return False
         if (coupling.layer, coupling.side) in _FIXED or is_under(coupling.layer, protected):
             return False

@@ -20,7 +20,7 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.narrowed import Narrowed, as_narrowed
-from prunedm.removal.channel_costs import Side, count_macs, count_params, width
+from prunedm.removal.channel_costs import Side, count_params, planned_macs, width
 from prunedm.removal.channel_groups import ChannelGroup
 from prunedm.removal.channel_target import (
     Block,
@@ -148,7 +148,7 @@ def _cost_function(
     denoiser: nn.Module, target_kind: str, positions: Mapping[str, int] | None
 ) -> Cost:
     if target_kind == "macs" and positions is not None:
-        return partial(count_macs, denoiser, positions)
+        return partial(planned_macs, denoiser, positions)
     return partial(count_params, denoiser)
 
 
@@ -212,7 +212,10 @@ def _figures(
     params = (count_params(denoiser), count_params(denoiser, removed))
     pairs = {"params": params, "channels": (channels, left)}
     if positions is not None:
-        before, after = count_macs(denoiser, positions), count_macs(denoiser, positions, removed)
+        before, after = (
+            planned_macs(denoiser, positions),
+            planned_macs(denoiser, positions, removed),
+        )
         pairs["macs"] = (before, after)
     figures: dict[str, int | float] = {}
     for kind, (before, after) in pairs.items():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from prunedm.layer_kinds import kind_of
 from prunedm.randomness import generator_for
 from prunedm.task import Batch
 
@@ -41,14 +42,13 @@ def influence(
 ) -> list[torch.Tensor]:
     """One draw of g^2, summed over the channels, at each position of these layers' outputs: (P,).
 
-    Positions are in the order in which the layer's weight meets them: problem, row, column.
+    Positions are in the order of `layer_kinds.patches`.
     """
     along = (output_NCHW.float() * signs_NCHW.float()).sum()
     gradients = torch.autograd.grad(along, list(outputs), allow_unused=True)
     found = []
     for layer, output, gradient in zip(layers, outputs, gradients, strict=True):
         g = torch.zeros_like(output) if gradient is None else gradient
-        channels = 1 if isinstance(layer, nn.Conv2d) else -1
         g = g if g.dtype == torch.float64 else g.float()
-        found.append(g.square().sum(channels).flatten().clamp_min(FLOOR))
+        found.append(g.square().sum(kind_of(layer).channel_axis).flatten().clamp_min(FLOOR))
     return found

@@ -1,17 +1,18 @@
 """Gram matrices X^T X of layers' inputs, streamed: memory does not grow with the problems.
 
-Letters: K columns of a layer's weight, ordered (kh, kw, I) with the input channel innermost, so
+Letters: K columns of a layer's weight, ordered (*taps, I) with the input channel innermost, so
 that M consecutive columns are one N:M group; P positions (pixels or tokens of all problems);
-N problems; Y, X output rows and columns; r, s kernel taps.
+N problems.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from prunedm.layers import hooked, padded_inputs
+from prunedm.layer_kinds import patches, weight_of
+from prunedm.layers import hooked
 from prunedm.progress import Bar
 from prunedm.removal.influence import influence, random_signs
 from prunedm.task import Batch, predict
@@ -23,7 +24,7 @@ ROWS = 512  # rows of a Gram computed together; what lies below the diagonal is 
 
 def columns_of(layer: nn.Module) -> int:
     """Columns of the weight: inputs times kernel taps."""
-    return layer.get_parameter("weight")[0].numel()
+    return weight_of(layer)[0].numel()
 
 
 def log_time_weights(level_N: torch.Tensor, ends: tuple[float, float]) -> torch.Tensor:
@@ -71,7 +72,7 @@ def input_grams(
         if name not in grams:
             grams[name] = x.new_zeros(columns_of(layers[name]), columns_of(layers[name]))
         start = 0
-        for x_PK in _unfolded(layers[name], x):
+        for x_PK in patches(layers[name], x):
             scaled_PK = x_PK
             if scale_P is not None:
                 scaled_PK = x_PK * scale_P[start : start + len(x_PK), None]
@@ -116,29 +117,6 @@ def _scaled(x: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
     assert len(x) % len(scale_N) == 0, f"{len(x)} rows of inputs for {len(scale_N)} problems"
     scale_N = scale_N.repeat_interleave(len(x) // len(scale_N)).to(x.dtype)  # tokens folded into N
     return x * scale_N.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _unfolded(layer: nn.Module, inputs: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The inputs as the layer's weight meets them, (P, K), in chunks of bounded size."""
-    if isinstance(layer, nn.Linear):
-        rows_PK = inputs.reshape(-1, inputs.shape[-1])
-        yield from rows_PK.split(max(1, CHUNK // rows_PK.shape[1]))
-        return
-    assert isinstance(layer, nn.Conv2d)
-    assert layer.groups == 1
-    view_NYXrsI = padded_inputs(layer, inputs).permute(0, 2, 3, 1)
-    for axis in (0, 1):
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
-        view_NYXrsI = view_NYXrsI.unfold(1 + axis, reach, layer.stride[axis])
-    view_NYXrsI = view_NYXrsI[..., :: layer.dilation[0], :: layer.dilation[1]]
-    view_NYXrsI = view_NYXrsI.permute(0, 1, 2, 4, 5, 3)
-    _, high, wide = view_NYXrsI.shape[:3]
-    columns = columns_of(layer)
-    problems = max(1, CHUNK // (high * wide * columns))
-    lines = max(1, CHUNK // (problems * wide * columns))
-    for some in view_NYXrsI.split(problems):
-        for part in some.split(lines, dim=1):
-            yield part.reshape(-1, columns)
 
 
 def _add_upper(gram_KK: torch.Tensor, x_PK: torch.Tensor) -> None:

@@ -78,8 +78,7 @@ def exact_pattern(layer: nn.Module, mask: torch.Tensor) -> Pattern | None:
     """
     for m in range(2, LARGEST_M + 1):
         if why_not_nm(layer, m) is None:
-            kept_G = to_groups(mask, m).sum(1)
-            n = int(kept_G[0])
-            if 0 < n < m and bool((kept_G == n).all()):
+            n = int(to_groups(mask, m)[0].sum())
+            if 0 < n < m and bool((Pattern(n, m).kept_in(mask) == n).all()):
                 return Pattern(n, m)
     return None

@@ -5,7 +5,7 @@ positions' influence on the model's output as in GuidedQuant, 2025): a sweep ove
 removes weights and moves the later columns to make up for them. The sweep cannot mend
 columns that it has passed, so in the end the kept weights are fitted once more, all together.
 
-Letters: O output channels; K columns, ordered (kh, kw, I); B columns of a block; S of a span.
+Letters: O output channels; K columns, ordered (*taps, I); B columns of a block; S of a span.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import from_groups, to_groups, why_not_nm
+from prunedm.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, weight_of
+from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
 from prunedm.progress import Progress, Silent
 from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
@@ -45,10 +46,10 @@ def obs_prune(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Prune the named Conv2d and Linear layers in place; returns their masks (True = kept).
+    """Prune the named layers in place; returns their masks (True = kept).
 
     `choices`, by layer: an N:M pattern; a share of the layer's weights to remove; or a boolean mask
-    of the weight's shape, whose kept weights are then only updated.
+    of the weight's shape [O, I, *taps], whose kept weights are then only updated.
     `time_weights`: of a problem at the noisiest timestep and at the last one, logarithmic between.
     `damping`: added to the diagonal of H, as a share of its mean.
     `swaps`: rounds of a search for better N:M masks after the sweep (removal/swaps.py).
@@ -89,16 +90,19 @@ def obs_prune(
 
 
 def _check(name: str, layer: nn.Module, choice: Choice) -> None:
-    if not isinstance(layer, nn.Conv2d | nn.Linear) or getattr(layer, "groups", 1) != 1:
-        raise UserError(f"{name}: OBS takes Conv2d of one group and Linear; leave it out")
+    if find_kind(layer) is None or groups_of(layer) != 1:
+        raise UserError(
+            f"{name}: OBS takes linear layers and convolutions of one group; leave it out"
+        )
+    shape = weight_of(layer).shape
     if isinstance(choice, Pattern):
         if reason := why_not_nm(layer, choice.m):
             raise UserError(f"pattern {choice} does not fit {name}: {reason}")
     elif isinstance(choice, torch.Tensor):
-        if choice.dtype != torch.bool or choice.shape != layer.weight.shape:
+        if choice.dtype != torch.bool or choice.shape != shape:
             raise UserError(
                 f"the mask of {name} is {choice.dtype} {tuple(choice.shape)}; it must be boolean "
-                f"{tuple(layer.weight.shape)}"
+                f"{tuple(shape)}"
             )
     elif not 0 <= choice < 1:
         raise UserError(f"{name}: the share to remove is {choice}; it must be in [0, 1)")
@@ -131,8 +135,8 @@ def _prune_layer(
     swaps: int,
 ) -> torch.Tensor:
     """Replace the layer's weight; returns its mask."""
-    weight = layer.get_parameter("weight")
-    w_OK = _to_columns(weight.detach().to(gram_KK.device, torch.float64))
+    weight = weight_of(layer)
+    w_OK = to_matrix(weight.detach().to(gram_KK.device, torch.float64)).clone()
     h_KK = gram_KK.double()
     dead_K = h_KK.diagonal() == 0
     w_OK[:, dead_K] = 0
@@ -146,13 +150,8 @@ def _prune_layer(
         swept_OK = found_OK.double()
     residual_OK = (w_OK - swept_OK) @ h_KK
     fitted_OK, _ = refit(swept_OK, residual_OK, keep_OK, h_KK, steps=FIT_STEPS)
-    weight.copy_(from_groups(fitted_OK, weight.shape))
-    return from_groups(keep_OK, weight.shape).contiguous()
-
-
-def _to_columns(weight: torch.Tensor) -> torch.Tensor:
-    """W[O, I, ...] => w_OK, always a copy."""
-    return to_groups(weight, weight.shape[1]).reshape(len(weight), -1).clone()
+    weight.copy_(from_matrix(fitted_OK, weight.shape))
+    return from_matrix(keep_OK, weight.shape).contiguous()
 
 
 def _damped_factor(
@@ -187,7 +186,7 @@ def _chooser(choice: Choice, w_OK: torch.Tensor, u_KK: torch.Tensor) -> tuple[Ch
         pattern = choice
         return lambda saliency_OM, _: nm_mask(saliency_OM, pattern), pattern.m
     if isinstance(choice, torch.Tensor):
-        given_OK = _to_columns(choice).to(w_OK.device)
+        given_OK = to_matrix(choice).to(w_OK.device)
         return lambda saliency_OB, first: given_OK[:, first : first + saliency_OB.shape[1]], BLOCK
     # How many go from each block is ranked over the whole layer beforehand, which makes the total
     # exact; which ones, when the sweep has come to them and the weights have moved.

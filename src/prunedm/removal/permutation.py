@@ -31,6 +31,7 @@ from torch import nn
 
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError
+from prunedm.layer_kinds import find_kind, oriented, weight_of
 from prunedm.layers import to_groups, why_not_nm
 from prunedm.masks import Pattern
 from prunedm.removal.channel_costs import Side, width
@@ -93,8 +94,10 @@ def permute_(denoiser: nn.Module, permutation: Permutation) -> None:
         if module is None or width(module, side) != len(order):
             raise UserError(f"permutation of another model: {name} has no {len(order)} {side}puts")
     for name in dict.fromkeys(layer for layer, _ in permutation.order):
-        for parameter in denoiser.get_submodule(name).parameters(recurse=False):
-            parameter.copy_(_reordered(parameter, name, permutation))
+        module = denoiser.get_submodule(name)
+        for parameter in module.parameters(recurse=False):
+            value = oriented(module, parameter)
+            value.copy_(_reordered(value, name, permutation))
 
 
 def permuted(
@@ -118,14 +121,14 @@ def _normalised_rows(
 ) -> torch.Tensor:
     """The layer's score as (rows, input channels), its absolute values adding up to one."""
     layer = dict(denoiser.named_modules()).get(name)
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
+    if layer is None or find_kind(layer) is None:
         raise UserError(f"pattern {pattern} is for {name!r}, which is no layer of this model")
     if reason := why_not_nm(layer, pattern.m):
         raise UserError(f"pattern {pattern} does not fit {name}: {reason}")
-    score = scores.get(name)
-    if score is None or score.shape != layer.weight.shape:
+    score, shape = scores.get(name), weight_of(layer).shape
+    if score is None or score.shape != shape:
         found = "no score" if score is None else f"a score of shape {tuple(score.shape)}"
-        raise UserError(f"{name} has {found}; its weight is {tuple(layer.weight.shape)}")
+        raise UserError(f"{name} has {found}; its weight is {tuple(shape)}")
     score = score.detach().to("cpu", torch.float64).abs()
     total = score.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return to_groups(score / total, score.shape[1])

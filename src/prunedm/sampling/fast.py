@@ -12,9 +12,9 @@ from torch import nn
 
 from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import first_line
+from prunedm.layer_kinds import find_kind
 from prunedm.layers import replace_module
 
-WEIGHTED = (nn.Conv2d, nn.Linear)
 # Share of an eager call that compiling saves, and the seconds that it takes for each module with
 # weights of its own. For a UNet of 91 such modules on one core: 0.44 and 0.47; on an H100: 0.77 and
 # 0.27. All are on the careful side: a wrong "no" costs a part of the saving, a wrong "yes" a wait.
@@ -165,7 +165,7 @@ def _mixed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     names = [n for n, m in denoiser.named_modules() if _stays_float32(n, m, precise)]
     kept = {id(m) for name in names for m in denoiser.get_submodule(name).modules()}
     for module in denoiser.modules():
-        if isinstance(module, WEIGHTED) and id(module) not in kept:
+        if find_kind(module) is not None and id(module) not in kept:
             module.to(dtype)
     for name in names:
         wrapped = _InFloat32(denoiser.get_submodule(name), device.type)

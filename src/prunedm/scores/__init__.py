@@ -21,6 +21,7 @@ from prunedm.calibration import (
     loss_gradients,
 )
 from prunedm.errors import UserError
+from prunedm.layer_kinds import for_weight, weight_of
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
 from prunedm.scores import diff_pruning, wanda
@@ -62,13 +63,13 @@ def score_layers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The score of every weight of every layer, each of its weight's shape, on the CPU.
+    """The score of every weight of every layer, each as [O, I, *taps], on the CPU.
 
     Raises `UserError` for calibration images of another shape than the model's, and for a score
     that is not finite.
     """
     score = SCORES[name]
-    weights = {n: layer.get_parameter("weight").detach().cpu() for n, layer in layers.items()}
+    weights = {n: weight_of(layer).detach().cpu() for n, layer in layers.items()}
     if score.needs_problems:
         assert calibration is not None, f"{name} needs problems"
         _check_shape(denoiser, calibration.problems.batch([0]))
@@ -119,7 +120,7 @@ def _input_norms(
         progress=progress,
     )
     return {
-        n: wanda.OVER_TIME[calibration.over_time](squares_B.sqrt())
+        n: for_weight(layers[n], wanda.OVER_TIME[calibration.over_time](squares_B.sqrt()))
         for n, squares_B in squares.items()
     }
 
@@ -158,9 +159,10 @@ def _input_variances(
     calibration: Calibration,
     progress: Progress | None,
 ) -> Statistics:
-    return input_variances(
+    variances = input_variances(
         denoiser, layers, calibration.batches, device=calibration.device, progress=progress
     )
+    return {n: for_weight(layers[n], variance) for n, variance in variances.items()}
 
 
 _STATISTICS = {

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunedm.layers import to_groups, why_not_nm
+from prunedm.layer_kinds import find_kind, kind_of, to_matrix, weight_of, width_of
+from prunedm.layers import why_not_nm
+from prunedm.masks import Pattern
 from prunedm.sparse_kernels.gemm import CUDA_KERNELS, Gemm, Kernel
 
 _PATCH_BYTES = 1 << 28  # of unfolded pixels at a time
@@ -21,10 +23,10 @@ _ROW_MULTIPLE = 8  # of pixels: PyTorch copies what is no multiple of it, at eac
 class SparseLinear(nn.Module):
     """A linear layer by a sparse GEMM; inputs are cast to the weight's type, as autocast does."""
 
-    def __init__(self, layer: nn.Linear, kernel: Kernel) -> None:
+    def __init__(self, layer: nn.Module, kernel: Kernel) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.gemm = kernel.pack(layer.weight.detach())
+        self.in_features, self.out_features = width_of(layer, "in"), width_of(layer, "out")
+        self.gemm = kernel.pack(weight_of(layer).detach().contiguous())
         self.bias = copy.deepcopy(layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,22 +132,16 @@ class SparseConv2d(nn.Module):
         return max(1, _PATCH_BYTES // patches)
 
 
-def to_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """W[O, I] or W[O, I, kh, kw] => W[O, K], K = (kh, kw, I)."""
-    return to_groups(weight, 4).reshape(weight.shape[0], -1)
-
-
 def forms(layer: nn.Module) -> tuple[str, ...]:
     """The ways a layer can become GEMMs; one where they are all the same."""
-    assert isinstance(layer, (nn.Linear, nn.Conv2d))
-    if isinstance(layer, nn.Linear) or layer.weight[0, 0].numel() == 1:
+    if weight_of(layer)[0, 0].numel() == 1:
         return ("gemm",)
     return ("im2col", "shifted")
 
 
 def to_sparse(layer: nn.Module, kernel: Kernel, form: str) -> nn.Module:
     """The layer in one of its `forms`."""
-    if isinstance(layer, nn.Linear):
+    if not kind_of(layer).axes:
         return SparseLinear(layer, kernel)
     assert isinstance(layer, nn.Conv2d)
     return SparseConv2d(layer, kernel, "im2col" if form == "gemm" else form)
@@ -155,12 +151,12 @@ def candidates(
     layer: nn.Module, dtype: torch.dtype, kernels: Sequence[Kernel]
 ) -> tuple[list[tuple[Kernel, str]], list[str]]:
     """Kernels and forms that take a 2:4 layer in this type; and why the others do not."""
-    assert isinstance(layer, (nn.Linear, nn.Conv2d))
-    outputs, inputs = layer.weight.shape[:2]
+    weight = weight_of(layer)
+    outputs, inputs = weight.shape[:2]
     found, refused = [], []
     for kernel in kernels:
         for form in forms(layer):
-            columns = inputs if form == "shifted" else layer.weight[0].numel()
+            columns = inputs if form == "shifted" else weight[0].numel()
             reason = kernel.why_not(outputs, columns, dtype)
             found += [(kernel, form)] * (reason is None)
             refused += [f"{kernel.name}: {reason}"] * (reason is not None)
@@ -170,9 +166,10 @@ def candidates(
 def why_not_sparse(
     layer: nn.Module, dtype: torch.dtype, kernels: Sequence[Kernel] = CUDA_KERNELS
 ) -> str | None:
-    """None where a linear or convolution layer can run as a 2:4 GEMM of `dtype`, else the reason."""
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        return f"{type(layer).__name__} is no linear or convolution layer"
+    """None where a linear layer or Conv2d can run as a 2:4 GEMM of `dtype`, else the reason."""
+    kind = find_kind(layer)
+    if kind is None or kind.axes not in (0, 2):
+        return f"a {type(layer).__name__} is neither a linear layer nor a Conv2d"
     reason = why_not_nm(layer, 4)
     if reason is not None:
         return reason
@@ -181,7 +178,7 @@ def why_not_sparse(
             return "dilated convolution"
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             return f"padding {layer.padding!r} with {layer.padding_mode}"
-    full_G = (to_groups(layer.weight.detach(), 4) != 0).sum(1) > 2
+    full_G = ~Pattern(2, 4).valid_in(weight_of(layer).detach())
     if full_G.any():
         return f"not 2:4: {int(full_G.sum()):,} of {len(full_G):,} groups keep more than 2 of 4"
     found, refused = candidates(layer, dtype, kernels)

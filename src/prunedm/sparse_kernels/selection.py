@@ -13,6 +13,7 @@ from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import Call, in_turns, one_call
 from prunedm.inference import evaluating
+from prunedm.layer_kinds import weight_of, width_of
 from prunedm.layers import hooked, prunable_layers, replace_module
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
@@ -154,7 +155,7 @@ def _fastest(
 ) -> tuple[Choice, nn.Module | None]:
     """The choice for one layer, and the module to put in its place."""
     choice = _described(name, layer, met and met[1])
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    weight = weight_of(layer)
     reason = why_not_sparse(layer, dtype, kernels)
     if reason is None and weight.dtype != dtype:
         reason = f"its weights are {in_words(weight.dtype)}, not {in_words(dtype)}"
@@ -208,7 +209,7 @@ def _observed(
     met: dict[str, Met] = {}
 
     def hear(name: str, layer: Any, inputs: Any, output: torch.Tensor) -> None:
-        met.setdefault(name, (inputs[0].to("meta"), output.numel() // layer.weight.shape[0]))
+        met.setdefault(name, (inputs[0].to("meta"), output.numel() // width_of(layer, "out")))
 
     with hooked(layers, hear):
         return call(), met
@@ -231,11 +232,11 @@ def _unmeasured(name: str, layer: nn.Module, dtype: torch.dtype) -> Choice:
 
 
 def _described(name: str, layer: nn.Module, pixels: int | None) -> Choice:
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    weight = weight_of(layer)
     kind = "linear"
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         stride = f", stride {layer.stride[0]}" if layer.stride[0] > 1 else ""
-        kind = f"{layer.kernel_size[0]}x{layer.kernel_size[1]} convolution{stride}"
+        kind = f"{'x'.join(map(str, layer.kernel_size))} convolution{stride}"
     return Choice(name, kind, len(weight), weight[0].numel(), pixels)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.folder import Model, load
-from prunedm.layers import prunable_layers, to_groups
+from prunedm.layer_kinds import weight_of
+from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
 from prunedm.places import target
 from prunedm.record import Source
@@ -225,7 +226,7 @@ def _finish(
         mask, score = masks.by_layer[name], _weight(layer).abs()
         if not bool(score.isfinite().all()):
             raise UserError(f"weights of {name} are not all finite, so none can be said to go")
-        kept_G = to_groups(mask, pattern.m).sum(1)
+        kept_G = pattern.kept_in(mask)
         change = Projected(int((kept_G > pattern.n).sum()), int((kept_G < pattern.n).sum()))
         by_layer[name], changed = project(mask, score, pattern)
         assert changed == change.over + change.under
@@ -236,8 +237,8 @@ def _finish(
 
 
 def _weight(layer: nn.Module) -> Any:
-    """The weight (O, I, ...), on the CPU as masks are."""
-    return layer.get_parameter("weight").detach().cpu()
+    """The weight, on the CPU as masks are."""
+    return weight_of(layer).detach().cpu()
 
 
 def _layers(count: int) -> str:

@@ -4,6 +4,7 @@ import torch
 
 from prunedm.errors import UserError
 from prunedm.folder import Model
+from prunedm.layer_kinds import weight_of
 from prunedm.stages.inputs import reload
 
 
@@ -14,12 +15,10 @@ def unmasked(given: Model, before: Model) -> Model:
     """
     if given.masks is None:
         return given
-    masked = {f"{name}.weight": mask for name, mask in given.masks}
     with torch.no_grad():
-        for name, parameter in given.denoiser.named_parameters():
-            if name in masked:
-                removed = before.denoiser.get_parameter(name)
-                parameter.copy_(torch.where(masked[name], parameter, removed))
+        for name, mask in given.masks:
+            now, then = (weight_of(m.denoiser.get_submodule(name)) for m in (given, before))
+            now.copy_(torch.where(mask, now, then))
     return given
 
 

@@ -9,14 +9,15 @@ from torch import nn
 
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
-from prunedm.evaluation.size import count_parameters
+from prunedm.evaluation.size import count_macs, count_parameters
 from prunedm.folder import Model
+from prunedm.layer_kinds import width_of
 from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
 from prunedm.options import PruneOptions, parse_target
 from prunedm.progress import Progress
 from prunedm.removal.allocation import Choice
-from prunedm.removal.channel_costs import count_macs, layer_positions
+from prunedm.removal.channel_costs import layer_positions
 from prunedm.removal.weights import share_of_weights
 from prunedm.stages.inputs import score_weights
 from prunedm.tables import SCORES
@@ -49,6 +50,11 @@ class Job:
         return [step for step in (16, 8, 4, 2, 1) if step <= (16 if widest > 64 else 8)]
 
     @cached_property
+    def macs(self) -> int:
+        """Of the whole model, for one image."""
+        return count_macs(self.model.denoiser, self.model.example())
+
+    @cached_property
     def positions(self) -> dict[str, int]:
         return layer_positions(self.model.denoiser.cpu(), self.model.example())
 
@@ -65,8 +71,7 @@ def share_to_remove(job: Job, kind: str, ratio: float) -> float:
     """The share of the layers' weights, or of their MACs, that meets the target."""
     total, positions = count_parameters(job.model.denoiser), None
     if kind == "macs":
-        positions = job.positions
-        total = count_macs(job.model.denoiser, positions)
+        total, positions = job.macs, job.positions
     weights = {name: layer.get_parameter("weight").numel() for name, layer in job.layers.items()}
     return share_of_weights(kind, ratio, weights=weights, total=total, positions=positions)
 
@@ -77,8 +82,7 @@ def removed_share(job: Job, kind: str) -> float:
     assert masks is not None
     gone = {name: int((~mask).sum()) for name, mask in masks}
     if kind == "macs":
-        total = count_macs(job.model.denoiser, job.positions)
-        return sum(count * job.positions[name] for name, count in gone.items()) / total
+        return sum(count * job.positions[name] for name, count in gone.items()) / job.macs
     if kind == "params":
         return sum(gone.values()) / count_parameters(job.model.denoiser)
     return sum(gone.values()) / sum(m.get_parameter("weight").numel() for m in job.layers.values())
@@ -94,8 +98,7 @@ def requested(kind: str, ratio: float, achieved: float, why: str) -> Details:
 
 def widths(layer: nn.Module) -> list[int]:
     """Input and output channels."""
-    weight = layer.get_parameter("weight")
-    return [weight.shape[1], weight.shape[0]]
+    return [width_of(layer, "in"), width_of(layer, "out")]
 
 
 def check_options(options: PruneOptions, model: Model) -> None:

@@ -15,7 +15,6 @@ from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.hub import find
-from prunedm.layers import to_groups
 from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
@@ -252,12 +251,8 @@ def dropout(denoiser: nn.Module, p: float | None) -> Iterator[None]:
 
 def observed(denoiser: nn.Module, masks: Masks) -> dict[str, float]:
     """The share of zeros in the masked layers, and of N:M groups in which at most N are not zero."""
-    nonzero = {name: denoiser.get_parameter(f"{name}.weight") != 0 for name, _ in masks}
-    figures = {"sparsity": 1 - sum(int(kept.sum()) for kept in nonzero.values()) / masks.total}
-    if masks.patterns:
-        valid = [
-            to_groups(nonzero[name], pattern.m).sum(1) <= pattern.n
-            for name, pattern in masks.patterns.items()
-        ]
-        figures["compliance"] = float(torch.cat(valid).double().mean())
+    weights = [denoiser.get_parameter(f"{name}.weight") for name, _ in masks]
+    figures = {"sparsity": 1 - sum(int(torch.count_nonzero(w)) for w in weights) / masks.total}
+    if (valid := masks.validity(denoiser)) is not None:
+        figures["compliance"] = valid
     return figures

@@ -12,6 +12,7 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
+from prunedm.layer_kinds import weight_of
 from prunedm.layers import prunable_layers
 from prunedm.learning.logits import MaskLogits, groups_changed
 from prunedm.learning.trainer import learn_masks
@@ -157,7 +158,7 @@ def _learn(
         with masks.applied(model.denoiser):
             return samples(model, options, device)
 
-    scores = {name: model.denoiser.get_parameter(f"{name}.weight").detach() for name, _ in first}
+    scores = {name: weight_of(model.denoiser.get_submodule(name)).detach() for name, _ in first}
     cycle = -(-options.dataset_size // _stride(options, accelerator.num_processes))
     learned = learn_masks(
         model.denoiser,
