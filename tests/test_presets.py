@@ -244,3 +244,10 @@ def test_a_run_with_a_preset_and_less_of_it(tmp_path, capsys):
 def test_yaml_text_refuses_what_is_no_preset():
     with pytest.raises(UserError, match="no preset"):
         yaml_text("config2", "relaxed")
+
+
+def test_a_grouped_option_wins_over_the_preset(monkeypatch):
+    given = LearnOptions(estimator="policy-gradient", samples=4)
+    assert with_preset(given, "quick").policy_gradient.samples == 4
+    words = ["--estimator", "policy-gradient", "--preset", "quick", "--samples", "6"]
+    assert caught(monkeypatch, *words).policy_gradient.samples == 6

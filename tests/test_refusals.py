@@ -15,14 +15,15 @@ from prunedm.experiments import study
 from prunedm.experiments import sweep as sweeps
 from prunedm.experiments.plan import Range, Search, Sweep
 from prunedm.messages import one_line
-from prunedm.options import Options, TrainOptions
+from prunedm.options import Group, Options, TrainOptions
 from prunedm.recipe import Recipe
+from prunedm.stages import train
 from prunedm.stages.evaluating.steps import Steps
-from prunedm.stages.verbs.train import train
 from prunedm.watching import Watched
 
 CLASSES = [
     *(c for c in vars(options).values() if isinstance(c, type) and issubclass(c, Options)),
+    *Group.__subclasses__(),
     Recipe,
     Search,
 ]

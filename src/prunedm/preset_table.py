@@ -148,7 +148,8 @@ def yaml_text(name: str, estimator: EstimatorName) -> str:
     own = preset_named(name).options(estimator)
     full = LearnOptions(estimator=estimator, **own).filled()
     own = {"estimator": estimator, "lr": full.lr, "logits": full.logits} | own
-    rest = {k: v for k, v in full.model_dump(mode="json").items() if k not in own}
+    every = full.model_dump(mode="json")
+    own, rest = {k: every[k] for k in own}, {k: v for k, v in every.items() if k not in own}
     comments = "".join(f"# {line}\n" for line in _dump(rest).splitlines())
     return (
         f"# prunedm learn MODEL OUT --config FILE: preset {name}, {PRESETS[name].purpose}\n"

@@ -180,7 +180,8 @@ def _of_options() -> Iterator[Case]:
     """Wrong values of every option; one that several verbs share is tried with the first."""
     tried = set()
     for verb, (options, command) in BASES.items():
-        for name, field in options.model_fields.items():
+        for leaf in options.leaves():
+            name, field = leaf.flag, leaf.field
             if (name, field.annotation, repr(field.metadata)) in tried:
                 continue
             tried.add((name, field.annotation, repr(field.metadata)))

@@ -42,7 +42,7 @@ def _train_preset(name: str, given: Table) -> Table:
 
 def _learn_preset(name: str, given: Table) -> Table:
     estimator = given.get("estimator", LearnOptions().estimator)
-    return preset_named(name).options(estimator) | given
+    return combined(preset_named(name).options(estimator), LearnOptions.nested(given))
 
 
 # the help of --preset, and what was given over a preset of that name

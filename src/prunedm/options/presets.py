@@ -39,7 +39,8 @@ class Preset:
             return update | {"steps": steps} | trained
         if estimator == "policy-gradient":
             samples = PolicyGradientOptions().samples
-            return update | {"steps": self.masks // samples, "samples": samples}
+            own = {"policy_gradient": {"samples": samples}}
+            return update | {"steps": self.masks // samples} | own
         rare = {"validate_every": 500, "checkpoint_every": 500}  # a step is a forward pass
         return update | {"steps": self.masks, "lr": self.lr, "logits": self.logits} | rare
 
@@ -79,8 +80,11 @@ def preset_named(name: str) -> Preset:
 
 def with_preset(given: LearnOptions, name: str) -> LearnOptions:
     """`given` wins over the preset wherever it was set; the preset wins over the defaults."""
-    below = preset_named(name).options(given.estimator)
-    return LearnOptions.model_validate(below | given.model_dump(exclude_unset=True))
+    below, above = preset_named(name).options(given.estimator), given.model_dump(exclude_unset=True)
+    groups = {
+        key: below[key] | above[key] for key in below.keys() & above if isinstance(below[key], dict)
+    }
+    return LearnOptions.model_validate(below | above | groups)
 
 
 @dataclass(frozen=True)
