@@ -229,7 +229,7 @@ def fresh_records():
 
 
 def test_the_example_of_the_docs_is_a_family(tmp_path, monkeypatch, fresh_records):
-    code, line = re.findall(r"```python\n(.*?)```", page(), re.S)
+    code, line = re.findall(r"```(?:python|text)\n(.*?)```", page(), re.S)
     (tmp_path / "pixart.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     name, module = re.fullmatch(r'\s*"(\w+)": "prunedm\.architectures\.(\w+)",\s*', line).groups()

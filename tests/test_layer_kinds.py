@@ -48,6 +48,7 @@ from prunedm.scores import SCORES, Calibration, score_layers
 from prunedm.sparse_kernels.gemm import PACKED
 from prunedm.sparse_kernels.layers import to_sparse, why_not_sparse
 from prunedm.stages.verbs.finetune import observed
+from prunedm.task import Times
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -190,17 +191,15 @@ def test_a_grouped_convolution_has_the_scores_of_its_groups_apart(score, shape, 
 
 def measured(score: str, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     calibration = SimpleNamespace(
-        problems=SimpleNamespace(batch=lambda _: None, first=0, last=999),
+        problems=SimpleNamespace(batch=lambda _: None, times=Times(0, 999, 1000)),
         batches=batches(x, (len(x),)),
         time_bins=1,
         over_time="mean",
         over_problems="mean",
         device="cpu",
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunedm.scores.check_sample_shape", lambda *_: None)
-        network = OneLayer(layer)
-        return score_layers(network, {"layer": layer}, score, calibration=calibration)["layer"]
+    network = OneLayer(layer)
+    return score_layers(network, {"layer": layer}, score, calibration=calibration)["layer"]
 
 
 def test_a_position_counts_in_the_order_of_the_patches():
@@ -384,7 +383,6 @@ def test_obs_prunes_as_in_the_twin(choice, guidance, swaps):
             network,
             chosen,
             batches=problems().stream(8, size=4),
-            train_timesteps=1000,
             swaps=swaps,
             guidance=guidance,
         )
@@ -547,4 +545,4 @@ def test_obs_refuses_what_it_cannot_take():
         with pytest.raises(
             UserError, match=r"layer: OBS takes linear layers and convolutions of one"
         ):
-            obs_prune(OneLayer(layer), {"layer": 0.5}, batches=[], train_timesteps=1000)
+            obs_prune(OneLayer(layer), {"layer": 0.5}, batches=[])

@@ -223,7 +223,7 @@ def test_the_loss_beside_pruning_is_of_as_many_problems_as_asked_for(tmp_path, c
         hashes.add(load(tmp_path / str(count)).hash)
         assert record.figures.get("problems", 0) == stats["before"].get("problems", 0) == count
         assert ("loss_before" in record.figures) == ("loss" in stats["after"]) == (count > 0)
-        pruning_table(tmp_path / str(count) / "pruning_stats.json")
+        pruning_table(tmp_path / str(count))
         assert (f"loss, {count} problems" in capsys.readouterr().out) == (count > 0)
     assert stats["before"]["loss"] == pytest.approx(loss_of(dense, 90), rel=1e-5)
     assert len(hashes) == 1

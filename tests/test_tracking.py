@@ -17,7 +17,7 @@ from prunedm.errors import UserError
 from prunedm.folder import load, save
 from prunedm.options import FinetuneOptions, LearnOptions, LoopOptions, PruneOptions, TrainOptions
 from prunedm.progress import Silent
-from prunedm.stages import finetune, frame, learn, prune, shown, train
+from prunedm.stages import finetune, learn, prune, shown, train
 from prunedm.training import loop, services
 from prunedm.training.tracking import Shown, Tracking, distribution
 
@@ -317,7 +317,7 @@ def test_images_that_cannot_be_drawn_end_pictures_but_not_curves(dense, fake, tm
 
 def test_options_of_trackers_do_not_change_what_a_result_is():
     one = FinetuneOptions(tracker="wandb", tracker_mode="offline", track_images=3)
-    assert frame.identifying(one) == frame.identifying(FinetuneOptions())
+    assert one.identity() == FinetuneOptions().identity()
 
 
 @pytest.mark.parametrize("count", [1, 19, 1000])

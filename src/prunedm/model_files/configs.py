@@ -18,8 +18,8 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunedm.architecture import Shape, answer, architecture_named, example_shapes
-from prunedm.errors import UserError, first_line, shortened
+from prunedm.architecture import ARCHITECTURES, Shape, answer, architecture_named, example_shapes
+from prunedm.errors import UserError, first_line, nearest, shortened
 from prunedm.narrowed import PREFIX, narrowed
 from prunedm.reading import read_object
 
@@ -138,7 +138,7 @@ def read_network_config(folder: Path) -> dict[str, Any]:
     if cls is None:
         raise UserError(
             f"{folder} holds a {shown(name).strip(chr(39))}, which neither diffusers nor transformers "
-            "has; supported: their networks, by the class's name in config.json"
+            f"has; supported: their networks, by the class's name{nearest(name, list(ARCHITECTURES))}"
         )
     if not hasattr(cls, "from_config"):  # of transformers, which checks its own configurations
         return config

@@ -92,7 +92,7 @@ def score_layers(
 
 def _check_shape(network: nn.Module, problems: Batch) -> None:
     """Raise `UserError` where problems have another shape than the network was trained on."""
-    if getattr(network.config, "sample_size", None) is None:  # it takes any
+    if getattr(getattr(network, "config", None), "sample_size", None) is None:  # it takes any
         return
     wanted = architecture_of(network).shape(network)
     given = tuple(problems.inputs["sample"].shape[1:])
