@@ -2,19 +2,28 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    VQModel,
+)
 from families import model as model_of
-from helpers import noise_images
+from helpers import noise_images, tiny_model
 from PIL import Image
 from pipelines import autoencoder, latent_diffusion, stable_diffusion
+from safetensors.torch import load_file
 
 from prunedm.codec import Latents
 from prunedm.condition import Prompts
 from prunedm.errors import UserError
 from prunedm.folder import hash_folder, load, save
+from prunedm.model_files import companions
 from prunedm.options import DataOptions, FinetuneOptions, LossOptions, PruneOptions
 from prunedm.sampling import images_of
 from prunedm.stages import finetune, loss, prune
@@ -224,3 +233,130 @@ def test_a_class_without_a_record_takes_masks_that_ask_nothing(tmp_path):
     assert again.masks.kept * 2 == again.masks.total
     with pytest.raises(UserError, match="how to ask a PixArtTransformer2DModel is not known"):
         loss(tmp_path / "pixart", tmp_path / "loss", LossOptions(**QUICK))
+
+
+# ------------------------------------------------------------------------ types, hashes, sizes
+
+
+def test_weights_keep_the_types_of_their_file(tmp_path):
+    network = model_of("SD3Transformer2DModel").denoiser.to(torch.bfloat16)
+    network.pos_embed.proj.to(torch.float32)
+    network.save_pretrained(tmp_path / "mixed")
+    model = load(tmp_path / "mixed")
+    assert model.dtype == torch.bfloat16
+    assert model.other_dtypes.keys() == {"pos_embed.proj.weight", "pos_embed.proj.bias"}
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}  # it is small
+    save(model, tmp_path / "again")
+    (before,), (after,) = (
+        [load_file(path) for path in place.rglob("*.safetensors")]
+        for place in (tmp_path / "mixed", tmp_path / "again")
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name])
+
+
+def test_a_large_network_is_not_widened_in_memory(tmp_path, monkeypatch):
+    network = model_of("SD3Transformer2DModel").denoiser.to(torch.bfloat16)
+    network.save_pretrained(tmp_path / "large")
+    for place in ("folder", "model_files.weights"):
+        monkeypatch.setattr(f"prunedm.{place}.LARGE", 1)
+    model = load(tmp_path / "large")
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+    save(model, tmp_path / "again")
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+    (path,) = (tmp_path / "again").rglob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+
+
+def test_large_files_are_hashed_once_and_again_when_they_change(tmp_path, monkeypatch):
+    save(model_of("UNet2DModel"), tmp_path / "m")
+    plain = hash_folder(tmp_path / "m")
+    monkeypatch.setattr(companions, "REMEMBERED", 0)
+    read = []
+    chunks = companions._chunks
+    monkeypatch.setattr(companions, "_chunks", lambda path: read.append(path) or chunks(path))
+    assert hash_folder(tmp_path / "m") == plain
+    count = len(read)
+    assert count > 0
+    assert hash_folder(tmp_path / "m") == plain
+    assert len(read) == count  # nothing was read again
+    config = tmp_path / "m" / "unet" / "config.json"
+    config.write_text(config.read_text().replace("8", "9", 1))  # of the same size
+    assert hash_folder(tmp_path / "m") != plain
+
+
+@pytest.mark.parametrize("cls", ["AutoencoderKL", "AutoencoderTiny", "VQModel"])
+def test_every_kind_of_autoencoder_goes_there_and_back(cls):
+    vae = autoencoder() if cls == "AutoencoderKL" else OTHERS[cls]()
+    channels = vae.config.latent_channels
+    codec = Latents(vae.eval(), (channels, 8, 8), key=cls)
+    assert codec.image_shape == (3, 16, 16)
+    images = torch.stack([noise_images(2, size=16, channels=3)[k] for k in range(2)])
+    clean = codec.encode(images)
+    assert clean.shape == (2, channels, 8, 8)
+    assert clean.dtype == torch.float32
+    decoded = codec.decode(clean)
+    assert decoded.shape == (2, 3, 16, 16)
+    with torch.no_grad():
+        ranged = images.float() / 127.5 - 1
+        found = vae.encode(ranged)
+        z = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        due = ((vae.decode(z).sample.clamp(-1, 1) + 1) * 127.5).round()
+    assert (decoded.float() - due).abs().max() <= 1
+
+
+OTHERS = {
+    "AutoencoderTiny": lambda: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+        upsampling_scaling_factor=2,
+    ),
+    "VQModel": lambda: VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+    ),
+}
+
+
+def test_captions_come_from_a_table_too(tmp_path):
+    table = datasets.Dataset.from_dict(
+        {
+            "image": [Image.fromarray(np.full((16, 16, 3), k, np.uint8)) for k in range(24)],
+            "caption": [[WORDS[k % 3], "another"] for k in range(24)],
+        },
+        features=datasets.Features(
+            image=datasets.Image(), caption=datasets.List(datasets.Value("string"))
+        ),
+    )
+    table.to_parquet(str(tmp_path / "set.parquet"))
+    options = DataOptions(dataset=str(tmp_path / "set.parquet"), **QUICK)
+    images = images_for(load(stable_diffusion()), options, "train")
+    assert images.captions[:3] == list(WORDS)  # of several the first
+
+
+def test_images_need_not_be_square(tmp_path):
+    wide = tiny_model(sample_size=(8, 16), in_channels=3, out_channels=3)
+    save(wide, tmp_path / "wide")
+    (tmp_path / "images").mkdir()
+    for k in range(24):  # red on the left, blue on the right, white bars above and below
+        array = np.full((40, 40, 3), 255, np.uint8)
+        array[10:30, :20], array[10:30, 20:] = (255, 0, 0), (0, 0, 255)
+        Image.fromarray(array).save(tmp_path / "images" / f"{k}.png")
+    data = {"dataset": str(tmp_path / "images"), **QUICK}
+    image = images_for(wide, DataOptions(**data), "train")[0]
+    assert image.shape == (3, 8, 16)
+    assert image[:, 4, 1].tolist() == [255, 0, 0]
+    assert image[:, 4, 14].tolist() == [0, 0, 255]
+    assert image[1, 0].float().mean() < 30  # white is outside of the middle part
+    options = PruneOptions(target="params=0.2", score="magnitude", pictures=2, **data)
+    prune(tmp_path / "wide", tmp_path / "narrow", options)
+    assert images_of(load(tmp_path / "narrow"), 2, 2).shape == (2, 8, 16, 3)

@@ -329,9 +329,9 @@ def memory_dtype(network: Any) -> torch.dtype | None:
 
 
 def _set_dtype(network: Any, dtype: torch.dtype | None, others: Mapping[str, torch.dtype]) -> None:
-    for name, parameter in network.named_parameters():
-        if wanted := others.get(name, dtype):
-            parameter.data = parameter.data.to(wanted)
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if (wanted := others.get(name, dtype)) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted)
 
 
 def _forget_origin(config: Path) -> None:
