@@ -24,9 +24,17 @@ from prunedm.condition import Prompts
 from prunedm.errors import UserError
 from prunedm.folder import hash_folder, load, save
 from prunedm.model_files import companions
-from prunedm.options import DataOptions, FinetuneOptions, LossOptions, PruneOptions
+from prunedm.options import (
+    DataOptions,
+    EvaluateOptions,
+    FinetuneOptions,
+    LearnOptions,
+    LossOptions,
+    PruneOptions,
+    SampleOptions,
+)
 from prunedm.sampling import images_of
-from prunedm.stages import finetune, loss, prune
+from prunedm.stages import evaluate, finetune, learn, loss, prune, sample
 from prunedm.stages.inputs import images_for, training_problems
 from prunedm.tensor_cache import TensorCache, content_key
 
@@ -360,3 +368,25 @@ def test_images_need_not_be_square(tmp_path):
     options = PruneOptions(target="params=0.2", score="magnitude", pictures=2, **data)
     prune(tmp_path / "wide", tmp_path / "narrow", options)
     assert images_of(load(tmp_path / "narrow"), 2, 2).shape == (2, 8, 16, 3)
+
+
+@pytest.mark.parametrize("folder", [stable_diffusion, latent_diffusion])
+def test_evaluate_sample_and_learn_work_on_latent_pipelines(folder, captioned, tmp_path):
+    data = {"dataset": str(captioned), **QUICK}
+    options = PruneOptions(mechanism="nm", score="magnitude", pictures=0, problems=0, **data)
+    prune(folder(), tmp_path / "sparse", options)
+    quick = LearnOptions(steps=2, batch_size=4, validation_problems=4, dataset_size=0, **data)
+    learn(tmp_path / "sparse", tmp_path / "learned", quick)
+    measured = EvaluateOptions(
+        problems=4, samples=2, sampling_steps=2, skip_fid=True, latency_batch=1, latency_repeats=1,
+        latency_batches=(1,), **data,
+    )  # fmt: skip
+    evaluate(tmp_path / "learned", tmp_path / "evaluated", measured)
+    found = json.loads((tmp_path / "evaluated" / "evaluation_results.json").read_text())
+    assert '"failed": {}' in json.dumps(found), json.dumps(found)[:2000]
+    sample(
+        tmp_path / "learned",
+        tmp_path / "images",
+        SampleOptions(count=3, sampling_steps=2, device="cpu"),
+    )
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 3
