@@ -386,7 +386,7 @@ def test_evaluate_sample_and_learn_work_on_latent_pipelines(folder, captioned, t
     assert '"failed": {}' in json.dumps(found), json.dumps(found)[:2000]
     sample(
         tmp_path / "learned",
-        tmp_path / "images",
+        tmp_path / "drawn",
         SampleOptions(count=3, sampling_steps=2, device="cpu"),
     )
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 3
