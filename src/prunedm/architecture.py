@@ -22,6 +22,7 @@ from prunedm.randomness import generator_for
 
 Inputs = Mapping[str, torch.Tensor]
 Shape = tuple[int, int, int]  # (C, H, W)
+More = Callable[[Any, int, torch.Generator | None], Inputs]  # (network, count, generator)
 
 ARCHITECTURES = {
     "UNet2DModel": "prunedm.architectures.unet2d",
@@ -121,7 +122,7 @@ class Architecture:
     heard: Callable[[nn.Module, Any, Inputs], torch.Tensor] = first_of
     shape: Callable[[Any], Shape] = square_sample
     classes: Callable[[Any], int | None] = labels_of_embedding
-    more: Callable[[Any, int, torch.Generator | None], Inputs] = no_more
+    more: More = no_more
     prompts: Callable[[Any, str], Inputs] | None = None
     protect: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prunedm.architecture import Architecture, Inputs, Shape
+from prunedm.architectures.sd3 import states_and_pooled
 
 SIDE = 128  # of latents, at the resolution of 1024 that it was trained for
 TOKENS = 512  # of T5
@@ -67,16 +68,6 @@ def shape(network: Any) -> Shape:
     return network.config.in_channels // 4, SIDE, SIDE
 
 
-def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
-    """Text states (N, L, D), and a pooled one."""
-    config = network.config
-    width, pooled = config.joint_attention_dim, config.pooled_projection_dim
-    return {
-        "encoder_hidden_states": torch.randn(count, TOKENS, width, generator=generator),
-        "pooled_projections": torch.randn(count, pooled, generator=generator),
-    }
-
-
 def prompts(pipeline: Any, text: str) -> Inputs:
     """What T5 and CLIP make of a text."""
     states, pooled, _ = pipeline.encode_prompt(text, text, device="cpu")
@@ -92,7 +83,7 @@ RECORD = Architecture(
     heard=heard,
     shape=shape,
     classes=lambda network: 0,
-    more=more,
+    more=states_and_pooled(TOKENS),
     prompts=prompts,
     protect=EMBEDDINGS,
     ends=("x_embedder", "proj_out"),

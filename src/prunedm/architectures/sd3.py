@@ -4,19 +4,23 @@ from typing import Any
 
 import torch
 
-from prunedm.architecture import Architecture, Inputs, told_as_hidden_states
+from prunedm.architecture import Architecture, Inputs, More, told_as_hidden_states
 
 TOKENS = 77 + 256  # of the two CLIP encoders, and of T5
 
 
-def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
-    """Text states (N, L, D), and a pooled one."""
-    config = network.config
-    width, pooled = config.joint_attention_dim, config.pooled_projection_dim
-    return {
-        "encoder_hidden_states": torch.randn(count, TOKENS, width, generator=generator),
-        "pooled_projections": torch.randn(count, pooled, generator=generator),
-    }
+def states_and_pooled(tokens: int) -> More:
+    """Text states (N, tokens, D), and a pooled one."""
+
+    def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
+        config = network.config
+        shapes = {
+            "encoder_hidden_states": (count, tokens, config.joint_attention_dim),
+            "pooled_projections": (count, config.pooled_projection_dim),
+        }
+        return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    return more
 
 
 def prompts(pipeline: Any, text: str) -> Inputs:
@@ -34,7 +38,7 @@ RECORD = Architecture(
     scheduler="FlowMatchEulerDiscreteScheduler",
     told=told_as_hidden_states,
     classes=lambda network: 0,
-    more=more,
+    more=states_and_pooled(TOKENS),
     prompts=prompts,
     protect=EMBEDDINGS,
     ends=("pos_embed", "proj_out"),
