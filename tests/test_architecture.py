@@ -55,6 +55,7 @@ LEVELS = [
         "neighbours",
         "quiet_dependencies",
         "places",
+        "locks",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,8 @@ def run_stage(
     touched. Of a result that is not `complete`, `overwrite` makes the same one again. An unfinished
     `<out>.partial` of what is asked for now was allowed to replace `out` when it was begun; a whole
     one only takes its place (workplace.py).
-    Of several processes the first writes; the others share its work.
+    Of several processes of one job the first writes; the others share its work. Another command
+    that makes `out` meanwhile is refused.
     """
     place = Workplace.of(out)
     record = Record(
@@ -66,6 +68,25 @@ def run_stage(
         if processes.rank() == 0:
             place.tidy()
         return found, False
+    with place.held() if processes.rank() == 0 else nullcontext():
+        processes.wait_for_all()  # no other command changes anything any more
+        place = Workplace.of(out)
+        found = _existing(place, record, known, overwrite, complete)
+        if found is not None:  # made meanwhile
+            return found, False
+        return _finished(place, record, known, options=options, make=make, overwrite=overwrite)
+
+
+def _finished(
+    place: Workplace,
+    record: Record,
+    known: Known,
+    *,
+    options: Options,
+    make: Make,
+    overwrite: Overwrite,
+) -> tuple[Record, bool]:
+    """The record of what is now in its place, and whether it was made now."""
     whole = place.whole()
     is_whole = whole is not None and known(whole.identity) == record.identity
     processes.wait_for_all()  # all have looked; now the first may change what is there
