@@ -33,6 +33,7 @@ LEVELS = [
     | {"prompts", "tensor_cache", "next_token"}
     | {
         "image_files",
+        "image_content",
         "image_labels",
         "image_tables",
         "image_hub",

@@ -515,6 +515,23 @@ def test_the_time_is_that_of_all_sessions(tmp_path, monkeypatch):
     assert not (out / "clock.json").exists()
 
 
+def test_a_result_from_before_every_byte_of_a_dataset_counted_is_known(tmp_path):
+    """Its record has the first half of the hash; another first half, or second, is another set."""
+
+    def run(found: str, *, overwrite: bool = False) -> bool:
+        inputs = INPUTS | {"dataset": Source(path="/images", hash=found)}
+        return Stage().run(tmp_path / "out", inputs=inputs, overwrite=overwrite)[1]
+
+    assert run("cccc") is True
+    assert run("cccc-1111") is False
+    for other in ("cccd-1111", "ccccc-1"):
+        with pytest.raises(UserError, match="another dataset"):
+            run(other)
+    assert run("dddd-1111", overwrite=True) is True
+    with pytest.raises(UserError, match="another dataset"):
+        run("dddd-2222")
+
+
 # ------------------------------------------------------------------------- others at the same
 
 

@@ -60,7 +60,7 @@ def run_stage(
         seed=getattr(options, "seed", None),
         history=[r.model_copy(update={"history": []}) for r in parent.lineage()] if parent else [],
     )
-    known = partial(_completed, options=options)
+    known = partial(_completed, options=options, inputs=inputs)
     if overwrite == "look":
         return _look(place, record, known), False
     found = _existing(place, record, known, overwrite, complete)
@@ -152,12 +152,23 @@ def identifying(options: Options) -> dict[str, Any]:
     return options.model_dump(mode="json", exclude=_NOT_IDENTITY)
 
 
-def _completed(identity: dict[str, Any] | None, options: Options) -> dict[str, Any] | None:
-    """An identity with the options that came after it was written, at their defaults."""
+def _completed(
+    identity: dict[str, Any] | None, options: Options, inputs: dict[str, Source]
+) -> dict[str, Any] | None:
+    """An identity with what came after it was written.
+
+    That is options, at their defaults, and the second part of a dataset's hash, which is of every
+    byte: where the first is of what is asked for now, so is the second.
+    """
     if identity is None:
         return None
     defaults = type(options).model_construct().model_dump(mode="json", exclude=_NOT_IDENTITY)
-    return identity | {"options": defaults | identity["options"]}
+    now = {role: source.hash for role, source in inputs.items()}
+    hashes = {
+        role: now[role] if now.get(role, "").startswith(f"{found}-") else found
+        for role, found in identity["inputs"].items()
+    }
+    return identity | {"options": defaults | identity["options"], "inputs": hashes}
 
 
 def _existing(
