@@ -39,6 +39,7 @@ _REPLACED = ".prunedm-replaced"  # what was in `out`, until it is removed
 _FILLING = ".prunedm-filling"  # a whole result that is being moved up from within `out`
 _DROPPED = ".prunedm-dropped"  # a working folder that is being removed
 _LOCK = ".prunedm-lock"
+_FILE = ".prunedm-partial"  # nobody's but ours
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Workplace:
         """Beside `out`, or within it where nothing can be beside or that is another file system."""
         within = self.out.is_dir() and (self.out.is_mount() or not _is_writable(self.out.parent))
         return self.out / _LOCK if within else self.out.with_name(self.out.name + _LOCK)
+
+    @property
+    def file(self) -> Path:
+        """Where a result that is one file is written until it is whole."""
+        return self.out.with_name(self.out.name + _FILE)
 
     @contextmanager
     def held(self) -> Iterator[None]:
