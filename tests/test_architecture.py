@@ -43,6 +43,7 @@ LEVELS = [
     | {"prompts", "tensor_cache", "next_token"}
     | {
         "image_files",
+        "image_content",
         "image_labels",
         "image_tables",
         "image_hub",
@@ -66,6 +67,7 @@ LEVELS = [
         "neighbours",
         "quiet_dependencies",
         "places",
+        "locks",
     },
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

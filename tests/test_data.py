@@ -10,7 +10,7 @@ from helpers import noise_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prunedm import image_hub
+from prunedm import image_content, image_hub
 from prunedm.data import ImageSet, load_images, to_model_range, to_uint8
 from prunedm.errors import UserError
 
@@ -274,3 +274,87 @@ def test_the_fingerprint_is_of_the_content():
     changed.source[4][0, 0] ^= 1
     others = [changed, noise_images(8), noise_images(9, size=4), noise_images(9, channels=3)]
     assert len({images.fingerprint() for images in [same, *others]}) == 5
+
+
+def test_one_replaced_image_of_hundreds_is_another_set(tmp_path):
+    """The sample of 64 did not see 126 of 190."""
+    write(tmp_path, 200)
+    before = load_images(str(tmp_path), split="train", size=8, channels=3).fingerprint()
+    sample, whole = before.split("-")
+    array = np.asarray(Image.open(tmp_path / "001.png")).copy()
+    array[0, 0] ^= 1
+    Image.fromarray(array).save(tmp_path / "001.png")
+    after = load_images(str(tmp_path), split="train", size=8, channels=3).fingerprint()
+    assert after.split("-")[0] == sample
+    assert after.split("-")[1] != whole
+
+
+def _table(folder: Path, count: int, *, first: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    kinds = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [picture(first + value) for value in range(count)]}
+    datasets.Dataset.from_dict(rows, features=kinds).to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize("remembered", [2, 1000])
+@pytest.mark.parametrize("make", [write, _table])
+def test_a_hash_is_remembered_as_long_as_nothing_changes(tmp_path, monkeypatch, make, remembered):
+    monkeypatch.setenv("PRUNEDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_content, "REMEMBERED", remembered)
+    real, read = image_content._hash, []
+    monkeypatch.setattr(image_content, "_hash", lambda *a: read.append(1) or real(*a))
+
+    def fingerprint() -> str:
+        return load_images(str(tmp_path / "set"), split="train", size=8, channels=3).fingerprint()
+
+    make(tmp_path / "set", 30)
+    assert fingerprint() == fingerprint()
+    assert len(read) == (1 if remembered == 2 else 2)
+    before = fingerprint()
+    make(tmp_path / "set", 30, first=100)
+    assert fingerprint() != before
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 12] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("7.png", _cut), ("7.png", _flip), ("7.jpg", _cut), ("7.webp", _cut), ("7.bmp", _cut)],
+)
+def test_a_damaged_image_is_found_before_any_step(tmp_path, name, harm):
+    """And not when it is its turn, after hours, in a run that then cannot be gone on with."""
+    write(tmp_path, 100)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / name)
+    images = load_images(str(tmp_path), split="train", size=8, channels=3)
+    images.fingerprint()
+    harm(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: .*; put a sound one in its place, or take it"):
+        images.fingerprint()
+
+
+def test_an_image_that_does_not_fit_the_model_is_found_before_any_step(tmp_path):
+    write(tmp_path, 100)
+    picture(3, "RGBA").save(tmp_path / "7.png")
+    picture(3, "CMYK").save(tmp_path / "8.jpg")  # a way to print colours, not a fourth channel
+    images = load_images(str(tmp_path), split="train", size=8, channels=3)
+    with pytest.raises(UserError, match=r"has 4 channels \(RGBA\), the model takes 3"):
+        images.fingerprint()
+    load_images(str(tmp_path), split="train", size=8, channels=3, convert=True).fingerprint()
+    four = ImageSet([tmp_path / "8.jpg"], name="x", size=8, channels=4)
+    with pytest.raises(UserError, match=r"has 3 channels \(RGB\), the model takes 4"):
+        four.fingerprint()
+
+
+def test_sixteen_bits_become_eight_rounded():
+    values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    image = ImageSet([values], name="x", size=256, channels=1)[0]
+    assert np.array_equal(image[0], np.round(values / 257))

@@ -18,6 +18,7 @@ from prunedm.options import FidOptions, StatsOptions
 from prunedm.stages import distance
 from prunedm.stages.distance import fid, stats
 from prunedm.stages.distance_lines import lines
+from prunedm.stages.workplace import Workplace
 
 DIM = 12
 
@@ -247,6 +248,18 @@ def test_the_same_statistics_again_are_done_already(
         again = stats(sets[1], out, wanted, overwrite=overwrite)
         assert again == first | {"made": False}
     assert out.stat() == before
+
+
+def test_statistics_are_made_by_one_command_and_touch_no_file_of_yours(
+    sets, network: str, tmp_path: Path
+) -> None:
+    out, wanted = tmp_path / "x.npz", StatsOptions(features=network)
+    (tmp_path / "x.npz.partial").write_text("precious")
+    with Workplace.of(out).held(), pytest.raises(UserError, match=r"x\.npz is being made by anot"):
+        stats(sets[0], out, wanted)
+    stats(sets[0], out, wanted)
+    assert (tmp_path / "x.npz.partial").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"x.npz", "x.npz.partial"}
 
 
 def test_a_file_is_replaced_only_on_request_and_as_a_whole(

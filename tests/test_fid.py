@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from prunedm.errors import UserError
+from prunedm.errors import UserError, masked
+from prunedm.evaluation import fid
 from prunedm.evaluation.fid import (
     Statistics,
     bootstrap_error,
@@ -226,3 +227,55 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path) -> None:
     for name in ("none.npz", "cut.npz", "text.npz", "empty.npz", "array.npy"):
         with pytest.raises(UserError, match=name):
             load_statistics(tmp_path / name)
+
+
+def _covariance(kind: str) -> np.ndarray:
+    x_DD = np.random.default_rng(0).normal(size=(6, 6))
+    return {
+        "negative": -np.eye(6),
+        "not symmetric": x_DD,
+        "one negative eigenvalue": x_DD @ x_DD.T - 2 * np.eye(6),
+        "float16": (x_DD @ x_DD.T).astype(np.float16),
+        "singular": x_DD[:, :2] @ x_DD[:, :2].T,
+        "singular, float32": (x_DD[:, :2] @ x_DD[:, :2].T).astype(np.float32),
+        "zero": np.zeros((6, 6)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["negative", "not symmetric", "one negative eigenvalue"])
+def test_a_sigma_that_is_not_a_covariance_is_refused(tmp_path, kind) -> None:
+    """It would give a perfect score."""
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(6), sigma=_covariance(kind))
+    with pytest.raises(UserError, match=r"bad\.npz': sigma is not a covariance"):
+        load_statistics(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("kind", ["singular", "singular, float32", "float16", "zero"])
+def test_a_covariance_may_be_singular_and_rounded(tmp_path, kind) -> None:
+    np.savez(tmp_path / "good.npz", mu=np.zeros(6), sigma=_covariance(kind))
+    assert load_statistics(tmp_path / "good.npz").dim == 6
+
+
+@pytest.mark.parametrize(
+    "said", [{"count": -5}, {"features": "a\nb"}, {"features": "\x1b[2J"}, {"features": "x" * 999}]
+)
+def test_absurd_words_about_statistics_are_refused(tmp_path, said) -> None:
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(2), sigma=np.eye(2), **said)
+    with pytest.raises(UserError, match="says that it is of") as error:
+        load_statistics(tmp_path / "bad.npz")
+    assert str(error.value).isprintable()
+
+
+def test_statistics_that_unpack_to_gigabytes_are_refused_unread(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, mu=np.zeros(4200, np.uint8), sigma=np.zeros((4200, 4200), np.uint8))
+    monkeypatch.setattr(fid, "read_array", None)
+    with pytest.raises(UserError, match="too large for what the file holds"):
+        load_statistics(path)
+    np.savez_compressed(path, mu=np.zeros(1 << 20, np.uint8), sigma=np.zeros((1, 1)))
+    with pytest.raises(UserError, match=r"are not \(D,\) and \(D, D\)"):
+        load_statistics(path)
+
+
+def test_what_a_file_says_does_not_command_the_terminal() -> None:
+    assert masked("FD\x1b[2J\x07: 5\n") == "FD?[2J?: 5\n"

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -512,3 +513,122 @@ def test_the_time_is_that_of_all_sessions(tmp_path, monkeypatch):
     record, _ = stage.run(out)
     assert 100 <= record.wall_time_s < 160
     assert not (out / "clock.json").exists()
+
+
+def test_a_result_from_before_every_byte_of_a_dataset_counted_is_known(tmp_path):
+    """Its record has the first half of the hash; another first half, or second, is another set."""
+
+    def run(found: str, *, overwrite: bool = False) -> bool:
+        inputs = INPUTS | {"dataset": Source(path="/images", hash=found)}
+        return Stage().run(tmp_path / "out", inputs=inputs, overwrite=overwrite)[1]
+
+    assert run("cccc") is True
+    assert run("cccc-1111") is False
+    for other in ("cccd-1111", "ccccc-1"):
+        with pytest.raises(UserError, match="another dataset"):
+            run(other)
+    assert run("dddd-1111", overwrite=True) is True
+    with pytest.raises(UserError, match="another dataset"):
+        run("dddd-2222")
+
+
+# ------------------------------------------------------------------------- others at the same
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from prunedm.options import LoopOptions
+from prunedm.record import Source
+from prunedm.stages.frame import run_stage
+
+def make(folder):
+    (folder / "resume" / "step").write_text("state")
+    print("making", flush=True)
+    time.sleep(60)
+    return {}
+
+run_stage("finetune", Path(sys.argv[1]), options=LoopOptions(steps=int(sys.argv[2]), seed=3),
+          inputs={"model": Source(path="/somewhere", hash="aaaa")}, make=make)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Begins to make `out` in another process, and has got to its middle; killed in the end."""
+    begun = []
+
+    def begin(out: Path, steps: int = 5) -> subprocess.Popen[str]:
+        begun.append(
+            subprocess.Popen(
+                [sys.executable, "-c", HOLDER, str(out), str(steps)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        assert begun[-1].stdout.readline() == "making\n"
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("make_place", "steps", "overwrite"),
+    [(new, 5, False), (new, 9, True), (an_empty_folder, 9, False)],
+)
+def test_a_result_is_made_by_one_command_at_a_time(tmp_path, holder, make_place, steps, overwrite):
+    """And the lock dies with its process, whose work is then gone on with."""
+    out, stage = make_place(tmp_path), Stage()
+    other = OPTIONS.model_copy(update={"steps": steps})
+    first = holder(out)
+    before = content(first_place := next(tmp_path.rglob("*.partial")))
+    with pytest.raises(UserError, match=rf"out is being made by process {first.pid}; wait for it"):
+        stage.run(out, options=other, overwrite=overwrite)
+    assert (stage.calls, content(first_place)) == (0, before)
+    first.kill()
+    first.wait()
+    assert stage.run(out)[1] is True
+    assert stage.found == ["step"]
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["half.txt", FILE]
+
+
+def test_what_another_command_made_meanwhile_is_not_made_again(tmp_path, monkeypatch):
+    """It had looked before the other one ended."""
+    other, stage = Stage(), Stage()
+    real = workplace.Workplace.held
+
+    def held(self):
+        monkeypatch.undo()
+        other.run(tmp_path / "out")
+        return real(self)
+
+    monkeypatch.setattr(workplace.Workplace, "held", held)
+    assert stage.run(tmp_path / "out")[1] is False
+    assert (stage.calls, other.calls) == (0, 1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_working_folder_that_is_not_ours_is_never_touched(tmp_path, inside):
+    out = tmp_path / "out"
+    partial = out / ".partial" if inside else tmp_path / "out.partial"
+    partial.mkdir(parents=True)
+    (partial / "thesis.txt").write_text("precious")
+    before, stage = content(tmp_path), Stage(ValueError())
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"partial is in the way, and not of prunedm's making"):
+            stage.run(out, overwrite=overwrite)
+    assert (stage.calls, content(tmp_path)) == (0, before)
+
+
+def test_a_working_folder_that_is_a_file_or_a_link_is_never_touched(tmp_path):
+    (tmp_path / "a.partial").write_text("precious")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "b.partial").symlink_to(tmp_path / "mine")
+    for name in ("a", "b"):
+        with pytest.raises(UserError, match=rf"{name}.partial is in the way"):
+            Stage().run(tmp_path / name)
+    assert names(tmp_path) == ["a.partial", "b.partial", "mine"]

@@ -217,6 +217,13 @@ def test_the_same_masks_again_are_done_already(pruned, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_file_of_yours_beside_the_masks_is_never_touched(pruned, tmp_path):
+    (tmp_path / "m.safetensors.partial").write_text("precious")
+    extract_to(pruned, tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors.partial").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", "m.safetensors.partial"}
+
+
 def test_a_write_that_fails_leaves_the_old_file(pruned, tmp_path, monkeypatch):
     out = tmp_path / "m.safetensors"
     out.write_bytes(b"precious")

@@ -224,6 +224,19 @@ def test_every_file_that_a_case_reads_is_hashed(tmp_path):
         hashes_of(plan({"finetune.teacher": [str(tmp_path / "gone")]}))
 
 
+def test_a_sweep_from_before_every_byte_of_a_dataset_counted_keeps_its_folders(tmp_path):
+    now = hashes_of(plan())
+    parts = now["dataset digits"].split("-")
+    before = now | {"dataset digits": "-".join(parts[: len(parts) // 2])}
+    kept = sweeps.Kept(sweep=plan(), hashes=before, place="here")
+    (tmp_path / sweeps.FILE).write_text(kept.model_dump_json())
+    assert sweeps._hashes(plan(), tmp_path) == before
+    for others in (now, now | {"dataset digits": "aaaa-bbbb"}):
+        kept = sweeps.Kept(sweep=plan(), hashes=others, place="here")
+        (tmp_path / sweeps.FILE).write_text(kept.model_dump_json())
+        assert sweeps._hashes(plan(), tmp_path) == now
+
+
 def test_every_option_that_names_an_input_is_marked():
     """Whoever adds one finds it here: its content must decide where results lie."""
     from prunedm import options

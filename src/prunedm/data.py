@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageMode
 from torch.utils.data import ConcatDataset, Subset
 
 from prunedm.errors import UserError
-from prunedm.image_files import SUFFIXES, Found, find_images, locate, open_image, shown
+from prunedm.image_content import content_hash
+from prunedm.image_files import SUFFIXES, Found, check_whole, find_images, locate, open_image, shown
 from prunedm.image_hub import open_hub
 from prunedm.image_labels import Labels, file_captions, file_labels
 from prunedm.image_tables import Tables, find_dataset, open_folder, open_parquet, table_files
@@ -22,9 +23,11 @@ from prunedm.splits import HELD_OUT, choose, held_out, split_of_path
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # bands of other meanings, which would pass as colours or grey
 _EIGHT_BITS = {
-    "P": "RGB", "PA": "RGBA", "1": "L", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB",
+    "P": "RGB", "PA": "RGBA", "1": "L", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB", "CMYK": "RGB",
+    "RGBX": "RGB",
 }  # fmt: skip
-
+# v / 257, rounded: a table, for in floats a large image would take gigabytes
+_SIXTEEN = (np.arange(1 << 16) / 257).round().astype(np.uint8)
 
 Size = int | tuple[int, int]  # a side, or height and width
 
@@ -63,13 +66,7 @@ class ImageSet:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         image = self._open(index)
-        bands = len(image.getbands())
-        if bands != self.channels:
-            if not self.convert:
-                raise UserError(
-                    f"image {index} of {self.name!r} has {bands} channels ({image.mode}), "
-                    f"the model takes {self.channels}; pass --convert-channels to convert"
-                )
+        if not self._fits(image.mode, index):
             image = image.convert("L" if self.channels == 1 else "RGB")
         height, width = sides(self.size)
         array = np.asarray(_fitted(image, height, width), dtype=np.uint8)
@@ -79,7 +76,16 @@ class ImageSet:
         return None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """A hash of the content, and cheap: length, 64 evenly spaced images, all labels and captions."""
+        """A hash of the content: of a sample, as records of before have it, and of every byte.
+
+        Raises `UserError` for the first image that cannot be read, or does not fit the model.
+        """
+        kind = f"{self.channels} {self.convert}"
+        whole = content_hash(self.source, self._check, kind)
+        return f"{self._sample_hash()}-{whole}"
+
+    def _sample_hash(self) -> str:
+        """Of length, 64 evenly spaced images, all labels and captions."""
         digest = hashlib.sha256(f"{len(self)}x{self.channels}x{self.size}".encode())
         for index in np.linspace(0, len(self) - 1, min(64, len(self))).astype(int):
             digest.update(self[int(index)].contiguous().numpy().tobytes())
@@ -89,10 +95,34 @@ class ImageSet:
             digest.update(caption.encode() + b"\0")
         return digest.hexdigest()[:16]
 
+    def _check(self, index: int, item: Any) -> None:
+        """What would else fail only when it is the image's turn: after hours of training."""
+        if not isinstance(item, (Path, bytes)):
+            return
+        name = self._name(index, item)
+        try:
+            mode = check_whole(item, name)
+        except UserError as error:
+            raise UserError(f"{error}; put a sound one in its place, or take it out") from error
+        self._fits(_mode_in_8_bits(mode, name), index)
+
+    def _fits(self, mode: str, index: int) -> bool:
+        """Whether the bands are the model's; `UserError` where they are not to be converted."""
+        bands = len(ImageMode.getmode(mode).bands)
+        if bands != self.channels and not self.convert:
+            raise UserError(
+                f"image {index} of {self.name!r} has {bands} channels ({mode}), "
+                f"the model takes {self.channels}; pass --convert-channels to convert"
+            )
+        return bands == self.channels
+
     def _open(self, index: int) -> Image.Image:
         item = self.source[index]
-        name = shown(item) if isinstance(item, Path) else f"image {index} of {self.name!r}"
+        name = self._name(index, item)
         return _eight_bits(open_image(item, name), name)
+
+    def _name(self, index: int, item: Any) -> str:
+        return shown(item) if isinstance(item, Path) else f"image {index} of {self.name!r}"
 
 
 @dataclass(frozen=True)
@@ -287,10 +317,13 @@ def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """`image` with 8-bit bands; numpy would wrap 16-bit values, and read black and white as 0, 1."""
+    mode = _mode_in_8_bits(image.mode, name)
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UserError(
-            f"{name} has {image.mode} pixels, whose range is unknown; save it in 8 bits"
-        )
-    return image.convert(_EIGHT_BITS.get(image.mode, image.mode))
+        return Image.fromarray(_SIXTEEN[np.asarray(image)])
+    return image.convert(mode)
+
+
+def _mode_in_8_bits(mode: str, name: str) -> str:
+    if mode in ("I", "F"):
+        raise UserError(f"{name} has {mode} pixels, whose range is unknown; save it in 8 bits")
+    return "L" if mode.startswith("I;16") else _EIGHT_BITS.get(mode, mode)

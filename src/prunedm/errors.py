@@ -12,6 +12,7 @@ _URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s'\"]*@")  # itself it may hold "
 _NAMED_SECRET = re.compile(
     r"\b([\w-]*(?:password|passwd|secret|token|api[_-]?key))=[^\s&;'\"]+", re.IGNORECASE
 )
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 _SECRET_VARIABLE = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY", re.IGNORECASE)
 
 
@@ -49,7 +50,8 @@ def shortened(text: str, *, word: int = _LONGEST_WORD, most: int = LONGEST) -> s
 
 
 def masked(text: str) -> str:
-    """Without passwords of URLs, `password=` and its like, and secrets of the environment."""
+    """Without passwords of URLs, `password=` and its like, secrets of the environment, and controls."""
+    text = _CONTROLS.sub("?", text)
     text = _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", text)
     text = _NAMED_SECRET.sub(rf"\1={_HIDDEN}", text)
     for name, value in os.environ.items():

@@ -54,6 +54,13 @@ def keys(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
+def header_of(path: Path, key: str) -> "Header":
+    """What an array claims to be, as far as the file bears it out."""
+    check_regular(path)
+    with _reading(path, key), ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+        return _header(archive, file, path, key)
+
+
 def read_array(path: Path, key: str) -> np.ndarray:
     """One array of numbers or a text, whole and with its checksum checked."""
     check_regular(path)

@@ -142,6 +142,45 @@ def open_image(item: Any, name: str) -> Image.Image:
         raise UserError(f"cannot read {name}: {reason(error)}") from error
 
 
+def check_whole(item: Path | bytes, name: str) -> str:
+    """The mode of an image file that is there to its end. Raises `UserError` for one that is not.
+
+    What looks cut off is decoded, to be sure.
+    """
+    if isinstance(item, Path):
+        check_regular(item)
+    try:
+        with open_lazily(item) as image:
+            mode = image.mode
+            if _has_its_end(image, item):
+                return mode
+    except BROKEN as error:
+        raise UserError(f"cannot read {name}: {reason(error)}") from error
+    open_image(item, name)
+    return mode
+
+
+def _has_its_end(image: Image.Image, item: Path | bytes) -> bool:
+    """By checksums or marks of the format; False where only decoding tells."""
+    try:
+        if image.format == "PNG":
+            image.verify()
+            return True
+        if image.format == "JPEG":
+            return _end_of(item).rstrip(b"\0").endswith(b"\xff\xd9")
+    except BROKEN:
+        pass
+    return False
+
+
+def _end_of(item: Path | bytes) -> bytes:
+    if isinstance(item, bytes):
+        return item[-64:]
+    with item.open("rb") as file:
+        file.seek(-min(64, item.stat().st_size), os.SEEK_END)
+        return file.read()
+
+
 def open_lazily(item: Path | bytes) -> Image.Image:
     """Its header only. Raises one of `BROKEN`; one of more pixels than Pillow thinks safe, too."""
     with warnings.catch_warnings():

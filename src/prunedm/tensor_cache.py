@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,6 +37,21 @@ class TensorCache:
         tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
         _keep(tensors, path)
         return tensors
+
+
+def remembered(kind: str, key: str, compute: Callable[[], str]) -> str:
+    """A short text, kept in a file of its own below a folder for `kind`."""
+    path = cache_folder() / kind / key
+    with suppress(OSError):
+        if text := path.read_text(encoding="utf-8"):
+            return text
+    found = compute()
+    aside = path.with_name(f"{key}.{uuid4().hex[:8]}")
+    with suppress(OSError):  # a full or read-only disk only costs time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(found, encoding="utf-8")
+        aside.replace(path)
+    return found
 
 
 def content_key(tensor: torch.Tensor) -> str:

@@ -11,8 +11,14 @@ import numpy as np
 import torch
 
 from prunedm.errors import UserError
-from prunedm.image_arrays import keys, read_array
+from prunedm.image_arrays import header_of, keys, read_array
 from prunedm.image_files import shown
+
+_LARGEST_DIM = 16_384  # features
+_SMALL = 1 << 27  # bytes that are read whatever the file's size
+_PACKED = 20  # times its file's size that a covariance may have in float64
+_LONGEST_NAME = 200  # characters
+_ROUNDING = 1e-4  # of a covariance's largest eigenvalue: some tools compute in float32 or less
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ def load_statistics(path: Path) -> Statistics:
     """Statistics from an .npz of ours or of pytorch-fid. Raises `UserError` on any other file."""
     try:
         known = keys(path)
+        _check_shapes(path, header_of(path, "mu").shape, header_of(path, "sigma").shape)
         mu_D, sigma_DD = (_floats(path, key) for key in ("mu", "sigma"))
         count = int(read_array(path, "count")) if "count" in known else 0
         features = str(read_array(path, "features")) if "features" in known else ""
@@ -130,14 +137,37 @@ def load_statistics(path: Path) -> Statistics:
         raise UserError(
             f"{shown(path)!r} holds no statistics ({error}); give an .npz with the arrays mu and sigma"
         ) from error
-    if not mu_D.size or mu_D.ndim != 1 or sigma_DD.shape != (len(mu_D), len(mu_D)):
-        raise UserError(
-            f"{shown(path)!r}: mu {mu_D.shape} and sigma {sigma_DD.shape} are not (D,) and (D, D); "
-            "compute the statistics anew"
-        )
     if not (np.isfinite(mu_D).all() and np.isfinite(sigma_DD).all()):
         raise UserError(f"{shown(path)!r} holds NaN or infinity; compute the statistics anew")
+    if not _is_covariance(sigma_DD):
+        raise UserError(
+            f"{shown(path)!r}: sigma is not a covariance, which is symmetric and has no negative "
+            "eigenvalue; compute the statistics anew"
+        )
+    if count < 0 or not (features.isprintable() and len(features) <= _LONGEST_NAME):
+        raise UserError(
+            f"{shown(path)!r} says that it is of {count} images, in features "
+            f"{shown(repr(features))}; compute the statistics anew"
+        )
     return Statistics(mu_D, sigma_DD, count, features)
+
+
+def _check_shapes(path: Path, mu: tuple[int, ...], sigma: tuple[int, ...]) -> None:
+    """Before anything is read: in float64 a packed array can be a thousand times its file."""
+    if len(mu) != 1 or not mu[0] or sigma != (mu[0], mu[0]):
+        raise UserError(f"mu {mu} and sigma {sigma} are not (D,) and (D, D)")
+    whole = 8 * mu[0] ** 2
+    if mu[0] > _LARGEST_DIM or (whole > _SMALL and whole > _PACKED * path.stat().st_size):
+        raise UserError(f"mu {mu} and sigma {sigma} are too large for what the file holds")
+
+
+def _is_covariance(sigma_DD: np.ndarray) -> bool:
+    """Symmetric and positive semi-definite, but for rounding."""
+    allowed = _ROUNDING * float(np.abs(sigma_DD).max())
+    if np.abs(sigma_DD - sigma_DD.T).max() > allowed:
+        return False
+    values_D = np.linalg.eigvalsh(sigma_DD)
+    return bool(values_D[0] >= -_ROUNDING * abs(values_D[-1]))
 
 
 def _floats(path: Path, key: str) -> np.ndarray:

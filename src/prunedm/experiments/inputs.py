@@ -33,7 +33,8 @@ def _hash(name: str, model: Model, options: DataOptions) -> str:
     if option == "dataset":
         wanted = options.model_copy(update={"dataset": value})
         images = [images_for(model, wanted, split) for split in ("train", "test")]
-        return "-".join(data_source(split).hash for split in images)
+        parts = [data_source(split).hash.split("-") for split in images]
+        return "-".join(part for kind in zip(*parts, strict=True) for part in kind)  # samples first
     path = expanded(value)
     return file_hash(path) if path.is_file() else hash_folder(find(value))
 

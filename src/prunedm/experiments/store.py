@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from prunedm.errors import UserError
 from prunedm.experiments.plan import Case, Settings
+from prunedm.locks import locked
 from prunedm.options import Options
 from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
@@ -158,7 +159,7 @@ class Store:
     def stage_lock(self, name: str) -> Iterator[None]:
         """Only one run at a time makes a stage; `Timeout` where another one is at it."""
         (self.out / STAGES).mkdir(parents=True, exist_ok=True)
-        with FileLock(self.out / STAGES / f"{name}.lock", timeout=0):
+        with locked(self.out / STAGES / f"{name}.lock"):
             yield
 
 

@@ -86,7 +86,7 @@ def sweep(
     _check(plan, only, retry=retry)
     places = slots(workers, threads, visible_gpus())
     _check_place(out)
-    hashes = hashes_of(plan)
+    hashes = _hashes(plan, out)
     runs = [] if plan.search else _chosen(_runs(plan, hashes, progress), only)
     store = Store(out)
     with _made_or_nothing(out):
@@ -138,7 +138,7 @@ def planned(plan: Sweep, out: Path, only: Sequence[str] = ()) -> list[Row]:
     if plan.search is not None and not (out / FILE).exists():
         return []
     out = expanded(out)
-    rows = _rows(_kept(plan, out, hashes_of(plan)), Store(out))
+    rows = _rows(_kept(plan, out, _hashes(plan, out)), Store(out))
     return _chosen(rows, only) if only else rows
 
 
@@ -156,6 +156,14 @@ def _check(plan: Sweep, only: Sequence[str] = (), *, retry: bool = False) -> Non
     first = case_of(plan, {})
     check_inputs(first.recipe.model, first.recipe.evaluation())
     _check_objectives(plan, first.recipe)
+
+
+def _hashes(plan: Sweep, out: Path) -> dict[str, str]:
+    """Those of now; where OUT remembers the first half of one, from before there were two, that."""
+    now = hashes_of(plan)
+    before = read_kept(out).hashes if (out / FILE).exists() else {}
+    known = {name: found for name, found in before.items() if name in now}
+    return now | {name: found for name, found in known.items() if now[name].startswith(f"{found}-")}
 
 
 def _kept(plan: Sweep, out: Path, hashes: dict[str, str]) -> Kept:

@@ -14,7 +14,7 @@ from typing import Any
 
 from prunedm.errors import UserError, first_line
 from prunedm.reading import check_regular
-from prunedm.tensor_cache import cache_folder
+from prunedm.tensor_cache import remembered, text_key
 
 AUTOENCODERS = ("vae", "vqvae")
 REMEMBERED = 1 << 28  # bytes, from which on a hash is kept with the size and times of its files
@@ -91,16 +91,7 @@ def hash_files(paths: list[Path], folder: Path, others: tuple[Path, ...] = ()) -
     if sum(path.stat().st_size for path in paths) < REMEMBERED:
         return _hash(named)
     stats = [(name, str(path.resolve()), *_times(path)) for name, path in named]
-    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:32]
-    known = cache_folder() / "hashes" / key
-    if known.is_file():
-        return known.read_text(encoding="utf-8")[:16]
-    found = _hash(named)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    aside = known.with_name(f"{key}.{os.getpid()}")
-    aside.write_text(found, encoding="utf-8")
-    aside.replace(known)
-    return found
+    return remembered("hashes", text_key(json.dumps(stats))[:32], lambda: _hash(named))
 
 
 def _times(path: Path) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from prunedm.record import environment
 from prunedm.stages import statistics_file
 from prunedm.stages.distance_lines import comparison_notes, side_notes
 from prunedm.stages.inputs import device_for
+from prunedm.stages.workplace import Workplace
 
 
 @dataclass
@@ -124,13 +125,17 @@ def stats(
     kept = statistics_file.done_already(
         out, found, basis, batch_size=options.batch_size, overwrite=overwrite
     )
-    content = statistics_file.Content()
+    content, place = statistics_file.Content(), Workplace.of(out)
     if kept is None:
         make_place(out)
-        side = _side(source, found, network, options, progress or Silent(), content=content)
-        _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
-        statistics_file.write(side.statistics, out, basis, content)
+        with place.held():
+            if out.exists() and not overwrite:
+                raise UserError(f"{out} was made by another command meanwhile; look at that one")
+            side = _side(source, found, network, options, progress or Silent(), content=content)
+            _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
+            statistics_file.write(side.statistics, place, basis, content)
     else:
+        place.tidy()
         side = _Side(source, kept, skipped=found.skipped)
     figures = side.figures() | {"kind": "images"}
     return figures | {"notes": side_notes(figures), "made": kept is None}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,15 +70,29 @@ def run_stage(
     result, which `overwrite` replaces, and `UserError` for anything that is not ours, which is never
     touched. An unfinished `<out>.partial` of what is asked for now was allowed to replace `out` when
     it was begun; a whole one only takes its place (workplace.py).
-    Of several processes the first writes; the others share its work.
+    Of several processes of one job the first writes; the others share its work. Another command
+    that makes `out` meanwhile is refused.
     """
     place, record = Workplace.of(out), plan.record(verb)
-    known = partial(_completed, options=plan.options)
+    known = partial(_completed, options=plan.options, inputs=plan.inputs)
     found = _existing(place, record, known, overwrite, plan.complete)
     if found is not None:
         if processes.rank() == 0:
             place.tidy()
         return found, False
+    with place.held() if processes.rank() == 0 else nullcontext():
+        processes.wait_for_all()  # no other command changes anything any more
+        place = Workplace.of(out)
+        found = _existing(place, record, known, overwrite, plan.complete)
+        if found is not None:  # made meanwhile
+            return found, False
+        return _finished(place, record, known, plan, overwrite=overwrite)
+
+
+def _finished(
+    place: Workplace, record: Record, known: Known, plan: Plan, *, overwrite: bool
+) -> tuple[Record, bool]:
+    """The record of what is now in its place, and whether it was made now."""
     whole = place.whole()
     is_whole = whole is not None and known(whole.identity) == record.identity
     processes.wait_for_all()  # all have looked; now the first may change what is there
@@ -96,7 +111,7 @@ def status(verb: str, plan: Plan, out: str | Path) -> str:
     Raises `UserError` where `out` holds no result of ours.
     """
     place, record = Workplace.of(out), plan.record(verb)
-    known = partial(_completed, options=plan.options)
+    known = partial(_completed, options=plan.options, inputs=plan.inputs)
     found = _found(place)
     before = known(found.identity if found else None)
     if found is not None and before == record.identity:
@@ -149,12 +164,23 @@ def _record_of(out: Path) -> Record:
     return record
 
 
-def _completed(identity: dict[str, Any] | None, options: Options) -> dict[str, Any] | None:
-    """An identity with the options that came after it was written, at their defaults."""
+def _completed(
+    identity: dict[str, Any] | None, options: Options, inputs: dict[str, Source]
+) -> dict[str, Any] | None:
+    """An identity with what came after it was written.
+
+    That is options, at their defaults, and the second part of a dataset's hash, which is of every
+    byte: where the first is of what is asked for now, so is the second.
+    """
     if identity is None:
         return None
     defaults = type(options).model_construct().identity()
-    return identity | {"options": defaults | identity["options"]}
+    now = {role: source.hash for role, source in inputs.items()}
+    hashes = {
+        role: now[role] if now.get(role, "").startswith(f"{found}-") else found
+        for role, found in identity["inputs"].items()
+    }
+    return identity | {"options": defaults | identity["options"], "inputs": hashes}
 
 
 def _existing(

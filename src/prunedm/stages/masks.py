@@ -17,6 +17,7 @@ from prunedm.places import target
 from prunedm.record import Source
 from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
 from prunedm.stages.inputs import file_source, source_of
+from prunedm.stages.workplace import Workplace
 
 SUFFIX = ".safetensors"
 STRAY = (
@@ -140,11 +141,17 @@ def extract_to(
         raise UserError(f"pattern {pattern!r} has M over {LARGEST_M}; try 2:4")
     masks, found = extract_masks(load(source), targets=targets, pattern=wanted)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    with Workplace.of(out).held():
+        return masks, found, _write(masks, out, overwrite=overwrite)
+
+
+def _write(masks: Masks, out: Path, *, overwrite: bool) -> bool:
+    """Whether `out` did not hold just these."""
+    partial = Workplace.of(out).file
     try:
         save_masks(masks, partial)
         if out.exists() and filecmp.cmp(partial, out, shallow=False):
-            return masks, found, False
+            return False
         if out.exists() and not overwrite:
             raise UserError(
                 f"{out} exists and holds other masks; give another file, or --overwrite"
@@ -152,7 +159,7 @@ def extract_to(
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    return masks, found, True
+    return True
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -15,8 +15,8 @@ from prunedm.evaluation.fid import Statistics, load_statistics, save_statistics
 from prunedm.evaluation.image_source import Images
 from prunedm.options import StatsOptions
 from prunedm.stages.evaluating.quality import feature_files
+from prunedm.stages.workplace import Workplace
 
-_PARTIAL = ".partial"
 _NOT_IDENTITY = {"device", "force", "features", "inception_weights"}
 
 
@@ -72,13 +72,13 @@ def done_already(
     return None
 
 
-def write(stats: Statistics, out: Path, basis: dict[str, Any], content: Content) -> None:
+def write(stats: Statistics, place: Workplace, basis: dict[str, Any], content: Content) -> None:
     """Aside first: the file is there when it is whole."""
-    partial = out.with_name(out.name + _PARTIAL)
+    partial = place.file
     record = json.dumps(basis | {"images": content.hash}, sort_keys=True)
     try:
         save_statistics(stats, partial, record=record)
-        partial.replace(out)
+        partial.replace(place.out)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -3,18 +3,23 @@
 Beside the result, in `<out>.partial`, which is renamed to `<out>`; or within `<out>`, in `.partial`,
 from which all is moved up: where the folder is there and empty, is the current one, or cannot be
 renamed (a mount, a parent that is not ours). In both, `identity.json` says whose the work is; it is
-whole as soon as `whole.json`, the record to be, is there, and only tidied up from then on.
+whole as soon as `whole.json`, the record to be, is there, and only tidied up from then on. What does
+not look like that is not ours, and never touched. One process at a time works for a result: it holds
+`<out>.prunedm-lock`.
 """
 
 import os
 import shutil
+import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunedm.errors import UserError
+from prunedm.locks import Timeout, locked
 from prunedm.places import PARTIAL, target
 from prunedm.reading import read_object
 from prunedm.record import (
@@ -29,9 +34,12 @@ from prunedm.record import (
 RESUME = "resume"  # in there: what an interrupted stage goes on from
 WHOLE = "whole.json"
 IDENTITY = "identity.json"
-CLOCK = "clock.json"  # when this session began, and the seconds of those before it
+CLOCK = "clock.json"  # when this session began, whose it is, and the seconds of those before it
 _REPLACED = ".prunedm-replaced"  # what was in `out`, until it is removed
 _FILLING = ".prunedm-filling"  # a whole result that is being moved up from within `out`
+_DROPPED = ".prunedm-dropped"  # a working folder that is being removed
+_LOCK = ".prunedm-lock"
+_FILE = ".prunedm-partial"  # nobody's but ours
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,42 @@ class Workplace:
         """Whether something lies in `out` that is not our own work on it."""
         if not self.out.is_dir():
             return self.out.exists()
-        own = {PARTIAL, _REPLACED, _FILLING}
+        own = {PARTIAL, _REPLACED, _FILLING, _DROPPED, _LOCK}
         return any(path.name not in own for path in self.out.iterdir())
+
+    @property
+    def _lock(self) -> Path:
+        """Beside `out`, or within it where nothing can be beside or that is another file system."""
+        within = self.out.is_dir() and (self.out.is_mount() or not _is_writable(self.out.parent))
+        return self.out / _LOCK if within else self.out.with_name(self.out.name + _LOCK)
+
+    @property
+    def file(self) -> Path:
+        """Where a result that is one file is written until it is whole."""
+        return self.out.with_name(self.out.name + _FILE)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other command makes this result while the context lasts.
+
+        Raises `UserError` where one does.
+        """
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(self._lock):
+                yield
+        except Timeout:
+            raise UserError(
+                f"{self.out} is being made by {self._maker()}; wait for it, or give another folder"
+            ) from None
+
+    def _maker(self) -> str:
+        """The process whose session the clock is of."""
+        with suppress(UserError, KeyError, TypeError, ValueError):
+            clock = read_object(self.partial / CLOCK)
+            there = "" if clock["host"] == socket.gethostname() else f" on {clock['host']}"
+            return f"process {int(clock['pid'])}{there}"
+        return "another process"
 
     def whole(self) -> Record | None:
         """The record of a whole result that only has to take its place."""
@@ -89,7 +131,7 @@ class Workplace:
         whole = self.whole()
         if whole is not None:
             return whole.identity
-        if not self.is_resumable():
+        if not self.is_resumable() or not self._is_ours():
             return None
         path = self.partial / IDENTITY
         try:
@@ -103,10 +145,34 @@ class Workplace:
 
     def begin(self, identity: dict[str, Any]) -> None:
         """A new working folder."""
+        self._check_ours()
         self._restore()
-        remove(self.partial)
+        self._drop()
         (self.partial / RESUME).mkdir(parents=True)
         write_json(identity, self.partial / IDENTITY)
+
+    def _is_ours(self) -> bool:
+        """Whether a working folder is one of ours: it says so, or is still to say so."""
+        if self.partial.is_symlink() or not self.partial.is_dir():
+            return False
+        marked = any((self.partial / name).is_file() for name in (IDENTITY, WHOLE, FILE))
+        begun = f"{IDENTITY}.tmp"
+        return marked or all(p.is_dir() or p.name == begun for p in self.partial.rglob("*"))
+
+    def _check_ours(self) -> None:
+        if os.path.lexists(self.partial) and not self._is_ours():
+            raise UserError(
+                f"{self.partial} is in the way, and not of prunedm's making; move it, or give "
+                "another folder"
+            )
+
+    def _drop(self) -> None:
+        """Remove the working folder; half of one that was killed at this is never gone on with."""
+        dropped = self.partial.with_name(self.out.name * (not self.is_within) + _DROPPED)
+        remove(dropped)
+        if self._is_ours():
+            self.partial.rename(dropped)
+            remove(dropped)
 
     def spent(self) -> float:
         """Seconds of the sessions before this one, which begins now.
@@ -120,7 +186,8 @@ class Workplace:
             files = (self.partial / RESUME).rglob("*")
             last = max((path.stat().st_mtime for path in files), default=0.0)
             spent = float(earlier["spent"]) + max(0.0, last - float(earlier["began"]))
-        write_json({"spent": spent, "began": time.time()}, clock)
+        session = {"began": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        write_json({"spent": spent} | session, clock)
         return spent
 
     def set_whole(self, record: Record) -> None:
@@ -143,16 +210,20 @@ class Workplace:
 
     def tidy(self) -> None:
         """Remove what a kill has left beside or within a finished result."""
-        remove(self.out.with_name(self.out.name + _REPLACED))
-        remove(self.out / _REPLACED)
-        remove(self._filling)
-        if self.is_within and not self.is_resumable():
-            remove(self.partial)
+        names = (_REPLACED, _DROPPED)
+        left = [self.out.with_name(self.out.name + name) for name in names]
+        left += [self.out / name for name in (*names, _FILLING)]
+        if self.is_within and not self.is_resumable() and self._is_ours():
+            left.append(self.partial)
+        if any(os.path.lexists(path) for path in (*left, self._lock)):
+            with suppress(UserError), self.held():  # whoever is at it tidies up himself
+                for path in left:
+                    remove(path)
 
     def give_up(self) -> None:
         """After a failure: keep what can be gone on from, and nothing else."""
         if not self.is_resumable() and not (self.partial / WHOLE).exists():
-            remove(self.partial)
+            self._drop()
 
     def _restore(self) -> None:
         """Undo or end an exchange that was cut off, and is not to be gone on with."""
@@ -173,7 +244,7 @@ class Workplace:
     def _empty(self) -> None:
         """Move the old content away, its record first: then nobody takes the rest for a result."""
         self.replaced.mkdir(exist_ok=True)
-        own = {self.partial.name, self.replaced.name}
+        own = {self.partial.name, self.replaced.name, _DROPPED, _LOCK}
         for path in _record_first(self.out):
             if path.name not in own:
                 remove(self.replaced / path.name)
@@ -202,4 +273,8 @@ def _can_be_renamed(folder: Path) -> bool:
     with suppress(OSError):
         if Path.cwd().is_relative_to(folder):
             return False
-    return not folder.is_mount() and os.access(folder.parent, os.W_OK | os.X_OK)
+    return not folder.is_mount() and _is_writable(folder.parent)
+
+
+def _is_writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
