@@ -36,6 +36,7 @@ from prunedm.progress import Silent
 from prunedm.removal.input_grams import input_grams
 from prunedm.removal.nm import eligible_layers, nm_masks
 from prunedm.removal.obs import obs_prune
+from prunedm.sampling import FastDenoiser
 from prunedm.scores import SCORES, Calibration, score_layers
 from prunedm.training.loop import make_accelerator
 
@@ -212,6 +213,21 @@ def test_masks_are_learned(name, estimator, tmp_path):
         assert torch.equal(module.weight, weights[n])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_stays_near(name):
+    """What is `precise` may be called in any way, and its attributes read from outside."""
+    made = network(name)
+    if architecture_of(made).text:
+        pytest.skip("samples are of denoisers")
+    inputs = task(model(name)).batch(range(2)).inputs
+    quick = FastDenoiser(made, calls=1, dtype=torch.bfloat16, compiling="off")
+    with torch.no_grad():
+        due, found = answer(made, inputs), answer(quick, inputs)
+    assert found.dtype == torch.float32
+    assert float((found - due).norm() / due.norm()) < 0.05
+    assert not torch.equal(found, due)
+
+
 # ------------------------------------------------------------------ classes without a record
 
 
@@ -241,6 +257,7 @@ def test_the_example_of_the_docs_is_a_family(tmp_path, monkeypatch, fresh_record
 
 
 CHECKS = [
+    test_half_precision_stays_near,
     test_answers_are_laid_out_as_samples_are,
     test_examples_are_seeded_and_whole,
     test_what_is_protected_is_there,

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -677,7 +676,8 @@ def test_labels_are_names_of_files(tmp_path, label):
 
 
 def test_a_label_that_the_dense_row_has_is_not_taken_twice(chain, tmp_path):
-    shutil.copytree(chain["narrow"], tmp_path / "dense")
+    options = PruneOptions(score="magnitude", pictures=0, problems=0)
+    prune(chain["dense"], tmp_path / "dense", options)
     evaluate(tmp_path / "dense", tmp_path / "out", SHALLOW)
     assert [row.label for row in read_comparison(tmp_path / "out")] == ["dense-2", "dense"]
 

@@ -540,7 +540,7 @@ import sys, time
 from pathlib import Path
 from prunedm.options import LoopOptions
 from prunedm.record import Source
-from prunedm.stages.frame import run_stage
+from prunedm.stages.frame import Plan, run_stage
 
 def make(folder):
     (folder / "resume" / "step").write_text("state")
@@ -548,8 +548,8 @@ def make(folder):
     time.sleep(60)
     return {}
 
-run_stage("finetune", Path(sys.argv[1]), options=LoopOptions(steps=int(sys.argv[2]), seed=3),
-          inputs={"model": Source(path="/somewhere", hash="aaaa")}, make=make)
+options, inputs = LoopOptions(steps=int(sys.argv[2]), seed=3), {"model": Source(path="/somewhere", hash="aaaa")}
+run_stage("finetune", Plan(options, inputs, make), Path(sys.argv[1]))
 """
 
 

@@ -501,7 +501,7 @@ def test_a_step_of_mask_learning_is_that_of_the_twin(estimator):
         learner = Learner(
             network,
             logits,
-            ESTIMATORS[estimator](LearnOptions()),
+            ESTIMATORS[estimator].make(LearnOptions()),
             wanted=lambda b: b.target,
             share=0.0,
             train_weights=estimator == "sr-ste",

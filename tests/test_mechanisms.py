@@ -249,10 +249,8 @@ def test_a_pattern_that_some_layers_cannot_take_names_them():
 
 
 def test_labels_beyond_the_models_classes_are_refused():
-    from prunedm.stages.inputs import _check_labels
-
     with pytest.raises(UserError, match="label 3, and the model 3 classes"):
-        _check_labels(tiny_model(**CONDITIONAL), noise_images(labels=[0, 3] * 6), "faces")
+        tiny_model(**CONDITIONAL).condition.check(noise_images(labels=[0, 3] * 6))
 
 
 def test_patterns_parse_up_to_sixteen():

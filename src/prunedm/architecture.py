@@ -49,7 +49,7 @@ def told_by_signature(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
 
     Raises `UserError` where its `forward` wants other things.
     """
-    parameters = inspect.signature(network.forward).parameters
+    parameters = inspect.signature(getattr(network, "forward", network)).parameters
     named = "sample" in parameters or "sample" not in inputs
     told = (told_as_named if named else told_as_hidden_states)(network, inputs)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -126,6 +126,8 @@ def pruning_table(folder: Path) -> None:
         table.add_row(name, f"dense: {reason}")
     before, after = stats["before"], stats["after"]
     for key in ("params", "nonzero", "macs"):
+        if key not in before:  # of a network that cannot be asked, MACs are not counted
+            continue
         share = 1 - after[key] / before[key]
         change = (
             f"{before[key]:,} => {after[key]:,}  (-{share:.1%})" if share else f"{before[key]:,}"

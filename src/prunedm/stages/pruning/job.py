@@ -104,9 +104,10 @@ def widths(layer: nn.Module) -> list[int]:
 def check_options(options: PruneOptions, model: Model) -> None:
     """Raise `UserError` for what a mechanism cannot do with this model, before any work."""
     kind, ratio = parse_target(options.target)
-    if model.unasked and _asks(options):
+    if model.unasked and asks(options):
         raise UserError(
-            f"{model.unasked}. Masks that ask nothing work: --mechanism nm or weights, --score magnitude"
+            f"{model.unasked}. Masks that ask nothing work: --mechanism nm or weights, --score "
+            "magnitude or random"
         )
     if model.scheduler is not None:
         model.process.time_range(options.time_range)
@@ -139,7 +140,7 @@ def check_options(options: PruneOptions, model: Model) -> None:
             raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")
 
 
-def _asks(options: PruneOptions) -> bool:
+def asks(options: PruneOptions) -> bool:
     """Whether the network is run on problems, or on examples."""
     kind, _ = parse_target(options.target)
     return (

@@ -23,7 +23,7 @@ from prunedm.stages.inputs import (
     images_for,
     model_sources,
 )
-from prunedm.stages.pruning.job import Details, Job, check_options
+from prunedm.stages.pruning.job import Details, Job, asks, check_options
 from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
@@ -42,11 +42,7 @@ def prune(request: Request[PruneOptions]) -> Plan:
             f"{request.source} has masks already; prune the model that they were made from"
         )
     check_options(options, model)
-    images = None
-    if model.unasked:
-        progress.say(f"{model.unasked}: sizes alone are measured, no loss and no pictures")
-    else:
-        images = images_for(model, options, "train")
+    images = _images(model, options, progress)
     inputs = model_sources(model) | ({"dataset": data_source(images)} if images else {})
 
     def make(folder: Path) -> dict[str, Any]:
@@ -57,6 +53,18 @@ def prune(request: Request[PruneOptions]) -> Plan:
     return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
+def _images(model: Model, options: PruneOptions, progress: Progress) -> ImageSet | None:
+    """The training images; None where nobody named any, they do not fit, and nothing asks for them."""
+    try:
+        return images_for(model, options, "train")
+    except UserError as error:
+        named = "dataset" in options.model_fields_set and not model.unasked
+        if named or asks(options):
+            raise
+        progress.say(f"{error}: sizes alone are measured, no loss and no pictures")
+        return None
+
+
 def _prune(
     model: Model,
     images: ImageSet | None,
@@ -65,16 +73,19 @@ def _prune(
     *,
     progress: Progress,
 ) -> dict[str, Any]:
-    held_out = [] if model.unasked else _held_out(model, options)
+    held_out = [] if images is None else _held_out(model, options)
     before = _summary(model, held_out, options)
-    _picture(model, options, folder / "vis" / "before_pruning.png")
+    draws = images is not None and options.pictures > 0
+    if draws:
+        _picture(model, options, folder / "vis" / "before_pruning.png")
     details: Details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)
     model.round_to_dtype()
     after = _summary(model, held_out, options)
-    _picture(model, options, folder / "vis" / "after_pruning.png")
+    if draws:
+        _picture(model, options, folder / "vis" / "after_pruning.png")
     write_json({"before": before, "after": after} | details, folder / "pruning_stats.json")
     sizes = [k for k in ("params", "nonzero", "macs") if k in before]
     removed = {f"{k}_removed": 1 - after[k] / before[k] for k in sizes}
@@ -111,11 +122,8 @@ def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict
 
 
 def _picture(model: Model, options: PruneOptions, path: Path) -> None:
-    count = options.pictures
-    if not count or model.unasked:
-        return
     device = device_for(options.device)
-    images = images_of(model, count, PICTURE_STEPS, seed=options.seed, device=device)
+    images = images_of(model, options.pictures, PICTURE_STEPS, seed=options.seed, device=device)
     model.denoiser.cpu()
     path.parent.mkdir(exist_ok=True)
     grid(images, 8).save(path)
