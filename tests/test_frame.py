@@ -548,7 +548,8 @@ def make(folder):
     time.sleep(60)
     return {}
 
-options, inputs = LoopOptions(steps=int(sys.argv[2]), seed=3), {"model": Source(path="/somewhere", hash="aaaa")}
+options = LoopOptions(steps=int(sys.argv[2]), seed=3)
+inputs = {"model": Source(path="/somewhere", hash="aaaa")}
 run_stage("finetune", Plan(options, inputs, make), Path(sys.argv[1]))
 """
 

@@ -154,7 +154,7 @@ class _InFloat32:
 
 
 @cache
-def _in_float32(cls: type[nn.Module]) -> type[nn.Module]:
+def _in_float32(cls: Any) -> Any:
     return type(cls.__name__, (_InFloat32, cls), {})
 
 
