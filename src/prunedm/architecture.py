@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "DiTTransformer2DModel": "prunedm.architectures.dit",
     "SD3Transformer2DModel": "prunedm.architectures.sd3",
     "FluxTransformer2DModel": "prunedm.architectures.flux",
+    "AuraFlowTransformer2DModel": "prunedm.architectures.auraflow",
+    "HunyuanDiT2DModel": "prunedm.architectures.hunyuan",
     "LlamaForCausalLM": "prunedm.architectures.causal_lm",
 }
 
