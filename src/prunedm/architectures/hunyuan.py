@@ -70,7 +70,13 @@ RECORD = Architecture(
     protect=EMBEDDINGS,
     ends=("pos_embed", "proj_out"),
     blocks=(r"blocks\.\d+",),
-    precise=EMBEDDINGS,
+    precise=(  # modules that are called with tensors in order and whose attributes are not read
+        r"pos_embed\.proj",
+        r"time_extra_emb\.(timestep|extra)_embedder",
+        "text_embedder",
+        r"norm_out\.linear",
+        "proj_out",
+    ),
     pipeline="HunyuanDiTPipeline",
     tiny={
         "sample_size": 8,
