@@ -23,7 +23,9 @@ def told(network: Any, inputs: Inputs) -> dict[str, Any]:
         device=sample.device,
         output_type="pt",
     )
-    meta = torch.tensor([1024, 1024, *(8 * side for side in size), 0, 0], dtype=sample.dtype, device=sample.device)
+    meta = torch.tensor(
+        [1024, 1024, *(8 * side for side in size), 0, 0], dtype=sample.dtype, device=sample.device
+    )
     return names | {
         "timestep": names["timestep"].to(sample.dtype),
         "image_meta_size": meta.repeat(count, 1),
@@ -52,13 +54,13 @@ def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
 
 def prompts(pipeline: Any, text: str) -> Inputs:
     """What CLIP and T5 make of a text."""
-    told: Inputs = {}
+    rows: dict[str, torch.Tensor] = {}
     for index, name in enumerate(("", "_t5")):
         states, _, mask, _ = pipeline.encode_prompt(
             text, device="cpu", do_classifier_free_guidance=False, text_encoder_index=index
         )
-        told |= {"encoder_hidden_states" + name: states, "text_embedding_mask" + name: mask}
-    return told
+        rows |= {"encoder_hidden_states" + name: states, "text_embedding_mask" + name: mask}
+    return rows
 
 
 EMBEDDINGS = ("pos_embed", "time_extra_emb", "text_embedder", "norm_out", "proj_out")
@@ -70,13 +72,7 @@ RECORD = Architecture(
     protect=EMBEDDINGS,
     ends=("pos_embed", "proj_out"),
     blocks=(r"blocks\.\d+",),
-    precise=(  # modules that are called with tensors in order and whose attributes are not read
-        r"pos_embed\.proj",
-        r"time_extra_emb\.(timestep|extra)_embedder",
-        "text_embedder",
-        r"norm_out\.linear",
-        "proj_out",
-    ),
+    precise=EMBEDDINGS,
     pipeline="HunyuanDiTPipeline",
     tiny={
         "sample_size": 8,
