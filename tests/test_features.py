@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
@@ -240,6 +241,14 @@ def test_inception_weights_that_are_none(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 500
     with pytest.raises(UserError, match="needs --features inception"):
         load_features("digits-cnn", weights=tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_inception_weights_that_could_hang_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "w.pth"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"cannot read Inception weights.*not a regular file"):
+        load_features("inception", weights=path)
 
 
 def test_inception_from_a_file(tmp_path: Path, monkeypatch) -> None:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -410,7 +411,49 @@ def test_a_tensor_that_claims_more_than_it_holds_is_refused_before_it_is_made(fo
     weights = torch.load(path, weights_only=True)
     weights["conv_in.weight"] = torch.zeros(1).expand(1 << 40)  # 4 TiB of one number
     torch.save(weights, path)
-    refused(folder, "conv_in.weight is (1099511627776,)")
+    refused(folder, "bin claims more numbers than it holds")
+
+
+def test_a_bin_file_of_one_number_that_fits_the_config_is_refused(folder):
+    """Of 37 kB were made 3.4 GB, each shape right."""
+    to_bin(folder / "unet")
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    torch.save({n: torch.zeros(1).expand(t.shape) for n, t in weights.items()}, path)
+    refused(folder, "bin claims more numbers than it holds")
+
+
+def test_a_packed_bin_file_is_refused_unread(folder, monkeypatch):
+    to_bin(folder / "unet")
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("was read"))
+    refused(folder, "bin is packed, which torch.save never does")
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _dangling(path: Path) -> None:
+    path.symlink_to(path.parent / "gone")
+
+
+@pytest.mark.parametrize("make", [_pipe, _device, _dangling, Path.mkdir])
+@pytest.mark.parametrize("name", ["optimizer.bin", "unet/other.safetensors"])
+def test_what_is_no_file_is_not_a_part_of_a_model(folder, make, name):
+    """And does not hang it."""
+    before = load(folder).hash
+    make(folder / name)
+    assert load(folder).hash == before
 
 
 @pytest.mark.parametrize(

@@ -305,8 +305,10 @@ def hash_folder(folder: Path, *others: Path) -> str:
 
 
 def _is_part_of_model(path: Path, folder: Path, companions: Sequence[Path]) -> bool:
+    if not path.is_file():  # a folder or dangling link is not a part, and a pipe would hang
+        return False
     if any(companion in path.parents for companion in companions):
-        return path.is_file()
+        return True
     if path.parent not in (folder, folder / "scheduler", *(folder / name for name in DENOISERS)):
         return False
     configurations = ("model_index.json", "config.json", "scheduler_config.json", EXPORT_FILE)

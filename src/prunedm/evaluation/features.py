@@ -21,6 +21,7 @@ from torch import nn
 from prunedm.data import to_model_range
 from prunedm.errors import UserError
 from prunedm.evaluation.torchscript import load_torchscript
+from prunedm.model_files.weights import read_bin
 from prunedm.progress import Progress, Silent
 
 DIGITS_CNN_FILE = "digits_cnn.safetensors"
@@ -217,7 +218,7 @@ def _load_inception(weights: Path | None) -> FeatureNetwork:
 def _check_weights(weights: Path) -> None:
     """torch-fidelity unpickles whatever it is given; let it see only files that hold just tensors."""
     try:
-        torch.load(weights, map_location="cpu", weights_only=True)
+        read_bin(weights)
     except Exception as error:  # a refused pickle has an error type of its own
         raise UserError(
             f"cannot read Inception weights {str(weights)!r} ({_reason(error)}); give the .pth file "

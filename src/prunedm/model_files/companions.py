@@ -88,7 +88,7 @@ def hash_files(paths: list[Path], folder: Path, others: tuple[Path, ...] = ()) -
     """
     named = [(str(path.relative_to(folder)), path) for path in paths]
     named += [(path.name, path) for path in others]
-    if sum(path.stat().st_size for path in paths) < REMEMBERED:
+    if sum(check_regular(path).stat().st_size for path in paths) < REMEMBERED:
         return _hash(named)
     stats = [(name, str(path.resolve()), *_times(path)) for name, path in named]
     return remembered("hashes", text_key(json.dumps(stats))[:32], lambda: _hash(named))
@@ -109,7 +109,7 @@ def _hash(named: list[tuple[str, Path]]) -> str:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with check_regular(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             yield chunk
 

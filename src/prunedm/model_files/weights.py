@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +20,7 @@ from safetensors import safe_open
 
 from prunedm.errors import UserError, first_line
 from prunedm.model_files.configs import build, describe_network, shown
+from prunedm.reading import check_regular
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
 LARGE = 1 << 30  # weights; from here on they stay in the type of the file
@@ -27,6 +29,7 @@ _NAME = re.compile(
     rf"(?:{'|'.join(STEMS)})" + r"(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.(safetensors|bin)"
 )
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DDP and of torch.compile
+_REPEATED = 4  # times the size of a .bin file that its tensors may have: some are tied
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -152,11 +155,29 @@ class _Stored:
                     lambda n=name: file.get_tensor(n),
                 )
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, tensor in state.items() if isinstance(state, dict) else ():
-            if not isinstance(tensor, torch.Tensor):
-                raise UserError(f"cannot load weights in {path}: {shown(name)} is not a tensor")
+        state = read_bin(path)
+        for name, tensor in state.items():
             yield str(name), tuple(tensor.shape), "", lambda t=tensor: t
+
+
+def read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a file of torch.save, of which nothing is executed.
+
+    Raises `UserError` for anything else in it, and where they are many times as large as the file.
+    """
+    size = check_regular(path).stat().st_size
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise UserError(f"{path} is packed, which torch.save never does; get it again")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state if isinstance(state, dict) else {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"cannot load weights in {path}: {shown(name)} is not a tensor")
+    if sum(t.numel() * t.element_size() for t in state.values()) > _REPEATED * size:
+        raise UserError(f"{path} claims more numbers than it holds; get it again")
+    return state
 
 
 def _current_names(network: Any, stored: Mapping[str, object], folder: Path) -> dict[str, str]:
