@@ -24,10 +24,11 @@ from prunedm.evaluation.speed import timings
 from prunedm.folder import load, save
 from prunedm.masks import save_masks
 from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOptions
+from prunedm.process import process_of
 from prunedm.progress import Silent
 from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
-from prunedm.stages.evaluating.conditions import asked, schedule_in_words, weights_in_words
+from prunedm.stages.evaluating.conditions import asked, weights_in_words
 from prunedm.stages.evaluating.first_masks import under_first_masks
 from prunedm.stages.evaluating.measure import Yardstick
 from prunedm.stages.evaluating.quality import features_of, with_features
@@ -585,7 +586,7 @@ def test_weights_are_called_averaged_where_training_averaged_them():
 
 def test_schedules_of_other_betas_have_other_words():
     words = {
-        schedule_in_words(DDPMScheduler(**options).config)
+        process_of(DDPMScheduler(**options)).schedule_in_words()
         for options in (
             {},
             {"beta_end": 0.01},

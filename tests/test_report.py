@@ -14,7 +14,6 @@ import torch
 from test_table import evaluation
 
 from prunedm.errors import UserError
-from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
 from prunedm.evaluation.report import page, table_words, write_report
 from prunedm.evaluation.report.checks import check_lines
@@ -29,6 +28,7 @@ from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSpars
 from prunedm.evaluation.summary import summary_text
 from prunedm.layers import why_not_nm
 from prunedm.record import Record, Source
+from prunedm.tables import METRICS
 
 # label, stage, parameters, non-zero, MACs, loss, FD, PSNR, steps of training
 STAGES: tuple[tuple[Any, ...], ...] = (
@@ -272,7 +272,7 @@ def test_every_word_has_both_languages() -> None:
         if key != "conditions.missing":  # names its list in each language
             assert slots[key][0] == slots[key][1], key
     assert not [key for key, pair in WORDS.items() if re.search(r"[\u4e00-\u9fff]", pair[0])]
-    assert {column.key for column in COLUMNS} <= table_words.COLUMNS.keys()
+    assert METRICS.keys() <= table_words.COLUMNS.keys()
     assert Conditions.model_fields.keys() <= table_words.CONDITIONS.keys()
 
 
@@ -687,7 +687,7 @@ def test_conditions_of_weights_noise_and_threads_in_both_languages(tmp_path: Pat
 
 
 def test_disk_is_of_the_weight_files_in_both_languages() -> None:
-    meaning = next(c.meaning for c in COLUMNS if c.key == "bytes_disk")
+    meaning = METRICS["bytes_disk"].meaning
     assert "weight files" in meaning
     assert table_words.COLUMNS["bytes_disk"] == ("磁盘占用", "去噪网络权重文件的大小")
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from prunedm.console import rich_table
-from prunedm.evaluation.columns import COLUMNS, amount, wide
+from prunedm.evaluation.metric import amount, wide
 from prunedm.evaluation.results import Conditions, Evaluation, Figures, Timing
 from prunedm.evaluation.table import (
     cell,
@@ -22,6 +22,7 @@ from prunedm.evaluation.table import (
     rows,
     warnings,
 )
+from prunedm.tables import METRICS
 
 CONDITIONS = Conditions(
     dataset="digits",
@@ -75,7 +76,7 @@ def pruned(label: str = "1-prune", **changes: Any) -> Evaluation:
 
 
 def column(key: str) -> Any:
-    return next(c for c in COLUMNS if c.key == key)
+    return METRICS[key]
 
 
 def shown(key: str, e: Evaluation, dense: Evaluation | None = None) -> str:
@@ -162,7 +163,7 @@ def test_kernel_distances_of_any_size_are_short() -> None:
 )
 def test_what_failed_reads_failed(step: str, keys: list[str]) -> None:
     model = pruned(failed={step: "no reason"})
-    assert [c.key for c in COLUMNS if shown(c.key, model) == "failed"] == keys
+    assert [c.key for c in METRICS.values() if shown(c.key, model) == "failed"] == keys
     assert {c.key for c in measured([evaluation(), model])} >= set(keys)
 
 
@@ -175,7 +176,7 @@ def test_markdown_leaves_out_what_no_model_has() -> None:
 
 def test_every_row_has_every_column() -> None:
     table = rows([evaluation(), pruned(fd=None, latency_ms=None)])
-    assert {len(row) for row in table} == {len(headers([evaluation()]))} == {len(COLUMNS) + 1}
+    assert {len(row) for row in table} == {len(headers([evaluation()]))} == {len(METRICS) + 1}
     assert shown("fd", pruned(fd=None)) == shown("latency_ms", pruned(latency_ms=None)) == "–"
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from jinja2 import PackageLoader
 
 from prunedm.errors import masked
-from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
 from prunedm.evaluation.report.front import panels
@@ -19,10 +18,10 @@ from prunedm.experiments.words import word
 from prunedm.experiments.workers import log_tail
 from prunedm.record import read_record, replace_text
 from prunedm.stages.evaluating.measure import SAMPLES, read_images
+from prunedm.tables import METRICS
 
 FILE = "sweep.html"
 SHOWN = 12  # runs whose samples are shown: of the front first
-_HEADERS = {column.key: column.header for column in COLUMNS}
 _PARTS = (
     "panels",
     "quality",
@@ -55,7 +54,7 @@ def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
         "tiles": _tiles(rows, plan, store),
         "directions": ", ".join(f"{name}: {way}" for name, way in plan.objectives.items()),
         "objectives": [
-            {"header": _HEADERS.get(name, name), "arrow": {"minimize": " ↓"}.get(way, " ↑")}
+            {"header": header_of(name), "arrow": {"minimize": " ↓"}.get(way, " ↑")}
             for name, way in plan.objectives.items()
         ],
         "table": [_line(number, row, plan) for number, row in enumerate(rows, start=1)],
@@ -115,7 +114,7 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
             chosen = pick(best, key=lambda row: row.values[name] or 0.0)
             tiles.append(
                 {
-                    "name": word("tile.best", name=_HEADERS.get(name, name)),
+                    "name": word("tile.best", name=header_of(name)),
                     "big": shown(name, chosen.values[name]),
                     "story": chosen.label,
                 }
@@ -161,6 +160,11 @@ def shown(name: str, value: float | None) -> str:
     if name in ("params", "nonzero", "macs"):
         return f"{value / 1e6:.3g}M"
     return in_words(value) if name == "seconds" else f"{value:.4g}"
+
+
+def header_of(objective: str) -> str:
+    """A metric's name in the tables; another objective's own."""
+    return METRICS[objective].header if objective in METRICS else objective
 
 
 def in_words(seconds: float) -> str:
