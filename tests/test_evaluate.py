@@ -15,12 +15,13 @@ from PIL import Image
 from prunedm.console import comparison_tables
 from prunedm.data import load_images
 from prunedm.errors import UserError
-from prunedm.evaluation.dashboard import pareto
 from prunedm.evaluation.features import FeatureNetwork, load_features
 from prunedm.evaluation.loss import denoising_loss, streamed_batches
+from prunedm.evaluation.metric import Measurement, Metric, fixed
 from prunedm.evaluation.paired import psnr, ssim
-from prunedm.evaluation.results import Evaluation, Timing
+from prunedm.evaluation.results import Evaluation, Figures, Timing
 from prunedm.evaluation.speed import timings
+from prunedm.evaluation.table import pareto
 from prunedm.folder import load, save
 from prunedm.masks import save_masks
 from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOptions
@@ -37,6 +38,7 @@ from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import held_out_problems
 from prunedm.stages.verbs.compare import read_comparison
 from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
+from prunedm.tables import METRICS
 from prunedm.task import Stream
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
@@ -101,6 +103,51 @@ def deep(chain, features, tmp_path_factory) -> Path:
 def steps_of(folder: Path) -> dict[tuple[str, str], dict]:
     workflow = json.loads((folder / "workflow_results.json").read_text())
     return {(step["model"], step["step"]): step for step in workflow["steps"]}
+
+
+# --------------------------------------------------------------------------------- metrics
+
+# a metric of the user's own, as CONTRIBUTING says: this object, and a line in the table
+LARGEST_WEIGHT = Metric(
+    "largest_weight",
+    "largest |w|",
+    "largest magnitude of a weight",
+    fixed(3),
+    Measurement("extremes", "weights", lambda of: {"largest_weight": _largest(of.denoiser)}),
+    better="higher",
+)
+
+
+def _largest(network: torch.nn.Module) -> float:
+    return max(float(p.detach().abs().max()) for p in network.parameters())
+
+
+def test_a_metric_is_an_object_and_a_line(chain, tmp_path, monkeypatch):
+    old = tmp_path / "old"
+    evaluate(chain["narrow"], old, SHALLOW)
+    monkeypatch.setitem(METRICS.places, "largest_weight", "test_evaluate:LARGEST_WEIGHT")
+    out = tmp_path / "out"
+    evaluate(chain["narrow"], out, SHALLOW)
+    wanted = _largest(load(chain["narrow"]).denoiser)
+    stored = json.loads((out / "evaluation_results.json").read_text())
+    assert stored["figures"]["largest_weight"] == wanted
+    assert stored["changes"].keys() >= {"largest_weight", "loss"}
+    assert ("narrow", "extremes") in steps_of(out)
+    _, row = csv.DictReader((out / "comparison_table.csv").read_text().splitlines())
+    assert float(row["largest_weight"]) == wanted
+    for name in ("evaluation_summary.md", "comparison_report.md", "report.html"):
+        text = (out / name).read_text()
+        assert "largest |w|".replace("|", "\\|" * name.endswith("md") or "|") in text, name
+        assert f"{wanted:.3f}" in text, name
+    assert "largest magnitude of a weight" in (out / "report.html").read_text()
+    # a folder from before the metric
+    assert read_evaluation(old).figures.largest_weight is None
+    assert read_evaluation(old).figures.loss == read_evaluation(out).figures.loss
+
+
+def test_figures_that_no_metric_has_are_errors():
+    with pytest.raises(AttributeError, match="sharpness"):
+        _ = Figures().sharpness
 
 
 # ---------------------------------------------------------------------------------- depths

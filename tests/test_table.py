@@ -126,6 +126,13 @@ def test_identical_images_have_no_decibels_but_a_word() -> None:
     assert "| identical |" in markdown_table([evaluation(), same])
 
 
+def test_table_names_its_metrics() -> None:
+    assert [metric.key for metric in METRICS.values()] == list(METRICS)
+    assert [m.key for m in METRICS.values() if m.better and "lower" not in m.better] == [
+        "precision", "recall", "psnr_db", "ssim",
+    ]  # fmt: skip
+
+
 def test_changes_to_dense_are_of_figures_that_compare() -> None:
     found = changes(pruned(fd=5.0, samples=7, nm_valid=1.0), evaluation(failed={"macs": "no"}))
     assert found.keys() == {"loss", "params", "nonzero", "bytes_disk", "bytes_packed", "latency_ms"}

@@ -128,11 +128,28 @@ def comparable(column: Metric, one: Evaluation, other: Evaluation) -> bool:
     return all(getattr(one.conditions, k) == getattr(other.conditions, k) for k in column.same)
 
 
-def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
-    """One line for every condition that is not the first model's, of figures that both have."""
+def quality(evaluations: Sequence[Evaluation]) -> Metric:
+    """FD where it was measured of every model in the same way, else the loss."""
+    fd, dense = METRICS["fd"], evaluations[0]
+    whole = all(e.figures.fd is not None and comparable(fd, e, dense) for e in evaluations)
+    return fd if whole else METRICS["loss"]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at most equal to in both, by rising first value."""
+    order = sorted(range(len(points)), key=lambda k: points[k])
+    best, found = float("inf"), []
+    for k in order:
+        if points[k][1] < best:
+            best = points[k][1]
+            found.append(k)
+    return found
+
+
+def differences(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, object, object]]:
+    """Label, condition, its value and the first model's where they differ, of figures both have."""
     return [
-        f"{e.label}: {name} is {value}, not {getattr(evaluations[0].conditions, name)} as for "
-        f"{evaluations[0].label}; figures that depend on it do not compare"
+        (e.label, name, value, getattr(evaluations[0].conditions, name))
         for e in evaluations[1:]
         for name, value in e.conditions
         if value != getattr(evaluations[0].conditions, name)
@@ -140,6 +157,15 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
             name in column.same and None not in (_value(column, e), _value(column, evaluations[0]))
             for column in METRICS.values()
         )
+    ]
+
+
+def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A line for each of `differences`."""
+    return [
+        f"{label}: {name} is {value}, not {expected} as for {evaluations[0].label}; figures that "
+        "depend on it do not compare"
+        for label, name, value, expected in differences(evaluations)
     ]
 
 

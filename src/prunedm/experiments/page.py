@@ -10,11 +10,11 @@ from prunedm.errors import masked
 from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
 from prunedm.evaluation.report.front import panels
+from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import Evaluation
 from prunedm.experiments.plan import Sweep, case_of
 from prunedm.experiments.results import Row, dense_of
 from prunedm.experiments.store import Store, own_name
-from prunedm.experiments.words import word
 from prunedm.experiments.workers import log_tail
 from prunedm.record import read_record, replace_text
 from prunedm.stages.evaluating.measure import SAMPLES, read_images
@@ -38,9 +38,8 @@ _PARTS = (
 def write_page(rows: Sequence[Row], plan: Sweep, out: Path) -> Path:
     """Write OUT/sweep.html, and replace the one that is there."""
     environment = report_environment(PackageLoader("prunedm.experiments"))
-    environment.globals["word"] = word
-    text = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
-    replace_text(out / FILE, masked(text), own_name(out / FILE))
+    drawn = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
+    replace_text(out / FILE, masked(drawn), own_name(out / FILE))
     return out / FILE
 
 
@@ -50,7 +49,7 @@ def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
     figures = _figures(rows, store, f"prunedm sweep: {out.resolve().name}")
     fields, model = ", ".join(plan.fields()), Path(case_of(plan, {}).recipe.model).name
     return figures | {
-        "lead": word("lead", model=model, count=len(rows), fields=fields),
+        "lead": text("sweep.lead", model=model, count=len(rows), fields=fields),
         "tiles": _tiles(rows, plan, store),
         "directions": ", ".join(f"{name}: {way}" for name, way in plan.objectives.items()),
         "objectives": [
@@ -101,9 +100,11 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
     )
     tiles = [
         {
-            "name": word("tile.done"),
+            "name": text("sweep.tile.done"),
             "big": states.count("done"),
-            "story": word("tile.done.story", count=len(rows), others=others or word("tile.none")),
+            "story": text(
+                "sweep.tile.done.story", count=len(rows), others=others or text("sweep.tile.none")
+            ),
         }
     ]
     for name, way in list(plan.objectives.items())[:2]:
@@ -114,15 +115,15 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
             chosen = pick(best, key=lambda row: row.values[name] or 0.0)
             tiles.append(
                 {
-                    "name": word("tile.best", name=header_of(name)),
+                    "name": text("sweep.tile.best", name=header_of(name)),
                     "big": shown(name, chosen.values[name]),
                     "story": chosen.label,
                 }
             )
     spent, alone = _seconds(rows, store)
     if spent:
-        story = word("tile.time.story", alone=in_words(alone)) if alone > 1.05 * spent else ""
-        tiles.append({"name": word("tile.time"), "big": in_words(spent), "story": story})
+        story = text("sweep.tile.time.story", alone=in_words(alone)) if alone > 1.05 * spent else ""
+        tiles.append({"name": text("sweep.tile.time"), "big": in_words(spent), "story": story})
     return tiles
 
 
@@ -145,7 +146,7 @@ def _line(number: int, row: Row, plan: Sweep) -> dict[str, Any]:
         "label": row.label,
         "best": row.best,
         "cells": [shown(name, row.values[name]) for name in plan.objectives],
-        "state": word(f"state.{row.status.state}", stage=row.status.stage),
+        "state": text(f"sweep.state.{row.status.state}", stage=row.status.stage),
         "time": in_words(row.status.seconds) if row.status.seconds else "–",
         "folder": f"stages/{row.run.stages[-1].folder}" if row.run and row.run.stages else "–",
     }

@@ -36,7 +36,7 @@ class Point:
 
 def panels(evaluations: Sequence[Evaluation], quality_words: Markup) -> list[tuple[Markup, Markup]]:
     """Title and SVG of each cost that at least two models have."""
-    quality, drawn = quality_column(evaluations), []
+    quality, drawn = table.quality(evaluations), []
     for column in map(METRICS.__getitem__, COSTS):
         points = _points(evaluations, quality, column)
         if len(points) > 1:
@@ -44,22 +44,6 @@ def panels(evaluations: Sequence[Evaluation], quality_words: Markup) -> list[tup
             svg = _panel(points, _cost_text(column.key, largest), quality_words)
             drawn.append((text(f"front.{column.key}"), svg))
     return drawn
-
-
-def quality_column(evaluations: Sequence[Evaluation]) -> Metric:
-    """FD where it was measured of every model in the same way, else the loss."""
-    fd, dense = METRICS["fd"], evaluations[0]
-    whole = all(e.figures.fd is not None and table.comparable(fd, e, dense) for e in evaluations)
-    return fd if whole else METRICS["loss"]
-
-
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in cost and quality, by rising cost."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.quality)):
-        if not front or point.quality < front[-1].quality:
-            front.append(point)
-    return front
 
 
 def _points(evaluations: Sequence[Evaluation], quality: Metric, cost: Metric) -> list[Point]:
@@ -129,7 +113,7 @@ def _panel(
     y = _Scale.over([p.quality for p in points], _BOTTOM, _TOP)
     parts = [_quality_tick(tick, y(tick)) for tick in y.ticks()]
     parts += [_cost_tick(cost_text(tick), x(tick)) for tick in x.ticks()]
-    front = pareto_front(points)
+    front = [points[k] for k in table.pareto([(p.cost, p.quality) for p in points])]
     parts.append(_stairs([(x(p.cost), y(p.quality)) for p in front]))
     boxes = [_around(x(p.cost), y(p.quality)) for p in points]
     boxes += [(x(a.cost), y(a.quality), x(b.cost), y(a.quality)) for a, b in pairwise(front)]
