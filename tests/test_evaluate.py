@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, load_features
 from prunedm.evaluation.loss import denoising_loss, streamed_batches
 from prunedm.evaluation.metric import Measurement, Metric, fixed
-from prunedm.evaluation.paired import psnr, ssim
+from prunedm.evaluation.paired import SSIM, psnr, ssim
 from prunedm.evaluation.results import Evaluation, Figures, Timing
 from prunedm.evaluation.speed import timings
 from prunedm.evaluation.table import pareto
@@ -354,8 +355,8 @@ def test_a_failed_step_is_recorded_and_the_rest_goes_on(chain, tmp_path, feature
     def broken(*arguments, **options):
         raise ValueError("bad\nluck")
 
-    monkeypatch.setattr("prunedm.stages.evaluating.quality.frechet_distance", broken)
-    monkeypatch.setattr("prunedm.stages.evaluating.measure.count_macs", broken)
+    monkeypatch.setattr("prunedm.evaluation.fid.frechet_distance", broken)
+    monkeypatch.setattr("prunedm.evaluation.size.count_macs", broken)
     monkeypatch.setattr("prunedm.stages.evaluating.together.timings", broken)
     out, listener = tmp_path / "out", Listener()
     options = EvaluateOptions(samples=6, features=features, **MEASURE)
@@ -388,7 +389,7 @@ def test_a_loss_that_fails_leaves_a_readable_result(tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise UserError("no such thing")
 
-    monkeypatch.setattr("prunedm.stages.evaluating.measure.denoising_loss", broken)
+    monkeypatch.setattr("prunedm.evaluation.loss.denoising_loss", broken)
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SHALLOW)
     for row in read_comparison(tmp_path / "out"):
         assert row.figures.loss is row.figures.loss_se is None
@@ -500,7 +501,7 @@ def test_pairs_that_fail_name_their_model(tmp_path, monkeypatch):
     def broken(*arguments):
         raise UserError("no pairs")
 
-    monkeypatch.setattr("prunedm.stages.evaluating.together.ssim", broken)
+    monkeypatch.setattr("prunedm.evaluation.paired.SSIM", replace(SSIM, each=broken))
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SAMPLED)
     first, second = read_comparison(tmp_path / "out")
     assert (first.failed, second.failed) == ({}, {"paired": "no pairs"})
