@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from PIL import Image
 from prunedm.console import comparison_tables
 from prunedm.data import load_images
 from prunedm.errors import UserError
-from prunedm.evaluation.dashboard import pareto
 from prunedm.evaluation.features import FeatureNetwork, load_features
 from prunedm.evaluation.loss import denoising_loss, streamed_batches
-from prunedm.evaluation.paired import psnr, ssim
-from prunedm.evaluation.results import Evaluation, Timing
+from prunedm.evaluation.metric import Measurement, Metric, fixed
+from prunedm.evaluation.paired import SSIM, psnr, ssim
+from prunedm.evaluation.results import Evaluation, Figures, Timing
 from prunedm.evaluation.speed import timings
+from prunedm.evaluation.table import pareto
 from prunedm.folder import load, save
 from prunedm.masks import save_masks
 from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOptions
@@ -36,6 +38,7 @@ from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import held_out_problems
 from prunedm.stages.verbs.compare import read_comparison
 from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
+from prunedm.tables import METRICS
 from prunedm.task import Stream
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
@@ -100,6 +103,51 @@ def deep(chain, features, tmp_path_factory) -> Path:
 def steps_of(folder: Path) -> dict[tuple[str, str], dict]:
     workflow = json.loads((folder / "workflow_results.json").read_text())
     return {(step["model"], step["step"]): step for step in workflow["steps"]}
+
+
+# --------------------------------------------------------------------------------- metrics
+
+# a metric of the user's own, as CONTRIBUTING says: this object, and a line in the table
+LARGEST_WEIGHT = Metric(
+    "largest_weight",
+    "largest |w|",
+    "largest magnitude of a weight",
+    fixed(3),
+    Measurement("extremes", "weights", lambda of: {"largest_weight": _largest(of.denoiser)}),
+    better="higher",
+)
+
+
+def _largest(network: torch.nn.Module) -> float:
+    return max(float(p.detach().abs().max()) for p in network.parameters())
+
+
+def test_a_metric_is_an_object_and_a_line(chain, tmp_path, monkeypatch):
+    old = tmp_path / "old"
+    evaluate(chain["narrow"], old, SHALLOW)
+    monkeypatch.setitem(METRICS.places, "largest_weight", "test_evaluate:LARGEST_WEIGHT")
+    out = tmp_path / "out"
+    evaluate(chain["narrow"], out, SHALLOW)
+    wanted = _largest(load(chain["narrow"]).denoiser)
+    stored = json.loads((out / "evaluation_results.json").read_text())
+    assert stored["figures"]["largest_weight"] == wanted
+    assert stored["changes"].keys() >= {"largest_weight", "loss"}
+    assert ("narrow", "extremes") in steps_of(out)
+    _, row = csv.DictReader((out / "comparison_table.csv").read_text().splitlines())
+    assert float(row["largest_weight"]) == wanted
+    for name in ("evaluation_summary.md", "comparison_report.md", "report.html"):
+        text = (out / name).read_text()
+        assert "largest |w|".replace("|", "\\|" * name.endswith("md") or "|") in text, name
+        assert f"{wanted:.3f}" in text, name
+    assert "largest magnitude of a weight" in (out / "report.html").read_text()
+    # a folder from before the metric
+    assert read_evaluation(old).figures.largest_weight is None
+    assert read_evaluation(old).figures.loss == read_evaluation(out).figures.loss
+
+
+def test_figures_that_no_metric_has_are_errors():
+    with pytest.raises(AttributeError, match="sharpness"):
+        _ = Figures().sharpness
 
 
 # ---------------------------------------------------------------------------------- depths
@@ -306,8 +354,8 @@ def test_a_failed_step_is_recorded_and_the_rest_goes_on(chain, tmp_path, feature
     def broken(*arguments, **options):
         raise ValueError("bad\nluck")
 
-    monkeypatch.setattr("prunedm.stages.evaluating.quality.frechet_distance", broken)
-    monkeypatch.setattr("prunedm.stages.evaluating.measure.count_macs", broken)
+    monkeypatch.setattr("prunedm.evaluation.fid.frechet_distance", broken)
+    monkeypatch.setattr("prunedm.evaluation.size.count_macs", broken)
     monkeypatch.setattr("prunedm.stages.evaluating.together.timings", broken)
     out, listener = tmp_path / "out", Listener()
     options = EvaluateOptions(samples=6, features=features, **MEASURE)
@@ -340,7 +388,7 @@ def test_a_loss_that_fails_leaves_a_readable_result(tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise UserError("no such thing")
 
-    monkeypatch.setattr("prunedm.stages.evaluating.measure.denoising_loss", broken)
+    monkeypatch.setattr("prunedm.evaluation.loss.denoising_loss", broken)
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SHALLOW)
     for row in read_comparison(tmp_path / "out"):
         assert row.figures.loss is row.figures.loss_se is None
@@ -452,7 +500,7 @@ def test_pairs_that_fail_name_their_model(tmp_path, monkeypatch):
     def broken(*arguments):
         raise UserError("no pairs")
 
-    monkeypatch.setattr("prunedm.stages.evaluating.together.ssim", broken)
+    monkeypatch.setattr("prunedm.evaluation.paired.SSIM", replace(SSIM, each=broken))
     compare({"a": tiny_folder(), "b": tiny_folder()}, tmp_path / "out", SAMPLED)
     first, second = read_comparison(tmp_path / "out")
     assert (first.failed, second.failed) == ({}, {"paired": "no pairs"})

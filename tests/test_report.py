@@ -14,12 +14,12 @@ import torch
 from test_table import evaluation
 
 from prunedm.errors import UserError
-from prunedm.evaluation.columns import COLUMNS
+from prunedm.evaluation import report
 from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
-from prunedm.evaluation.report import page, table_words, write_report
+from prunedm.evaluation.report import page, write_report
 from prunedm.evaluation.report.checks import check_lines
 from prunedm.evaluation.report.conditions import conditions_in_words
-from prunedm.evaluation.report.front import Point, panels, pareto_front, quality_column
+from prunedm.evaluation.report.front import panels
 from prunedm.evaluation.report.layers import layer_bars, reason_in_words
 from prunedm.evaluation.report.samples import sheets
 from prunedm.evaluation.report.stages import duration, failures, lineage_of, timeline
@@ -27,8 +27,12 @@ from prunedm.evaluation.report.timings import timing_blocks
 from prunedm.evaluation.report.words import WORDS, attribute, text
 from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSparsity, Timing
 from prunedm.evaluation.summary import summary_text
+from prunedm.evaluation.table import pareto, quality
+from prunedm.experiments import page as sweep_page
 from prunedm.layers import why_not_nm
 from prunedm.record import Record, Source
+from prunedm.stages.table import STAGES as STAGES_OF_VERBS
+from prunedm.tables import METRICS
 
 # label, stage, parameters, non-zero, MACs, loss, FD, PSNR, steps of training
 STAGES: tuple[tuple[Any, ...], ...] = (
@@ -262,28 +266,31 @@ def test_policy_knows_the_only_script(tmp_path: Path) -> None:
 
 
 def test_every_word_has_both_languages() -> None:
-    slots = {
-        key: [sorted(re.findall(r"{(\w+)}", words)) for words in pair]
-        for key, pair in WORDS.items()
-    }
-    for key, (english, chinese) in WORDS.items():
-        assert english.strip(), key
-        assert chinese.strip(), key
+    english, chinese = WORDS["en"], WORDS["zh"]
+    named = ("metric.", "condition.", "stage.", "reason.")  # in English by the code
+    extra = chinese.keys() - english.keys()
+    assert english.keys() <= chinese.keys()
+    assert not [key for key in extra if not key.startswith(named)]
+    for key, words in english.items():
+        assert words.strip(), key
+        assert chinese[key].strip(), key
         if key != "conditions.missing":  # names its list in each language
-            assert slots[key][0] == slots[key][1], key
-    assert not [key for key, pair in WORDS.items() if re.search(r"[\u4e00-\u9fff]", pair[0])]
-    assert {column.key for column in COLUMNS} <= table_words.COLUMNS.keys()
-    assert Conditions.model_fields.keys() <= table_words.CONDITIONS.keys()
+            slots = (sorted(re.findall(r"{(\w+)}", text)) for text in (words, chinese[key]))
+            assert next(slots) == next(slots), key
+    assert not [key for key, words in english.items() if re.search(r"[\u4e00-\u9fff]", words)]
+    assert {f"metric.{key}{end}" for key in METRICS for end in ("", ".meaning")} <= extra
+    assert {f"condition.{name}" for name in Conditions.model_fields} <= extra
+    assert {f"stage.{name}" for name in (*STAGES_OF_VERBS, "compare")} <= extra
 
 
 def test_templates_use_words_that_exist() -> None:
-    folder = Path(table_words.__file__).parent
-    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*") if path.is_file()
-             and path.suffix in {".py", ".j2"}]  # fmt: skip
+    folders = [Path(module.__file__).parent for module in (report, sweep_page)]
+    texts = [path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*")
+             if path.suffix in {".py", ".j2"}]  # fmt: skip
     calls = r'(?:text|attribute)\((?:"[\w-]+", )?"([\w.]+)"'
     used = {key for source in texts for key in re.findall(calls, source)}
-    assert len(used) > 50
-    assert {key for key in used if key not in WORDS} <= {"aria-label", "alt"}
+    assert len(used) > 60
+    assert used - WORDS["en"].keys() <= {"aria-label", "alt"}
 
 
 def test_words_hold_values_in_both_languages_escaped() -> None:
@@ -307,13 +314,13 @@ def test_chinese_page_has_no_english_sentence(tmp_path: Path) -> None:
     ):
         assert words in read
     # what is left in English is data: labels, reasons, names of options and devices
-    for pair in WORDS.values():
-        if len(pair[0].split()) > 3 and "{" not in pair[0]:
-            assert pair[0] not in read
+    for sentence in WORDS["en"].values():
+        if len(sentence.split()) > 3 and "{" not in sentence:
+            assert sentence not in read
 
 
 def test_colours_can_be_read() -> None:
-    style = (Path(table_words.__file__).parent / "templates/style.css").read_text(encoding="utf-8")
+    style = (Path(report.__file__).parent / "templates/style.css").read_text(encoding="utf-8")
     for block in re.findall(r":root \{([^}]*--paper[^}]*)\}", style):
         colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
         for name in ("ink", "soft", "accent", "better", "worse"):
@@ -418,34 +425,23 @@ def test_a_page_says_that_other_processes_disturbed_the_times(tmp_path: Path) ->
         assert ("used 40% of the processor" in summary_text("t", rows, [], [])) == wanted
 
 
-def brute_front(points: list[Point]) -> set[str]:
-    def beaten(p: Point) -> bool:
-        return any(
-            q.cost <= p.cost
-            and q.quality <= p.quality
-            and (q.cost, q.quality) != (p.cost, p.quality)
-            for q in points
-        )
-
-    return {p.label for p in points if not beaten(p)}
-
-
 def test_front_is_what_no_other_beats() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
-        places = generator.permutation(64)[:12]
-        points = [Point(str(k), float(p % 8), float(p // 8), "") for k, p in enumerate(places)]
-        front = pareto_front(points)
-        assert {p.label for p in front} == brute_front(points)
-        assert [p.cost for p in front] == sorted(p.cost for p in front)
+        places = [divmod(int(p), 8) for p in generator.permutation(64)[:12]]
+        front = [places[k] for k in pareto(places)]
+        assert set(front) == {
+            p for p in places if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in places)
+        }
+        assert front == sorted(front)
 
 
 def test_panels_take_fd_only_where_all_have_it() -> None:
     models = pipeline()
-    assert quality_column(models).key == "fd"
+    assert quality(models).key == "fd"
     assert len(panels(models, text("front"))) == 3
     models[1].figures.fd = None
-    assert quality_column(models).key == "loss"
+    assert quality(models).key == "loss"
     models = [
         evaluation(latency_ms=None),
         evaluation("b", latency_ms=None, loss=float("nan"), fd=None),
@@ -687,9 +683,10 @@ def test_conditions_of_weights_noise_and_threads_in_both_languages(tmp_path: Pat
 
 
 def test_disk_is_of_the_weight_files_in_both_languages() -> None:
-    meaning = next(c.meaning for c in COLUMNS if c.key == "bytes_disk")
+    meaning = METRICS["bytes_disk"].meaning
     assert "weight files" in meaning
-    assert table_words.COLUMNS["bytes_disk"] == ("磁盘占用", "去噪网络权重文件的大小")
+    chinese = WORDS["zh"]["metric.bytes_disk"], WORDS["zh"]["metric.bytes_disk.meaning"]
+    assert chinese == ("磁盘占用", "去噪网络权重文件的大小")
 
 
 def test_no_checks_no_section() -> None:

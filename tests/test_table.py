@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from prunedm.console import rich_table
-from prunedm.evaluation.columns import COLUMNS, amount, wide
+from prunedm.evaluation.metric import amount, wide
 from prunedm.evaluation.results import Conditions, Evaluation, Figures, Timing
 from prunedm.evaluation.table import (
     cell,
@@ -22,6 +22,7 @@ from prunedm.evaluation.table import (
     rows,
     warnings,
 )
+from prunedm.tables import METRICS
 
 CONDITIONS = Conditions(
     dataset="digits",
@@ -75,7 +76,7 @@ def pruned(label: str = "1-prune", **changes: Any) -> Evaluation:
 
 
 def column(key: str) -> Any:
-    return next(c for c in COLUMNS if c.key == key)
+    return METRICS[key]
 
 
 def shown(key: str, e: Evaluation, dense: Evaluation | None = None) -> str:
@@ -125,6 +126,13 @@ def test_identical_images_have_no_decibels_but_a_word() -> None:
     assert "| identical |" in markdown_table([evaluation(), same])
 
 
+def test_table_names_its_metrics() -> None:
+    assert [metric.key for metric in METRICS.values()] == list(METRICS)
+    assert [m.key for m in METRICS.values() if m.better and "lower" not in m.better] == [
+        "precision", "recall", "psnr_db", "ssim",
+    ]  # fmt: skip
+
+
 def test_changes_to_dense_are_of_figures_that_compare() -> None:
     found = changes(pruned(fd=5.0, samples=7, nm_valid=1.0), evaluation(failed={"macs": "no"}))
     assert found.keys() == {"loss", "params", "nonzero", "bytes_disk", "bytes_packed", "latency_ms"}
@@ -162,7 +170,7 @@ def test_kernel_distances_of_any_size_are_short() -> None:
 )
 def test_what_failed_reads_failed(step: str, keys: list[str]) -> None:
     model = pruned(failed={step: "no reason"})
-    assert [c.key for c in COLUMNS if shown(c.key, model) == "failed"] == keys
+    assert [c.key for c in METRICS.values() if shown(c.key, model) == "failed"] == keys
     assert {c.key for c in measured([evaluation(), model])} >= set(keys)
 
 
@@ -175,7 +183,7 @@ def test_markdown_leaves_out_what_no_model_has() -> None:
 
 def test_every_row_has_every_column() -> None:
     table = rows([evaluation(), pruned(fd=None, latency_ms=None)])
-    assert {len(row) for row in table} == {len(headers([evaluation()]))} == {len(COLUMNS) + 1}
+    assert {len(row) for row in table} == {len(headers([evaluation()]))} == {len(METRICS) + 1}
     assert shown("fd", pruned(fd=None)) == shown("latency_ms", pruned(latency_ms=None)) == "–"
 
 

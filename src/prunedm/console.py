@@ -21,7 +21,7 @@ from rich.text import Text
 
 from prunedm.deployment.description import read_description
 from prunedm.errors import masked
-from prunedm.evaluation.columns import Column
+from prunedm.evaluation.metric import Metric
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
 from prunedm.masks import Masks
@@ -286,7 +286,7 @@ def _empty_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
 
 
-def _upright(evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Table:
+def _upright(evaluations: Sequence[Evaluation], columns: Sequence[Metric]) -> Table:
     table = _empty_table()
     for k, name in enumerate(headers(evaluations, columns)):
         table.add_column(name, justify="right" if k else "left")
@@ -295,7 +295,7 @@ def _upright(evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Ta
     return table
 
 
-def _transposed(evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Table:
+def _transposed(evaluations: Sequence[Evaluation], columns: Sequence[Metric]) -> Table:
     table, names = _empty_table(), headers(evaluations, columns)[1:]
     table.add_column("", min_width=max(len(word) for name in names for word in name.split()))
     for e in evaluations:

@@ -75,3 +75,25 @@ FORMATS: Table[Any] = Table(
         "tensorrt": "prunedm.stages.exporting.tensorrt:TENSORRT",
     },
 )
+METRICS: Table[Any] = Table(  # in the order of the columns
+    "metric",
+    {
+        "loss": "prunedm.evaluation.loss:LOSS",
+        "fd": "prunedm.evaluation.fid:FD",
+        "kid": "prunedm.evaluation.kid:KID",
+        "precision": "prunedm.evaluation.manifold:PRECISION",
+        "recall": "prunedm.evaluation.manifold:RECALL",
+        "psnr_db": "prunedm.evaluation.paired:PSNR",
+        "ssim": "prunedm.evaluation.paired:SSIM",
+        "params": "prunedm.evaluation.size:PARAMS",
+        "nonzero": "prunedm.evaluation.size:NONZERO",
+        "sparsity": "prunedm.evaluation.size:SPARSITY",
+        "macs": "prunedm.evaluation.size:MACS",
+        "bytes_disk": "prunedm.evaluation.size:DISK",
+        "bytes_packed": "prunedm.evaluation.size:PACKED",
+        "compression": "prunedm.evaluation.size:COMPRESSION",
+        "latency_ms": "prunedm.evaluation.speed:LATENCY",
+        "peak_memory_mb": "prunedm.evaluation.profiling:PEAK_MEMORY",
+        "nm_valid": "prunedm.evaluation.size:NM_VALID",
+    },
+)

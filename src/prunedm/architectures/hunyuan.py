@@ -10,7 +10,7 @@ from prunedm.architecture import Architecture, Inputs, told_as_hidden_states
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """A noisy sample is `hidden_states`, with its places as rotations, the image's size and one style."""
+    """A noisy sample is `hidden_states`, with its places as rotations, a size and one style."""
     names = told_as_hidden_states(network, inputs)
     sample = names["hidden_states"]
     count, _, *size = sample.shape

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from prunedm.evaluation import table
 from prunedm.evaluation.results import Evaluation, LayerSparsity
 
 _COSTS = (("latency_ms", "latency (ms)"), ("bytes_packed", "packed (MB)"), ("macs", "MACs (M)"))
@@ -22,8 +23,9 @@ def dashboard(rows: Sequence[Evaluation], path: Path) -> None:
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
     top, low = figure.subplots(2, 3)
-    key, name = quality_of(rows)
-    _bars(top[0], rows, {name: key}, {name: "fd_se" if key == "fd" else "loss_se"})
+    quality = table.quality(rows)
+    key, name = quality.key, table.header(quality, rows)
+    _bars(top[0], rows, {name: key}, {name: quality.spread})
     top[0].set_title(f"quality: {name}, lower is better", fontsize=10)
     _bars(top[1], rows, {"on disk": "bytes_disk", "packed": "bytes_packed"}, {})
     top[1].set_title("size (MB)", fontsize=10)
@@ -65,24 +67,6 @@ def layer_chart(rows: Sequence[Evaluation], path: Path) -> None:
 def sparse(rows: Sequence[Evaluation]) -> list[Evaluation]:
     """The models that lack over 1 % of some layer's weights: a few are zero in any model."""
     return [row for row in rows if any(_left(layer) < 99 for layer in row.layers)]
-
-
-def quality_of(rows: Sequence[Evaluation]) -> tuple[str, str]:
-    """The field of `Figures` that quality is shown by, and its name: FD, or where it lacks, loss."""
-    if all(row.figures.fd is not None for row in rows):
-        return "fd", rows[0].conditions.features
-    return "loss", "loss"
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other is at most equal to in both, by rising first value."""
-    order = sorted(range(len(points)), key=lambda k: points[k])
-    best, found = float("inf"), []
-    for k in order:
-        if points[k][1] < best:
-            best = points[k][1]
-            found.append(k)
-    return found
 
 
 def _left(layer: LayerSparsity) -> float:
@@ -130,7 +114,7 @@ def _latencies(axes: Any, rows: Sequence[Evaluation]) -> None:
 def _pareto(axes: Any, rows: Sequence[Evaluation], *, cost: str, quality: str) -> None:
     points = [(_value(row, cost), _value(row, quality)) for row in rows]
     known = [k for k, point in enumerate(points) if np.isfinite(point).all()]
-    front = [known[k] for k in pareto([points[k] for k in known])]
+    front = [known[k] for k in table.pareto([points[k] for k in known])]
     axes.plot(*zip(*(points[k] for k in front), strict=True) if front else ([], []), color="gray")
     for k in known:
         axes.scatter(*points[k], color=f"C{k % 10}", zorder=3)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from prunedm.errors import UserError
+from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
 from prunedm.image_arrays import header_of, keys, read_array
 from prunedm.image_files import shown
 
@@ -213,3 +214,30 @@ def _root(sigma_DD: np.ndarray) -> np.ndarray:
     values_D, vectors_DD = np.linalg.eigh(sigma_DD)
     root_DD: np.ndarray = (vectors_DD * np.sqrt(values_D.clip(min=0))) @ vectors_DD.T
     return root_DD
+
+
+def distance_figures(
+    own_ND: torch.Tensor, real_ND: torch.Tensor, features: str, *, seed: int
+) -> dict[str, float]:
+    """`fd` and `fd_se` of samples to real images, both as features of the network of this name."""
+    own, real = (statistics(x_ND, features=features) for x_ND in (own_ND, real_ND))
+    error = bootstrap_error(own_ND, real, seed=seed)
+    return {"fd": frechet_distance(own, real), "fd_se": error}
+
+
+def _figures(of: Subject) -> dict[str, float]:
+    assert of.own_ND is not None
+    assert of.real_ND is not None
+    return distance_figures(of.own_ND, of.real_ND, of.features, seed=of.seed)
+
+
+FD = Metric(
+    "fd",
+    "FD",
+    "Fréchet distance of the samples to held-out images, in the features named ± its standard error "
+    "by bootstrap",
+    fixed(2),
+    Measurement("fd", "features", _figures),
+    spread="fd_se",
+    named=lambda features: features,
+)

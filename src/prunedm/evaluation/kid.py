@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from prunedm.errors import UserError
+from prunedm.evaluation.metric import Measurement, Metric, Subject, wide
 
 LEAST_IMAGES = 4  # a side: its halves must have pairs
 ERROR_DRAWS = 40  # subsets of each side behind the standard error
@@ -95,3 +96,23 @@ def _kernel(x_MD: np.ndarray, y_KD: np.ndarray) -> np.ndarray:
     kernel_MK /= x_MD.shape[1]
     kernel_MK += 1
     return np.asarray(kernel_MK * kernel_MK * kernel_MK)
+
+
+def _figures(of: Subject) -> dict[str, float]:
+    assert of.own_ND is not None
+    assert of.real_ND is not None
+    unit = kernel_unit(of.real_ND, of.features)
+    mean, error = kernel_distance(of.own_ND / unit, of.real_ND / unit, seed=of.seed)
+    return {"kid": 1000 * mean, "kid_se": 1000 * error}
+
+
+KID = Metric(
+    "kid",
+    "KID ×1000",
+    "kernel distance in the same features (but Inception's in units of their root mean square), "
+    "times 1000 ± its standard error",
+    wide,
+    Measurement("kid", "features", _figures),
+    spread="kid_se",
+    named=lambda features: "" if features == "FID" else "KD ×1000",
+)

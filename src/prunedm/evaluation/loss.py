@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from prunedm.errors import NotFinite
+from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
 from prunedm.inference import evaluating
 from prunedm.progress import Progress, Silent
 from prunedm.task import Batch, Stream, Task, predict
 
 BATCH = 100
+LOSSES = "losses.npy"
 MOST_VALUES = 2**21  # pixels times channels of a batch that is not kept
 
 
@@ -74,3 +77,21 @@ def _check_finite(losses_N: torch.Tensor) -> None:
             f"the denoising loss is {float(losses_N[first])} on {len(broken)} of {len(losses_N)} "
             f"problems, first number {first}: the model's weights or its noise schedule are broken"
         )
+
+
+def _figures(of: Subject) -> dict[str, float]:
+    """The loss; the losses of all problems are left in a file."""
+    loss = denoising_loss(of.denoiser, of.problems(), device=of.device, progress=of.progress)
+    np.save(of.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
+    return {"loss": loss.mean, "loss_se": loss.standard_error}
+
+
+LOSS = Metric(
+    "loss",
+    "loss",
+    "mean denoising loss on the held-out problems ± its standard error",
+    fixed(4),
+    Measurement("loss", "problems", _figures),
+    spread="loss_se",
+    also=("loss_change", "loss_change_se"),  # to the dense model's, problem by problem
+)

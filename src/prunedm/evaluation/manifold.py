@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from prunedm.errors import UserError
+from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
 
 
 def precision_recall(
@@ -69,3 +70,36 @@ def _squares(a_ND: torch.Tensor, b_ND: torch.Tensor, chunk: int) -> Iterator[tor
         squares_KN = torch.addmm(norms_N, rows_KD, b_ND.T, alpha=-2)
         squares_KN += rows_KD.square().sum(1, keepdim=True)
         yield squares_KN.clamp_(min=0)
+
+
+def _figures(of: Subject) -> dict[str, float]:
+    assert of.own_ND is not None
+    assert of.real_ND is not None
+    precision, recall = precision_recall(of.real_ND, of.own_ND)
+    return {
+        "precision": precision,
+        "precision_se": share_error(precision, len(of.own_ND)),
+        "recall": recall,
+        "recall_se": share_error(recall, len(of.real_ND)),
+    }
+
+
+_BOTH = Measurement("precision and recall", "features", _figures)
+PRECISION = Metric(
+    "precision",
+    "precision",
+    "share of the samples within the manifold of held-out images",
+    fixed(3),
+    _BOTH,
+    better="higher",
+    spread="precision_se",
+)
+RECALL = Metric(
+    "recall",
+    "recall",
+    "share of the held-out images within the manifold of samples",
+    fixed(3),
+    _BOTH,
+    better="higher",
+    spread="recall_se",
+)

@@ -7,8 +7,10 @@ import numpy as np
 from scipy.ndimage import correlate1d
 
 from prunedm.errors import UserError
+from prunedm.evaluation.metric import Measurement, Metric, fixed
 
 WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004
+IDENTICAL = "identical"
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -80,3 +82,29 @@ def _check(images_NHWC: np.ndarray, reference_NHWC: np.ndarray) -> None:
             f"images of shapes {images_NHWC.shape} and {reference_NHWC.shape} are no pairs; "
             "draw both from the same noise, as many and as large"
         )
+
+
+PAIRED = Measurement("paired", "pairs")
+PSNR = Metric(
+    "psnr_db",
+    "PSNR to dense",
+    "likeness of each image to the dense model's from the same noise, median, in dB",
+    fixed(1),
+    PAIRED,
+    better="higher",
+    spread="psnr_se",
+    unit=" dB",
+    also=("identical",),  # share of images that equal the dense model's: no noise, no PSNR
+    each=psnr,
+    instead=lambda figures: IDENTICAL if (figures.identical or 0) >= 0.5 else "",
+)
+SSIM = Metric(
+    "ssim",
+    "SSIM to dense",
+    "structural similarity of each image to the dense model's from the same noise, median",
+    fixed(3),
+    PAIRED,
+    better="higher",
+    spread="ssim_se",
+    each=ssim,
+)

@@ -9,9 +9,19 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from prunedm.architecture import Inputs, answer, like_weights
+from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
+
 Call = Callable[[], object]
+MEGABYTE = 1e6
 _SPARSE = ("cslt_sparse", "semi_structured", "spgemm", "sparse_mm")
 _PRODUCTS = ("conv", "mm", "linear", "matmul", "attention", "einsum")
+
+
+def one_call(network: nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """A call of `network` on these inputs, where its weights are and in their type."""
+    told = like_weights(network, inputs)
+    return lambda: answer(network, told)
 
 
 def peak_memory(module: nn.Module, call: Call, device: torch.device | str = "cpu") -> int:
@@ -64,3 +74,19 @@ def _profile(call: Call, *, memory: bool = False) -> profile:
     with torch.inference_mode(), profile(activities=activities, profile_memory=memory) as seen:
         call()
     return seen
+
+
+def _figures(of: Subject) -> dict[str, float]:
+    with torch.inference_mode():
+        call = one_call(of.denoiser, of.example(of.largest_batch))
+        peak = peak_memory(of.denoiser, call, of.device) / MEGABYTE
+    return {"peak_memory_mb": peak, "peak_memory_batch": of.largest_batch}
+
+
+PEAK_MEMORY = Metric(
+    "peak_memory_mb",
+    "peak MB",
+    "most memory that one call holds, weights included, at the largest timed batch, in MB",
+    fixed(1),
+    Measurement("memory", "calls", _figures),
+)

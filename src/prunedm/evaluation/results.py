@@ -1,14 +1,15 @@
 """What an evaluation found out about one model, and under which conditions: one row of the table."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_field
 
 from prunedm.record import Record, finite
+from prunedm.tables import METRICS
 
 EMA, LAST = "EMA ", "not averaged"  # of `Conditions.weights`
 # a number that is not finite was not measured; JSON has none either
-Measured = Annotated[float | None, AfterValidator(finite)]
+Measured = Annotated[int | float | None, AfterValidator(finite)]
 
 
 class LayerSparsity(BaseModel):
@@ -42,43 +43,42 @@ class Timing(BaseModel):
 
 
 class Figures(BaseModel):
-    """Measured figures. None where a figure was not asked for, does not apply, or its step failed."""
+    """Figures by name: those of every metric (`tables.METRICS`), and what is no number.
 
-    model_config = ConfigDict(validate_assignment=True)
+    None where a figure was not asked for, does not apply, or its step failed.
+    """
 
-    loss: Measured = None
-    loss_se: Measured = None
-    fd: Measured = None  # Fréchet distance of samples to held-out images
-    fd_se: Measured = None  # standard error of `fd` over the samples, by bootstrap
-    kid: Measured = None  # kernel distance in the same features, times 1000
-    kid_se: Measured = None
-    precision: Measured = None  # share of samples within the manifold of held-out images
-    precision_se: Measured = None
-    recall: Measured = None  # share of held-out images within the manifold of samples
-    recall_se: Measured = None
-    ssim: Measured = None  # to the dense model's images from the same noise, median
-    ssim_se: Measured = None
-    psnr_db: Measured = None  # to the dense model's images from the same noise, median
-    psnr_se: Measured = None
-    identical: Measured = None  # share of images that equal the dense model's: no noise, no PSNR
-    loss_change: Measured = None  # to the dense model's loss, problem by problem
-    loss_change_se: Measured = None
-    params: int
-    nonzero: int
-    macs: int  # of one image through the denoiser once, attention included
-    bytes_disk: int
-    bytes_packed: int  # half precision; layers with N:M masks as kept values + one bit a weight
-    sparsity: Measured = None  # share of this model's own parameters that are zero
-    compression: Measured = None  # the dense model's packed bytes over this one's
-    latency_ms: Measured = None  # one denoiser call, median
-    latency_spread_ms: Measured = None  # half the distance between the quartiles
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Measured] = Field(init=False)
+
     timings: list[Timing] = Field(default_factory=list)  # the first is `latency_ms`
-    peak_memory_mb: Measured = None  # of one denoiser call at the largest timed batch
     peak_memory_batch: int | None = None
     pattern: str = ""  # "2:4" where the model has N:M masks
-    nm_valid: Measured = None  # share of groups that are N:M, over the masked layers
     nm_layers: int = 0  # layers with a mask
     nm_dense: dict[str, str] = Field(default_factory=dict)  # prunable layers left dense, and why
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> float | None: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    else:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, finite(value) if isinstance(value, float) else value)
+
+        def __getattr__(self, name: str) -> float | None:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_") or name not in figure_names():
+                    raise
+                return None
+
+
+def figure_names() -> list[str]:
+    """Every figure that a metric has, in the order of the columns."""
+    return [name for metric in METRICS.values() for name in metric.fields]
 
 
 class Change(BaseModel):

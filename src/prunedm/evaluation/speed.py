@@ -1,7 +1,7 @@
 """Latency of one denoiser call: warm-up, repeats, median and spread."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -9,16 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunedm.architecture import Inputs, answer, like_weights
+from prunedm.architecture import Inputs
 from prunedm.errors import UserError
-from prunedm.evaluation.profiling import kernel
+from prunedm.evaluation.metric import Measurement, Metric, fixed
+from prunedm.evaluation.profiling import Call, kernel, one_call
 from prunedm.evaluation.results import Timing
 from prunedm.neighbours import Neighbours
 
 WARMUP = 3
-
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,6 @@ def timings(
     ]
 
 
-def one_call(network: nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """A call of `network` on these inputs, where its weights are and in their type."""
-    told = like_weights(network, inputs)
-    return lambda: answer(network, told)
-
-
 def _rows(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
 
@@ -209,3 +201,13 @@ def tf32_convolutions() -> bool:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+LATENCY = Metric(
+    "latency_ms",
+    "latency ms",
+    "one denoiser call: median ± half the distance between the quartiles",
+    fixed(2),
+    Measurement("latency", "turns"),
+    spread="latency_spread_ms",
+)

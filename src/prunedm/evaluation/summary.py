@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prunedm.evaluation.columns import Column
+from prunedm.evaluation.metric import Metric
 from prunedm.evaluation.paired import WINDOW, window_for
 from prunedm.evaluation.results import EMA, Asked, Evaluation, Step, Timing
 from prunedm.evaluation.speed import WARMUP
@@ -47,7 +47,7 @@ def summary_text(
     return "\n".join([*parts, "", last]) + "\n"
 
 
-def _meaning(column: Column, rows: Sequence[Evaluation]) -> str:
+def _meaning(column: Metric, rows: Sequence[Evaluation]) -> str:
     return f"* **{header(column, rows)}**: {column.meaning}"
 
 

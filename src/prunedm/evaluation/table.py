@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prunedm.evaluation.columns import COLUMNS, Column, wide
-from prunedm.evaluation.results import Change, Conditions, Evaluation, Figures
+from prunedm.evaluation.metric import Metric
+from prunedm.evaluation.results import Change, Conditions, Evaluation, Figures, figure_names
+from prunedm.tables import METRICS
 
 NONE = "–"
 FAILED = "failed"
-_DIGITS = {"loss": 4, "psnr_db": 1, "precision": 3, "recall": 3, "ssim": 3}  # of a spread; others 2
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,31 @@ class Cell:
         return f"{self.figure} ({self.change})" if self.change else self.figure
 
 
-def headers(evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS) -> list[str]:
+def headers(
+    evaluations: Sequence[Evaluation], columns: Sequence[Metric] | None = None
+) -> list[str]:
     """The names over `rows`."""
-    return ["model", *(header(column, evaluations) for column in columns)]
+    return ["model", *(header(column, evaluations) for column in _columns(columns))]
 
 
-def header(column: Column, evaluations: Sequence[Evaluation]) -> str:
-    """The FD's says in which features it was measured; only Inception's kernel distance is KID."""
+def header(column: Metric, evaluations: Sequence[Evaluation]) -> str:
+    """A metric's name; the FD's says in which features it was measured."""
     features = {e.conditions.features for e in evaluations}
-    if column.key == "fd" and len(features) == 1:
-        return features.pop()
-    if column.key == "kid" and features != {"FID"}:
-        return column.header.replace("KID", "KD")
-    return column.header
+    return column.named(features.pop() if len(features) == 1 else "") or column.header
 
 
-def cell(column: Column, evaluation: Evaluation, dense: Evaluation) -> Cell:
+def cell(column: Metric, evaluation: Evaluation, dense: Evaluation) -> Cell:
     """One figure of one model; the change to `dense` where the two are comparable."""
     value, base = _value(column, evaluation), _value(column, dense)
     if failed(column, evaluation):
         return Cell(FAILED)
     if value is None:
         return Cell(column.instead(evaluation.figures) or NONE)
-    text = column.text(evaluation.figures, value if base is None else base)
-    if column.key == "fd" and evaluation.conditions.features != dense.conditions.features:
-        text += f" {evaluation.conditions.features}"
+    text = column.text(value, value if base is None else base) + column.unit
+    text += column.detail(evaluation.figures)
+    features = evaluation.conditions.features
+    if column.named(features) == features != dense.conditions.features:
+        text += f" {features}"
     spread = _spread(column, evaluation)
     alone = evaluation is dense or not column.better
     if base is None or alone or not comparable(column, evaluation, dense):
@@ -69,21 +69,21 @@ def cell(column: Column, evaluation: Evaluation, dense: Evaluation) -> Cell:
     return Cell(text, _spread_text(spread, column), change, tone)
 
 
-def failed(column: Column, evaluation: Evaluation) -> bool:
+def failed(column: Metric, evaluation: Evaluation) -> bool:
     """Whether the figure is missing because a step failed."""
     return not evaluation.failed.keys().isdisjoint(column.steps)
 
 
-def measured(evaluations: Sequence[Evaluation]) -> list[Column]:
+def measured(evaluations: Sequence[Evaluation]) -> list[Metric]:
     """The columns that say something about at least one of these."""
     return [
         column
-        for column in COLUMNS
+        for column in METRICS.values()
         if any(known(column, e) or failed(column, e) for e in evaluations)
     ]
 
 
-def known(column: Column, evaluation: Evaluation) -> bool:
+def known(column: Metric, evaluation: Evaluation) -> bool:
     """Whether the figure was measured, if only to find that it is no number."""
     return _value(column, evaluation) is not None or bool(column.instead(evaluation.figures))
 
@@ -91,7 +91,7 @@ def known(column: Column, evaluation: Evaluation) -> bool:
 def changes(evaluation: Evaluation, dense: Evaluation) -> dict[str, Change]:
     """By field of `Figures`: what was measured of both in a way that compares."""
     found = {}
-    for column in COLUMNS:
+    for column in METRICS.values():
         value, base = _value(column, evaluation), _value(column, dense)
         broken = failed(column, evaluation) or failed(column, dense)
         if value is None or base is None or broken or not column.better:
@@ -102,7 +102,9 @@ def changes(evaluation: Evaluation, dense: Evaluation) -> dict[str, Change]:
     return found
 
 
-def rows(evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:
+def rows(
+    evaluations: Sequence[Evaluation], columns: Sequence[Metric] | None = None
+) -> list[list[str]]:
     """The table's text: one row a model, its label first; the first model is the dense one."""
     return [[e.label, *map(str, line)] for e, line in lines(evaluations, columns)]
 
@@ -121,23 +123,49 @@ def change_in_words(value: float, base: float) -> str:
     return ("+" if percent > 0 else "−") + text
 
 
-def comparable(column: Column, one: Evaluation, other: Evaluation) -> bool:
+def comparable(column: Metric, one: Evaluation, other: Evaluation) -> bool:
     """Whether the conditions that decide this figure are the same."""
     return all(getattr(one.conditions, k) == getattr(other.conditions, k) for k in column.same)
 
 
-def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
-    """One line for every condition that is not the first model's, of figures that both have."""
+def quality(evaluations: Sequence[Evaluation]) -> Metric:
+    """FD where it was measured of every model in the same way, else the loss."""
+    fd, dense = METRICS["fd"], evaluations[0]
+    whole = all(e.figures.fd is not None and comparable(fd, e, dense) for e in evaluations)
+    return fd if whole else METRICS["loss"]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is at most equal to in both, by rising first value."""
+    order = sorted(range(len(points)), key=lambda k: points[k])
+    best, found = float("inf"), []
+    for k in order:
+        if points[k][1] < best:
+            best = points[k][1]
+            found.append(k)
+    return found
+
+
+def differences(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, object, object]]:
+    """Label, condition, its value and the first model's where they differ, of figures both have."""
     return [
-        f"{e.label}: {name} is {value}, not {getattr(evaluations[0].conditions, name)} as for "
-        f"{evaluations[0].label}; figures that depend on it do not compare"
+        (e.label, name, value, getattr(evaluations[0].conditions, name))
         for e in evaluations[1:]
         for name, value in e.conditions
         if value != getattr(evaluations[0].conditions, name)
         and any(
             name in column.same and None not in (_value(column, e), _value(column, evaluations[0]))
-            for column in COLUMNS
+            for column in METRICS.values()
         )
+    ]
+
+
+def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
+    """A line for each of `differences`."""
+    return [
+        f"{label}: {name} is {value}, not {expected} as for {evaluations[0].label}; figures that "
+        "depend on it do not compare"
+        for label, name, value, expected in differences(evaluations)
     ]
 
 
@@ -153,7 +181,7 @@ def markdown_table(evaluations: Sequence[Evaluation]) -> str:
 def csv_text(evaluations: Sequence[Evaluation]) -> str:
     """Every figure and condition as it was measured, one row a model; empty where not measured."""
     own = ["label", "model", "hash", "reloads", "failed"]
-    names = [*own, *Figures.model_fields, *Conditions.model_fields]
+    names = [*own, *figure_names(), *Figures.model_fields, *Conditions.model_fields]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
@@ -165,9 +193,14 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
 
 
 def lines(
-    evaluations: Sequence[Evaluation], columns: Sequence[Column] = COLUMNS
+    evaluations: Sequence[Evaluation], columns: Sequence[Metric] | None = None
 ) -> list[tuple[Evaluation, list[Cell]]]:
-    return [(e, [cell(column, e, evaluations[0]) for column in columns]) for e in evaluations]
+    dense, shown = evaluations[0], _columns(columns)
+    return [(e, [cell(column, e, dense) for column in shown]) for e in evaluations]
+
+
+def _columns(columns: Sequence[Metric] | None) -> list[Metric]:
+    return list(METRICS.values() if columns is None else columns)
 
 
 def _plain(value: object) -> object:
@@ -176,26 +209,24 @@ def _plain(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if nested else value
 
 
-def _value(column: Column, evaluation: Evaluation) -> float | None:
+def _value(column: Metric, evaluation: Evaluation) -> float | None:
     value: float | None = getattr(evaluation.figures, column.key)
     return value
 
 
-def _spread(column: Column, evaluation: Evaluation) -> float | None:
+def _spread(column: Metric, evaluation: Evaluation) -> float | None:
     spread = getattr(evaluation.figures, column.spread) if column.spread else None
     return spread if spread is not None and math.isfinite(spread) else None
 
 
-def _spread_text(spread: float | None, column: Column) -> str:
+def _spread_text(spread: float | None, column: Metric) -> str:
     if spread is None:
         return ""
-    if column.key == "kid":
-        return wide(spread)
-    text = f"{spread:.{_DIGITS.get(column.key, 2)}f}"
+    text = column.text(spread, spread)
     return text if float(text) else f"{spread:.0e}"
 
 
-def _tone(column: Column, change: float, noise: float) -> Literal["better", "worse", ""]:
+def _tone(column: Metric, change: float, noise: float) -> Literal["better", "worse", ""]:
     if abs(change) <= noise:
         return ""
     return "better" if (change < 0) == (column.better == "lower") else "worse"

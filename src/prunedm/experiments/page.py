@@ -7,22 +7,21 @@ from typing import Any
 from jinja2 import PackageLoader
 
 from prunedm.errors import masked
-from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
 from prunedm.evaluation.report.front import panels
+from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import Evaluation
 from prunedm.experiments.plan import Sweep, case_of
 from prunedm.experiments.results import Row, dense_of
 from prunedm.experiments.store import Store, own_name
-from prunedm.experiments.words import word
 from prunedm.experiments.workers import log_tail
 from prunedm.record import read_record, replace_text
 from prunedm.stages.evaluating.measure import SAMPLES, read_images
+from prunedm.tables import METRICS
 
 FILE = "sweep.html"
 SHOWN = 12  # runs whose samples are shown: of the front first
-_HEADERS = {column.key: column.header for column in COLUMNS}
 _PARTS = (
     "panels",
     "quality",
@@ -39,9 +38,8 @@ _PARTS = (
 def write_page(rows: Sequence[Row], plan: Sweep, out: Path) -> Path:
     """Write OUT/sweep.html, and replace the one that is there."""
     environment = report_environment(PackageLoader("prunedm.experiments"))
-    environment.globals["word"] = word
-    text = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
-    replace_text(out / FILE, masked(text), own_name(out / FILE))
+    drawn = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
+    replace_text(out / FILE, masked(drawn), own_name(out / FILE))
     return out / FILE
 
 
@@ -51,11 +49,11 @@ def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
     figures = _figures(rows, store, f"prunedm sweep: {out.resolve().name}")
     fields, model = ", ".join(plan.fields()), Path(case_of(plan, {}).recipe.model).name
     return figures | {
-        "lead": word("lead", model=model, count=len(rows), fields=fields),
+        "lead": text("sweep.lead", model=model, count=len(rows), fields=fields),
         "tiles": _tiles(rows, plan, store),
         "directions": ", ".join(f"{name}: {way}" for name, way in plan.objectives.items()),
         "objectives": [
-            {"header": _HEADERS.get(name, name), "arrow": {"minimize": " ↓"}.get(way, " ↑")}
+            {"header": header_of(name), "arrow": {"minimize": " ↓"}.get(way, " ↑")}
             for name, way in plan.objectives.items()
         ],
         "table": [_line(number, row, plan) for number, row in enumerate(rows, start=1)],
@@ -102,9 +100,11 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
     )
     tiles = [
         {
-            "name": word("tile.done"),
+            "name": text("sweep.tile.done"),
             "big": states.count("done"),
-            "story": word("tile.done.story", count=len(rows), others=others or word("tile.none")),
+            "story": text(
+                "sweep.tile.done.story", count=len(rows), others=others or text("sweep.tile.none")
+            ),
         }
     ]
     for name, way in list(plan.objectives.items())[:2]:
@@ -115,15 +115,15 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
             chosen = pick(best, key=lambda row: row.values[name] or 0.0)
             tiles.append(
                 {
-                    "name": word("tile.best", name=_HEADERS.get(name, name)),
+                    "name": text("sweep.tile.best", name=header_of(name)),
                     "big": shown(name, chosen.values[name]),
                     "story": chosen.label,
                 }
             )
     spent, alone = _seconds(rows, store)
     if spent:
-        story = word("tile.time.story", alone=in_words(alone)) if alone > 1.05 * spent else ""
-        tiles.append({"name": word("tile.time"), "big": in_words(spent), "story": story})
+        story = text("sweep.tile.time.story", alone=in_words(alone)) if alone > 1.05 * spent else ""
+        tiles.append({"name": text("sweep.tile.time"), "big": in_words(spent), "story": story})
     return tiles
 
 
@@ -146,7 +146,7 @@ def _line(number: int, row: Row, plan: Sweep) -> dict[str, Any]:
         "label": row.label,
         "best": row.best,
         "cells": [shown(name, row.values[name]) for name in plan.objectives],
-        "state": word(f"state.{row.status.state}", stage=row.status.stage),
+        "state": text(f"sweep.state.{row.status.state}", stage=row.status.stage),
         "time": in_words(row.status.seconds) if row.status.seconds else "–",
         "folder": f"stages/{row.run.stages[-1].folder}" if row.run and row.run.stages else "–",
     }
@@ -161,6 +161,11 @@ def shown(name: str, value: float | None) -> str:
     if name in ("params", "nonzero", "macs"):
         return f"{value / 1e6:.3g}M"
     return in_words(value) if name == "seconds" else f"{value:.4g}"
+
+
+def header_of(objective: str) -> str:
+    """A metric's name in the tables; another objective's own."""
+    return METRICS[objective].header if objective in METRICS else objective
 
 
 def in_words(seconds: float) -> str:

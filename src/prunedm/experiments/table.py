@@ -7,12 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prunedm.evaluation.columns import COLUMNS
-from prunedm.experiments.page import in_words, shown
+from prunedm.experiments.page import header_of, in_words, shown
 from prunedm.experiments.plan import Sweep
 from prunedm.experiments.results import Row
 
-_HEADERS = {column.key: column.header for column in COLUMNS}
 _STYLES = {"done": "", "failed": "red", "running": "cyan", "stopped": "yellow"}
 
 
@@ -22,7 +20,7 @@ def sweep_table(rows: Sequence[Row], plan: Sweep, console: Console) -> None:
     table.add_column("run", overflow="fold")
     for name, way in plan.objectives.items():
         arrow = "↓" if way == "minimize" else "↑"
-        table.add_column(f"{_HEADERS.get(name, name)} {arrow}", justify="right", no_wrap=True)
+        table.add_column(f"{header_of(name)} {arrow}", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     for row in rows:

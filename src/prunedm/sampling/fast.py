@@ -5,7 +5,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -153,9 +152,13 @@ class _InFloat32:
             )
 
 
-@cache
-def _in_float32(cls: Any) -> Any:
-    return type(cls.__name__, (_InFloat32, cls), {})
+_CLASSES: dict[type, Any] = {}  # by the class that each is made of
+
+
+def _in_float32(cls: type) -> Any:
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(cls.__name__, (_InFloat32, cls), {})
+    return _CLASSES[cls]
 
 
 def _widened(value: Any) -> Any:

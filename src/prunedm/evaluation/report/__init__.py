@@ -21,7 +21,7 @@ from prunedm.evaluation.pictures import Curve, curve_of, loss_curves
 from prunedm.evaluation.report.checks import check_lines, shown
 from prunedm.evaluation.report.conditions import conditions_in_words
 from prunedm.evaluation.report.figures import header, key_figures, meaning, rows, warnings
-from prunedm.evaluation.report.front import panels, quality_column
+from prunedm.evaluation.report.front import panels
 from prunedm.evaluation.report.layers import layer_bars, left_dense
 from prunedm.evaluation.report.samples import GAP, sheets
 from prunedm.evaluation.report.stages import failures, timeline, total_time
@@ -69,7 +69,7 @@ def page(
 ) -> dict[str, Any]:
     """Everything the template shows, in the page's order."""
     dense, curves = evaluations[0], training_curves(evaluations)
-    quality = header(quality_column(evaluations), evaluations)
+    quality = header(table.quality(evaluations), evaluations)
     return {
         "title": title,
         "version": metadata.version("prunedm"),

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from prunedm.evaluation import table
-from prunedm.evaluation.columns import COLUMNS
 from prunedm.evaluation.report.figures import header
 from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import EMA, Evaluation
 from prunedm.neighbours import disturbance
+from prunedm.tables import METRICS
 
 _OPTIONAL = ("fd", "psnr_db", "latency_ms")  # figures with a sentence of their own
 
@@ -26,9 +26,9 @@ def conditions_in_words(evaluations: Sequence[Evaluation]) -> list[tuple[str, li
 def _sentences(group: Sequence[Evaluation]) -> list[Markup]:
     """A sentence for every figure that was measured, and which were not."""
     values = group[0].conditions.model_dump()
-    missing = {c.key for c in COLUMNS if not any(table.known(c, e) for e in group)}
+    missing = {c.key for c in METRICS.values() if not any(table.known(c, e) for e in group)}
     missing -= {"nm_valid"}  # a model without masks has none to check
-    names = [header(column, group) for column in COLUMNS if column.key in missing]
+    names = [header(column, group) for column in METRICS.values() if column.key in missing]
     drawn = not {"fd", "psnr_db"} <= missing
     return [
         text("conditions.loss", **values),

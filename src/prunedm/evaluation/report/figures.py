@@ -7,11 +7,12 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from prunedm.evaluation import table
-from prunedm.evaluation.columns import COLUMNS, IDENTICAL, Column
-from prunedm.evaluation.report import table_words
-from prunedm.evaluation.report.words import both, text
+from prunedm.evaluation.metric import Metric
+from prunedm.evaluation.paired import IDENTICAL
+from prunedm.evaluation.report.words import text, translated
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import Cell
+from prunedm.tables import METRICS
 
 _KEY_FIGURES = ("params", "bytes_packed", "macs", "fd", "loss")
 _VALIDITY = re.compile(r"(?P<share>\S+ %) of (?P<pattern>.+) in (?P<layers>\d+) layers?")
@@ -20,9 +21,8 @@ _VALIDITY = re.compile(r"(?P<share>\S+ %) of (?P<pattern>.+) in (?P<layers>\d+) 
 def key_figures(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """The headline: four figures of the last model, with their change to dense."""
     dense, last = evaluations[0], evaluations[-1]
-    columns = {column.key: column for column in COLUMNS}
     tiles = []
-    for column in map(columns.__getitem__, _KEY_FIGURES):
+    for column in map(METRICS.__getitem__, _KEY_FIGURES):
         now, before = (str(table.cell(column, e, e).figure) for e in (last, dense))
         shown = table.cell(column, last, dense)
         if now != table.NONE:
@@ -64,42 +64,27 @@ def _figure(cell: Cell) -> Markup:
 
 def warnings(evaluations: Sequence[Evaluation]) -> list[Markup]:
     """One line for every condition that is not the first model's, of figures that both have."""
-    dense = evaluations[0]
+    dense = evaluations[0].label
     return [
         text(
             "differs",
-            label=e.label,
-            name=both(name, table_words.CONDITIONS.get(name, name)),
+            label=label,
+            name=translated(f"condition.{name}", name),
             value=value,
-            expected=getattr(dense.conditions, name),
-            dense=dense.label,
+            expected=expected,
+            dense=dense,
         )
-        for e in evaluations[1:]
-        for name, value in e.conditions
-        if value != getattr(dense.conditions, name) and _matters(name, e, dense)
+        for label, name, value, expected in table.differences(evaluations)
     ]
 
 
-def _matters(condition: str, one: Evaluation, other: Evaluation) -> bool:
-    columns = (column for column in COLUMNS if condition in column.same)
-    return any(None not in (figure(one, c.key), figure(other, c.key)) for c in columns)
-
-
-def figure(e: Evaluation, key: str) -> float | None:
-    value: float | None = getattr(e.figures, key)
-    return value
-
-
-def header(column: Column, evaluations: Sequence[Evaluation]) -> Markup:
+def header(column: Metric, evaluations: Sequence[Evaluation]) -> Markup:
     """The table's name of a figure; where it names the features, it is one in both languages."""
     english = table.header(column, evaluations)
-    chinese = table_words.COLUMNS.get(column.key, (english, ""))[0]
-    return escape(english) if english != column.header else both(english, chinese)
+    own = english == column.header
+    return translated(f"metric.{column.key}", english) if own else escape(english)
 
 
-def meaning(column: Column) -> Markup:
-    chinese = table_words.COLUMNS.get(column.key, ("", column.meaning))[1]
-    words = both(column.meaning, chinese)
-    if not column.better:
-        return words
-    return both(column.meaning + "; ", chinese + "；") + text(column.better)
+def meaning(column: Metric) -> Markup:
+    words = translated(f"metric.{column.key}.meaning", column.meaning)
+    return words + text(column.better) if column.better else words

@@ -9,10 +9,11 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from prunedm.evaluation import table
-from prunedm.evaluation.columns import Column, amount
+from prunedm.evaluation.metric import Metric, amount
 from prunedm.evaluation.pictures import round_ticks
 from prunedm.evaluation.report.words import attribute, text
 from prunedm.evaluation.results import Evaluation
+from prunedm.tables import METRICS
 
 COSTS = ("latency_ms", "bytes_packed", "macs")
 _WIDTH, _HEIGHT = 340, 250
@@ -35,8 +36,8 @@ class Point:
 
 def panels(evaluations: Sequence[Evaluation], quality_words: Markup) -> list[tuple[Markup, Markup]]:
     """Title and SVG of each cost that at least two models have."""
-    quality, drawn = quality_column(evaluations), []
-    for column in map(_column, COSTS):
+    quality, drawn = table.quality(evaluations), []
+    for column in map(METRICS.__getitem__, COSTS):
         points = _points(evaluations, quality, column)
         if len(points) > 1:
             largest = max(p.cost for p in points)
@@ -45,27 +46,7 @@ def panels(evaluations: Sequence[Evaluation], quality_words: Markup) -> list[tup
     return drawn
 
 
-def quality_column(evaluations: Sequence[Evaluation]) -> Column:
-    """FD where it was measured of every model in the same way, else the loss."""
-    fd, dense = _column("fd"), evaluations[0]
-    whole = all(e.figures.fd is not None and table.comparable(fd, e, dense) for e in evaluations)
-    return fd if whole else _column("loss")
-
-
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in cost and quality, by rising cost."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.quality)):
-        if not front or point.quality < front[-1].quality:
-            front.append(point)
-    return front
-
-
-def _column(key: str) -> Column:
-    return next(column for column in table.COLUMNS if column.key == key)
-
-
-def _points(evaluations: Sequence[Evaluation], quality: Column, cost: Column) -> list[Point]:
+def _points(evaluations: Sequence[Evaluation], quality: Metric, cost: Metric) -> list[Point]:
     dense, points = evaluations[0], []
     for e in evaluations:
         values = getattr(e.figures, cost.key), getattr(e.figures, quality.key)
@@ -132,7 +113,7 @@ def _panel(
     y = _Scale.over([p.quality for p in points], _BOTTOM, _TOP)
     parts = [_quality_tick(tick, y(tick)) for tick in y.ticks()]
     parts += [_cost_tick(cost_text(tick), x(tick)) for tick in x.ticks()]
-    front = pareto_front(points)
+    front = [points[k] for k in table.pareto([(p.cost, p.quality) for p in points])]
     parts.append(_stairs([(x(p.cost), y(p.quality)) for p in front]))
     boxes = [_around(x(p.cost), y(p.quality)) for p in points]
     boxes += [(x(a.cost), y(a.quality), x(b.cost), y(a.quality)) for a, b in pairwise(front)]

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from prunedm.evaluation.report.words import WORDS, text
+from prunedm.evaluation.report.words import text, translated
 from prunedm.evaluation.results import Evaluation, LayerSparsity
 
 MANY = 30  # more layers than this are collapsed
@@ -62,8 +62,7 @@ def reason_in_words(reason: str) -> Markup:
     found = _NO_MULTIPLE.fullmatch(reason)
     if found:
         return text("reason.multiple", **found.groupdict())
-    key = f"reason.{reason}"
-    return text(key) if key in WORDS else escape(reason)
+    return translated(f"reason.{reason}", reason)
 
 
 def _bars(labels: list[str], layers: Sequence[LayerSparsity], largest: int) -> Bars:

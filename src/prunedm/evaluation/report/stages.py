@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from prunedm.evaluation.report.words import WORDS, both, plain, text
+from prunedm.evaluation.report.words import text, translated
 from prunedm.evaluation.results import Evaluation
 from prunedm.record import Record
 
@@ -43,7 +43,16 @@ def timeline(evaluations: Sequence[Evaluation]) -> list[Stage]:
         start, share = (100 * s / total if total > 0 else 0.0 for s in (passed, record.wall_time_s))
         passed += record.wall_time_s
         time = duration(record.wall_time_s)
-        stages.append(Stage(_stage_name(record.stage), labels, time, start, share, _fields(record)))
+        stages.append(
+            Stage(
+                translated(f"stage.{record.stage}", record.stage),
+                labels,
+                time,
+                start,
+                share,
+                _fields(record),
+            )
+        )
     return stages
 
 
@@ -86,14 +95,6 @@ def duration(seconds: float) -> Markup:
 
 def _same(one: Record, other: Record) -> bool:
     return one.identity == other.identity and one.created == other.created
-
-
-def _stage_name(stage: str) -> Markup:
-    """The stage's name as its command has it; in Chinese with its meaning before it."""
-    key = f"stage.{stage}"
-    if key not in WORDS:
-        return escape(stage)
-    return both(stage, f"{plain(key)['zh']} {stage}")
 
 
 def _fields(record: Record) -> list[tuple[Markup, Fields]]:

@@ -29,14 +29,6 @@ SHOWN = 12  # images of each model side by side
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Likeness of a model's images to the dense model's, one by one."""
-
-    psnr_N: np.ndarray | None = None
-    ssim_N: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All that is written; everything by label, the dense model first."""
 
@@ -46,7 +38,7 @@ class Comparison:
     rows: Sequence[Evaluation]
     samples: Mapping[str, np.ndarray]
     losses: Mapping[str, np.ndarray | None]
-    paired: Mapping[str, Paired]
+    paired: Mapping[str, Mapping[str, np.ndarray]]  # metric -> likeness to dense, by image
     masks: dict[str, Any] = field(default_factory=dict)  # of `masks_comparison`
     masks_of: tuple[str, str] | None = None  # labels: first, learned
 
@@ -140,9 +132,7 @@ def _metrics(found: Comparison, place: Path) -> None:
     timings = [(row.label, t.model_dump()) for row in found.rows for t in row.figures.timings]
     fields = [*Timing.model_fields, *Timing.model_computed_fields]
     _table(place / "timings.csv", fields, timings)
-    likeness = {
-        label: _paired(pair) for label, pair in found.paired.items() if pair.psnr_N is not None
-    }
+    likeness = {label: _paired(pairs) for label, pairs in found.paired.items() if pairs}
     if likeness:
         size = next(iter(found.samples.values())).shape[1:3]
         write_json({"note": ssim_note(size), "models": likeness}, place / "paired.json")
@@ -150,12 +140,12 @@ def _metrics(found: Comparison, place: Path) -> None:
         write_json(found.masks, place / "masks_comparison.json")
 
 
-def _paired(pair: Paired) -> dict[str, list[float | None]]:
+def _paired(pairs: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
     """By image; null is infinity, of the same images."""
-    assert pair.psnr_N is not None
-    assert pair.ssim_N is not None
-    decibels = [value if np.isfinite(value) else None for value in pair.psnr_N.tolist()]
-    return {"psnr_db": decibels, "ssim": pair.ssim_N.tolist()}
+    return {
+        key: [value if np.isfinite(value) else None for value in values_N.tolist()]
+        for key, values_N in pairs.items()
+    }
 
 
 def _table(path: Path, fields: Iterable[str], lines: Iterable[tuple[str, dict[str, Any]]]) -> None:

@@ -1,7 +1,7 @@
 """measure: one model by itself. `evaluate` and `compare` are made of these."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,10 @@ from pydantic import TypeAdapter
 from prunedm.data import ImageSet
 from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.layers import layer_sparsity
-from prunedm.evaluation.loss import denoising_loss, streamed_batches
-from prunedm.evaluation.profiling import peak_memory
-from prunedm.evaluation.results import Conditions, Evaluation, Figures, Step
-from prunedm.evaluation.size import (
-    count_macs,
-    count_nonzero,
-    count_parameters,
-    nm_validity,
-    packed_bytes,
-)
-from prunedm.evaluation.speed import dtype_in_words, one_call
+from prunedm.evaluation.loss import streamed_batches
+from prunedm.evaluation.metric import Subject
+from prunedm.evaluation.results import Conditions, Evaluation, Figures, Step, figure_names
+from prunedm.evaluation.speed import dtype_in_words
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
@@ -32,18 +25,18 @@ from prunedm.reading import check_regular, read_as, validated
 from prunedm.record import Source, bare_paths, device_name, write_json
 from prunedm.sampling import make_sampler
 from prunedm.stages.evaluating.conditions import asked, weights_in_words
-from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, distances, features_of
+from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, features_of
 from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, run_stage
 from prunedm.stages.inputs import data_source, device_for, model_sources, problems_on
 from prunedm.stages.verbs.sample import sample_resumably
+from prunedm.tables import METRICS
+from prunedm.task import Stream
 
 RESULTS = "evaluation_results.json"
 STEPS = "steps.json"
 SAMPLES = "samples.npz"
-LOSSES = "losses.npy"
-MEGABYTE = 1e6
 _Steps = TypeAdapter(list[Step])
 
 
@@ -135,22 +128,31 @@ class _Measuring:
             model, label, yard, folder, steps,
         )  # fmt: skip
         self.options, self.network = yard.options, yard.network
-        self.device = device_for(self.options.device)
-        counts = ("params", "nonzero", "macs", "bytes_disk", "bytes_packed")
-        self.figures: dict[str, Any] = dict.fromkeys(counts, 0)
+        self.figures: dict[str, Any] = dict.fromkeys(figure_names())
+        self.subject = Subject(
+            denoiser=model.denoiser,
+            masks=model.masks,
+            example=model.example,
+            bytes_disk=lambda: size_on_disk(find(model.name)),
+            problems=self._problems,
+            device=device_for(self.options.device),
+            largest_batch=max(batches_of(self.options)),
+            seed=self.options.seed,
+            folder=folder,
+            progress=yard.progress,
+        )
 
     def all(self) -> Evaluation:
         """Every step that the depth has; the reload check first, before weights move anywhere."""
         model, steps, denoiser = self.model, self.steps, self.model.denoiser
         reloads = self._reloads()
-        denoiser.to(self.device)
-        self._note("size", self._sizes)
-        self._note("macs", lambda: {"macs": count_macs(denoiser, model.example())})
+        denoiser.to(self.subject.device)
+        self._take("weights")
         layers = steps.take("sparsity", lambda: layer_sparsity(denoiser, model.masks))
-        self._note("loss", self._loss)
+        self._take("problems")
         drawn = False
         if self.options.depth != "quick":
-            self._note("memory", self._memory)
+            self._take("calls")
             drawn = self._samples()
         return Evaluation(
             label=self.label,
@@ -173,41 +175,17 @@ class _Measuring:
             return True
         return False if DIFFERS in self.steps.failed["reload check"] else None
 
-    def _note(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
-        self.figures |= self.steps.take(name, work) or {}
+    def _take(self, needs: str) -> None:
+        """Every measurement that needs no more than this; several metrics may share one."""
+        for measurement in dict.fromkeys(metric.measured for metric in METRICS.values()):
+            work = measurement.figures
+            if measurement.needs == needs and work is not None:
+                found = self.steps.take(measurement.step, partial(work, self.subject))
+                self.figures |= found or {}
 
-    def _sizes(self) -> dict[str, Any]:
-        denoiser, masks = self.model.denoiser, self.model.masks
-        validity = nm_validity(denoiser, masks)
-        params, nonzero = count_parameters(denoiser), count_nonzero(denoiser)
-        return {
-            "params": params,
-            "nonzero": nonzero,
-            "sparsity": 1 - nonzero / params,
-            "bytes_disk": size_on_disk(find(self.model.name)),
-            "bytes_packed": packed_bytes(denoiser, masks),
-            "pattern": validity.pattern,
-            "nm_valid": validity.valid,
-            "nm_layers": validity.layers,
-            "nm_dense": validity.dense,
-        }
-
-    def _loss(self) -> dict[str, Any]:
+    def _problems(self) -> Stream:
         problems = problems_on(self.yard.reference, self.model, self.options.seed)
-        batches = streamed_batches(problems, self.options.problems, self.options.batch_size)
-        loss = denoising_loss(
-            self.model.denoiser, batches, device=self.device, progress=self.yard.progress
-        )
-        np.save(self.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
-        return {"loss": loss.mean, "loss_se": loss.standard_error}
-
-    def _memory(self) -> dict[str, Any]:
-        denoiser = self.model.denoiser
-        batch = max(batches_of(self.options))
-        with torch.inference_mode():
-            call = one_call(denoiser, self.model.example(batch))
-            peak = peak_memory(denoiser, call, self.device) / MEGABYTE
-        return {"peak_memory_mb": peak, "peak_memory_batch": batch}
+        return streamed_batches(problems, self.options.problems, self.options.batch_size)
 
     def _samples(self) -> bool:
         """Whether there are samples; and, where there is a network, how far they are off."""
@@ -215,6 +193,9 @@ class _Measuring:
             self.steps.skip("samples", "samples = 0")
             return False
         images = self.steps.take("samples", self._draw)
+        if images is not None:
+            self.subject = replace(self.subject, images_NHWC=images)
+            self._take("samples")
         if self.network is None:
             self.steps.skip("fd", "skip_fid" if self.options.skip_fid else "between first and last")
         elif images is not None:
@@ -235,20 +216,23 @@ class _Measuring:
         return images
 
     def _distances(self, network: FeatureNetwork, images_NHWC: np.ndarray) -> None:
-        """FD, KID, precision and recall, all in the same features of the same samples."""
+        """Every distance, all in the same features of the same samples."""
         found = self.steps.take(
             "features",
             lambda: features_of(
                 images_NHWC,
                 self.yard.reference,
                 network,
-                self.device,
+                self.subject.device,
                 most=self.options.references,
             ),
         )
         if found is not None:
-            for name, work in distances(*found, network.name, seed=self.options.seed).items():
-                self._note(name, work)
+            own_ND, real_ND = found
+            self.subject = replace(
+                self.subject, own_ND=own_ND, real_ND=real_ND, features=network.name
+            )
+            self._take("features")
 
     def _conditions(self) -> Conditions:
         options, network, reference = self.options, self.network, self.yard.reference

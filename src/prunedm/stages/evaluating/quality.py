@@ -1,9 +1,8 @@
-"""Quality of samples: the feature network, and every distance in its features.
+"""Quality of samples: the feature network, and the features of samples and held-out images.
 
 Shapes: N images, D features.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,9 +13,6 @@ from torch.utils.data import Subset
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
-from prunedm.evaluation.fid import bootstrap_error, frechet_distance, statistics
-from prunedm.evaluation.kid import kernel_distance, kernel_unit
-from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import EvaluateOptions
 from prunedm.record import Source
 from prunedm.stages.inputs import file_source
@@ -73,33 +69,6 @@ def features_of(
     drawn_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
     own_ND = extract(network, image_batches(drawn_NCHW), device=device)
     return own_ND, _reference_features(reference, network, device, most)
-
-
-def distances(
-    own_ND: torch.Tensor, real_ND: torch.Tensor, features: str, *, seed: int
-) -> dict[str, Callable[[], dict[str, float]]]:
-    """What is to be measured, by the step's name; each gives fields of `Figures`."""
-
-    def fd() -> dict[str, float]:
-        own, real = (statistics(x_ND, features=features) for x_ND in (own_ND, real_ND))
-        error = bootstrap_error(own_ND, real, seed=seed)
-        return {"fd": frechet_distance(own, real), "fd_se": error}
-
-    def kid() -> dict[str, float]:
-        unit = kernel_unit(real_ND, features)
-        mean, error = kernel_distance(own_ND / unit, real_ND / unit, seed=seed)
-        return {"kid": 1000 * mean, "kid_se": 1000 * error}
-
-    def manifold() -> dict[str, float]:
-        precision, recall = precision_recall(real_ND, own_ND)
-        return {
-            "precision": precision,
-            "precision_se": share_error(precision, len(own_ND)),
-            "recall": recall,
-            "recall_se": share_error(recall, len(real_ND)),
-        }
-
-    return {"fd": fd, "kid": kid, "precision and recall": manifold}
 
 
 def feature_files(features: str, inception_weights: str) -> dict[str, Source]:

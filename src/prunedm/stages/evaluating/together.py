@@ -7,17 +7,16 @@ from functools import partial
 import numpy as np
 import torch
 
-from prunedm.evaluation.columns import LOSS
-from prunedm.evaluation.loss import LossEstimate
-from prunedm.evaluation.paired import median_error, psnr, ssim
+from prunedm.evaluation.loss import LOSS, LossEstimate
+from prunedm.evaluation.paired import PAIRED, PSNR, median_error
 from prunedm.evaluation.results import Evaluation, Timing
 from prunedm.evaluation.speed import Way, timings
 from prunedm.evaluation.table import changes, comparable
 from prunedm.folder import Model
-from prunedm.stages.evaluating.files import Paired
 from prunedm.stages.evaluating.measure import Yardstick, batches_of
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.inputs import device_for
+from prunedm.tables import METRICS
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,13 @@ def pair_with_dense(
     samples: Mapping[str, np.ndarray],
     losses: Mapping[str, np.ndarray | None],
     steps: Steps,
-) -> dict[str, Paired]:
-    """What differs from the dense model, image by image and problem by problem."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """What differs from the dense model, problem by problem and image by image.
+
+    The latter is given back, by label and metric.
+    """
     paired, dense = {}, rows[0].label
     for row in rows[1:]:
-        found = Paired()
         both = losses[dense], losses[row.label]
         like = comparable(LOSS, row, rows[0])  # problems of another noise schedule are others
         if like and both[0] is not None and both[1] is not None:
@@ -115,25 +116,25 @@ def pair_with_dense(
             count = min(len(samples[row.label]), len(samples[dense]))
             pair = samples[row.label][:count], samples[dense][:count]
             own = Steps(row.label)
-            taken = own.take("paired", lambda pair=pair: Paired(psnr(*pair), ssim(*pair)))  # type: ignore[misc]
+            paired[row.label] = own.take(PAIRED.step, partial(_each, *pair)) or {}
             steps.taken += own.taken
             row.failed |= own.failed
-            if taken is not None:
-                found = taken
-                _note_pairs(row, found)
-        paired[row.label] = found
+            _note_pairs(row, paired[row.label])
     return paired
 
 
-def _note_pairs(row: Evaluation, found: Paired) -> None:
-    assert found.psnr_N is not None
-    assert found.ssim_N is not None
-    figures = row.figures
-    several = len(found.ssim_N) > 1  # one image has no spread
-    figures.ssim = float(np.median(found.ssim_N))
-    figures.ssim_se = median_error(found.ssim_N) if several else None
-    figures.identical = float(np.isinf(found.psnr_N).mean())
-    if np.isfinite(np.median(found.psnr_N)):
-        finite_N = np.minimum(found.psnr_N, 1e3)
-        figures.psnr_db = float(np.median(found.psnr_N))
-        figures.psnr_se = median_error(finite_N) if several else None
+def _each(images_NHWC: np.ndarray, dense_NHWC: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric of pairs, image by image."""
+    return {m.key: m.each(images_NHWC, dense_NHWC) for m in METRICS.values() if m.each}
+
+
+def _note_pairs(row: Evaluation, found: Mapping[str, np.ndarray]) -> None:
+    """The medians, and their errors; neither where most images are the same."""
+    for key, values_N in found.items():
+        if np.isfinite(np.median(values_N)):
+            setattr(row.figures, key, float(np.median(values_N)))
+            if len(values_N) > 1:  # one image has no spread
+                error = median_error(np.minimum(values_N, 1e3))
+                setattr(row.figures, METRICS[key].spread, error)
+    if PSNR.key in found:
+        row.figures.identical = float(np.isinf(found[PSNR.key]).mean())

@@ -7,10 +7,11 @@ import numpy as np
 from torch import nn
 
 from prunedm.deployment.runtimes import ExportedDenoiser
+from prunedm.evaluation.fid import distance_figures
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.evaluation.paired import psnr
 from prunedm.sampling import images_of
-from prunedm.stages.evaluating.quality import distances, features_of
+from prunedm.stages.evaluating.quality import features_of
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Job
 from prunedm.stages.inputs import device_for
@@ -50,7 +51,7 @@ def _distances(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, An
         own_ND, real_ND = features_of(
             images_NHWC, data.reference, data.network, device, most=data.evaluate.references
         )
-        found = distances(own_ND, real_ND, data.network.name, seed=job.options.seed)["fd"]()
+        found = distance_figures(own_ND, real_ND, data.network.name, seed=job.options.seed)
         figures |= {f"{name}{suffix}": value for name, value in found.items()}
     return figures | {"features": data.network.name}
 

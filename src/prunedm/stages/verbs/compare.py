@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from prunedm.errors import UserError
+from prunedm.evaluation.loss import LOSSES
 from prunedm.evaluation.results import Evaluation
 from prunedm.folder import Model
 from prunedm.learning.logits import groups_changed
@@ -27,7 +28,6 @@ from prunedm.stages.evaluating.files import (
 )
 from prunedm.stages.evaluating.first_masks import masks_comparison
 from prunedm.stages.evaluating.measure import (
-    LOSSES,
     SAMPLES,
     Yardstick,
     measure,

@@ -1,0 +1,123 @@
+"""A metric: its column in every table, what it means, and the step that measures it.
+
+To add one: a file with the record, and a line in `tables.METRICS`. Files of results, tables, the
+report, sweeps and the terminal take it from there.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunedm.architecture import Inputs
+from prunedm.evaluation.results import Figures
+from prunedm.masks import Masks
+from prunedm.progress import Progress
+from prunedm.task import Stream
+
+_DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+_IMAGES = ("dataset", "features", "samples", "reference", "sampler", "spacing", "seed")
+# what a measurement needs, the cheapest first -> the conditions that decide its figures
+NEEDS: dict[str, tuple[str, ...]] = {
+    "weights": (),
+    "problems": ("dataset", "problems", "seed", "prediction", "schedule"),
+    "calls": ("device", "dtype"),
+    "samples": _IMAGES,
+    "features": _IMAGES,
+    "pairs": _IMAGES,
+    "turns": ("device", "dtype", "latency_batch"),
+}
+_BEFORE = {"samples": ("samples",), "features": ("samples", "features"), "pairs": ("samples",)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model as it is measured. Shapes: N images, D features."""
+
+    denoiser: nn.Module
+    masks: Masks | None
+    example: Callable[[int], Inputs]  # inputs of so many images
+    bytes_disk: Callable[[], int]
+    problems: Callable[[], Stream]  # the held-out ones
+    device: torch.device
+    largest_batch: int  # of those that are timed
+    seed: int
+    folder: Path  # where it may leave files
+    progress: Progress
+    images_NHWC: np.ndarray | None = None  # the samples; those of "features" have all of these
+    own_ND: torch.Tensor | None = None
+    real_ND: torch.Tensor | None = None
+    features: str = ""  # the network's name
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A step that gives figures of one model by name. Pairs and turns are taken of all together."""
+
+    step: str
+    needs: Literal["weights", "problems", "calls", "samples", "features", "pairs", "turns"]
+    figures: Callable[[Subject], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure: what it is called, what it means, how it reads, and which way is better.
+
+    `text(value, base)`: `base` is the dense model's value, whose unit the whole column takes. A figure
+    without `better` shows no change to dense. Chinese words are in `report/zh.py`.
+    """
+
+    key: str  # its name in `Figures`
+    header: str
+    meaning: str
+    text: Callable[[float, float], str]
+    measured: Measurement
+    better: Literal["lower", "higher", ""] = "lower"
+    spread: str = ""  # the name of its ± in `Figures`
+    unit: str = ""
+    also: tuple[str, ...] = ()  # names of further figures that belong to it
+    each: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of pairs: image by image
+    named: Callable[[str], str] = lambda features: ""  # another header, by the features' name
+    detail: Callable[[Figures], str] = lambda figures: ""  # what reads after the number
+    instead: Callable[[Figures], str] = lambda figures: ""  # what reads where there is no number
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.key, *([self.spread] if self.spread else []), *self.also
+
+    @property
+    def same(self) -> tuple[str, ...]:
+        """The conditions in which two models must agree for the figure to compare."""
+        return NEEDS[self.measured.needs]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps without which there is no figure."""
+        return *_BEFORE.get(self.measured.needs, ()), self.measured.step
+
+
+def amount(value: float, base: float, *, unit: str = "") -> str:
+    """`value` with three digits or so, in the decimal unit of `base`: "0.78M" beside "1.08M"."""
+    if value and not 0.1 * _scale(base)[0] <= value < 1e4 * _scale(base)[0]:
+        base = value
+    scale, letter = _scale(base)
+    digits = 0 if scale == 1 else max(0, 2 - int(math.log10(max(base, 1) / scale)))
+    return f"{value / scale:.{digits}f}{' ' if unit else ''}{letter}{unit}"
+
+
+def _scale(value: float) -> tuple[float, str]:
+    return next((pair for pair in _DECIMAL if value >= pair[0]), _DECIMAL[-1])
+
+
+def fixed(digits: int) -> Callable[[float, float], str]:
+    return lambda value, base: f"{value:.{digits}f}"
+
+
+def wide(value: float, base: float = 0.0) -> str:
+    """Two decimals, or three digits of what has many: kernel distances grow with the features."""
+    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"
