@@ -391,8 +391,8 @@ def test_a_failed_run_is_kept_and_stops_no_other(in_process, tmp_path, capsys):
 
 
 def test_a_failed_evaluation_fails_the_run_and_is_taken_again(in_process, tmp_path, monkeypatch):
-    """Counts of a step that failed read 0, which would be the best of all."""
-    from prunedm.stages.evaluating import measure as measuring
+    """What a failed step leaves out is not taken for the best of all."""
+    from prunedm.evaluation import size as measuring
 
     def broken(*_):
         raise RuntimeError("out of memory")

@@ -118,7 +118,7 @@ class Asked(BaseModel):
     reason: str = ""  # where the two differ
 
 
-class Step(BaseModel):
+class StepResult(BaseModel):
     """One step of an evaluation and how it ended; `error` also says why a step was skipped."""
 
     step: str

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from prunedm.evaluation.metric import Metric
 from prunedm.evaluation.paired import WINDOW, window_for
-from prunedm.evaluation.results import EMA, Asked, Evaluation, Step, Timing
+from prunedm.evaluation.results import EMA, Asked, Evaluation, StepResult, Timing
 from prunedm.evaluation.speed import WARMUP
 from prunedm.evaluation.table import header, markdown_table, measured, warnings
 from prunedm.neighbours import disturbance
@@ -21,7 +21,7 @@ def comparison_text(rows: Sequence[Evaluation]) -> str:
 def summary_text(
     title: str,
     rows: Sequence[Evaluation],
-    steps: Sequence[Step],
+    steps: Sequence[StepResult],
     failures: Sequence[str],
     *,
     notes: Sequence[str] = (),
@@ -160,5 +160,5 @@ def ssim_note(size: tuple[int, ...]) -> str:
     return small if window < WINDOW else ""
 
 
-def _named(step: Step) -> str:
+def _named(step: StepResult) -> str:
     return f"{step.model}: {step.step}" if step.model else step.step

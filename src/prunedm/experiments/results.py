@@ -53,7 +53,7 @@ def value_of(store: Store, run: Run, name: str) -> float | None:
         record = read_record(folders[stage]) if stage in folders else None
         return _number(record.figures.get(figure)) if record else None
     evaluation = evaluation_of(store, run)
-    if evaluation is None or evaluation.failed:  # counts of a step that failed read 0
+    if evaluation is None or evaluation.failed:  # old folders: counts of a step that failed read 0
         return None
     return _number(getattr(evaluation.figures, name, None))
 

@@ -17,7 +17,7 @@ from prunedm.training import processes
 
 __all__ = ["RESUME", "Plan", "Request", "run_stage", "status"]
 O_co = TypeVar("O_co", bound=Options, covariant=True)
-Figures = dict[str, Any]
+
 Known = Callable[[dict[str, Any] | None], dict[str, Any] | None]  # an identity, completed
 
 
@@ -43,7 +43,7 @@ class Plan:
 
     options: Options
     inputs: dict[str, Source]
-    make: Callable[[Path], Figures]
+    make: Callable[[Path], dict[str, Any]]
     parent: Record | None = None
     complete: Callable[[Path], bool] = lambda out: True
 

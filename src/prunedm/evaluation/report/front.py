@@ -24,7 +24,7 @@ _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
-class Point:
+class ModelPoint:
     """A model: both less is better."""
 
     label: str
@@ -46,14 +46,14 @@ def panels(evaluations: Sequence[Evaluation], quality_words: Markup) -> list[tup
     return drawn
 
 
-def _points(evaluations: Sequence[Evaluation], quality: Metric, cost: Metric) -> list[Point]:
+def _points(evaluations: Sequence[Evaluation], quality: Metric, cost: Metric) -> list[ModelPoint]:
     dense, points = evaluations[0], []
     for e in evaluations:
         values = getattr(e.figures, cost.key), getattr(e.figures, quality.key)
         same = all(table.comparable(column, e, dense) for column in (cost, quality))
         if same and all(v is not None and math.isfinite(v) and v >= 0 for v in values):
             words = " · ".join(f"{c.header} {table.cell(c, e, e).figure}" for c in (quality, cost))
-            points.append(Point(e.label, *values, words, e is dense))
+            points.append(ModelPoint(e.label, *values, words, e is dense))
     return points
 
 
@@ -107,7 +107,7 @@ class _Scale:
 
 
 def _panel(
-    points: Sequence[Point], cost_text: Callable[[float], str], quality_words: Markup
+    points: Sequence[ModelPoint], cost_text: Callable[[float], str], quality_words: Markup
 ) -> Markup:
     x = _Scale.over([p.cost for p in points], _LEFT, _RIGHT)
     y = _Scale.over([p.quality for p in points], _BOTTOM, _TOP)
@@ -152,7 +152,7 @@ def _stairs(places: Sequence[tuple[float, float]]) -> Markup:
     return Markup('<polyline class="front" points="{}"/>').format(path)
 
 
-def _dot(point: Point, u: float, v: float, *, on_front: bool, boxes: list[_Box]) -> Markup:
+def _dot(point: ModelPoint, u: float, v: float, *, on_front: bool, boxes: list[_Box]) -> Markup:
     label = point.label if len(point.label) <= _LONGEST else point.label[: _LONGEST - 1] + "…"
     left, base, box = _place(label, u, v, boxes, below=on_front)
     boxes.append(box)

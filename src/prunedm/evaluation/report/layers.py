@@ -15,7 +15,7 @@ _NO_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are no multiple of (?
 
 
 @dataclass(frozen=True)
-class Bar:
+class LayerBar:
     """One layer; `width` is its weights as a part of the largest layer's, both in %."""
 
     name: str
@@ -29,14 +29,14 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Bars:
+class LayerBars:
     labels: list[str]  # models whose layers are the same share their bars
     summary: Markup
     collapsed: bool
-    bars: list[Bar]
+    bars: list[LayerBar]
 
 
-def layer_bars(evaluations: Sequence[Evaluation]) -> list[Bars]:
+def layer_bars(evaluations: Sequence[Evaluation]) -> list[LayerBars]:
     """The bars of every model that has layers; all on one scale of weights."""
     groups: dict[str, tuple[list[str], list[LayerSparsity]]] = {}
     for e in evaluations:
@@ -65,22 +65,22 @@ def reason_in_words(reason: str) -> Markup:
     return translated(f"reason.{reason}", reason)
 
 
-def _bars(labels: list[str], layers: Sequence[LayerSparsity], largest: int) -> Bars:
+def _bars(labels: list[str], layers: Sequence[LayerSparsity], largest: int) -> LayerBars:
     weights, nonzero = sum(x.weights for x in layers), sum(x.nonzero for x in layers)
     masked = sum(bool(x.pattern) for x in layers)
     share = _percent(nonzero, weights)
     summary = text("layers.summary", count=len(layers), masked=masked, share=share)
-    return Bars(labels, summary, len(layers) > MANY, [_bar(x, largest) for x in layers])
+    return LayerBars(labels, summary, len(layers) > MANY, [_bar(x, largest) for x in layers])
 
 
-def _bar(layer: LayerSparsity, largest: int) -> Bar:
+def _bar(layer: LayerSparsity, largest: int) -> LayerBar:
     notes = []
     if layer.valid is not None and layer.valid < 1:
         notes.append(text("layers.valid", share=f"{layer.valid:.1%}".replace("%", " %")))
     if layer.why_dense:
         notes.append(text("layers.dense", reason=reason_in_words(layer.why_dense)))
     numbers = {"nonzero": f"{layer.nonzero:,}", "weights": f"{layer.weights:,}"}
-    return Bar(
+    return LayerBar(
         name=layer.name,
         shape=" × ".join(map(str, layer.shape)),
         width=100 * layer.weights / max(largest, 1),

@@ -16,7 +16,7 @@ Fields = dict[str, Markup]  # a field of the record -> its value
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageLine:
     """One stage of the timeline; `start` and `share` are parts of all stages' wall time, in %."""
 
     name: Markup
@@ -34,7 +34,7 @@ class Failure:
     labels: list[str]
 
 
-def timeline(evaluations: Sequence[Evaluation]) -> list[Stage]:
+def timeline(evaluations: Sequence[Evaluation]) -> list[StageLine]:
     """The stages in the order of their records, one after another on one axis of time."""
     found = lineage_of(evaluations)
     total = sum(record.wall_time_s for record, _ in found)
@@ -44,7 +44,7 @@ def timeline(evaluations: Sequence[Evaluation]) -> list[Stage]:
         passed += record.wall_time_s
         time = duration(record.wall_time_s)
         stages.append(
-            Stage(
+            StageLine(
                 translated(f"stage.{record.stage}", record.stage),
                 labels,
                 time,

@@ -10,7 +10,7 @@ Setting = tuple[int, str, int, bool]  # batch, dtype, threads, compiled
 
 
 @dataclass(frozen=True)
-class Row:
+class TimingRow:
     label: str
     timing: Timing
     change: str  # to the dense model called in the same way
@@ -18,42 +18,46 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Block:
+class TimingBlock:
     """One way to call a denoiser, and every model called so."""
 
     batch: int
     dtype: str
     threads: int
     compiled: bool
-    rows: list[Row]
+    rows: list[TimingRow]
 
 
-def timing_blocks(evaluations: Sequence[Evaluation]) -> list[Block]:
+def timing_blocks(evaluations: Sequence[Evaluation]) -> list[TimingBlock]:
     """The settings in the order in which they first occur; nothing where nothing was timed."""
     blocks: dict[Setting, list[tuple[Evaluation, Timing]]] = {}
     for e in evaluations:
         for timing in e.figures.timings:
             blocks.setdefault(_setting(timing), []).append((e, timing))
-    return [Block(*setting, _rows(calls, evaluations[0])) for setting, calls in blocks.items()]
+    return [
+        TimingBlock(*setting, _rows(calls, evaluations[0])) for setting, calls in blocks.items()
+    ]
 
 
 def _setting(timing: Timing) -> Setting:
     return timing.batch, timing.dtype, timing.threads, timing.compiled
 
 
-def _rows(calls: Sequence[tuple[Evaluation, Timing]], dense: Evaluation) -> list[Row]:
+def _rows(calls: Sequence[tuple[Evaluation, Timing]], dense: Evaluation) -> list[TimingRow]:
     base = next((t for e, t in calls if e is dense), None)
     device = dense.conditions.device
     rows = []
     for e, t in calls:
         alone = base is None or e is dense or e.conditions.device != device
-        rows.append(Row(e.label, t, "", "") if base is None or alone else _row(e.label, t, base))
+        rows.append(
+            TimingRow(e.label, t, "", "") if base is None or alone else _row(e.label, t, base)
+        )
     return rows
 
 
-def _row(label: str, timing: Timing, base: Timing) -> Row:
+def _row(label: str, timing: Timing, base: Timing) -> TimingRow:
     difference = timing.median_ms - base.median_ms
     tone = "better" if difference < 0 else "worse"
     if abs(difference) <= timing.spread_ms + base.spread_ms:
         tone = ""
-    return Row(label, timing, change_in_words(timing.median_ms, base.median_ms), tone)
+    return TimingRow(label, timing, change_in_words(timing.median_ms, base.median_ms), tone)

@@ -14,7 +14,7 @@ from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import streamed_batches
 from prunedm.evaluation.metric import Subject
-from prunedm.evaluation.results import Conditions, Evaluation, Figures, Step, figure_names
+from prunedm.evaluation.results import Conditions, Evaluation, Figures, StepResult, figure_names
 from prunedm.evaluation.speed import dtype_in_words
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
@@ -37,7 +37,7 @@ from prunedm.task import Stream
 RESULTS = "evaluation_results.json"
 STEPS = "steps.json"
 SAMPLES = "samples.npz"
-_Steps = TypeAdapter(list[Step])
+_Steps = TypeAdapter(list[StepResult])
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     return read_as(Evaluation, folder / RESULTS, f"delete {folder} and measure again")
 
 
-def read_steps(folder: Path) -> list[Step]:
+def read_steps(folder: Path) -> list[StepResult]:
     """How each step of `measure` ended."""
     return validated(_Steps, folder / STEPS, f"delete {folder} and measure again")
 

@@ -7,7 +7,7 @@ from traceback import extract_tb
 from typing import TypeVar
 
 from prunedm.errors import UserError, masked, shortened
-from prunedm.evaluation.results import Step
+from prunedm.evaluation.results import StepResult
 
 Found = TypeVar("Found")
 
@@ -17,7 +17,7 @@ class Steps:
 
     def __init__(self, model: str = "") -> None:
         self.model = model
-        self.taken: list[Step] = []
+        self.taken: list[StepResult] = []
 
     def take(self, name: str, work: Callable[[], Found]) -> Found | None:
         """What `work` gives, or None where it fails; an interruption is no failure and goes up."""
@@ -27,7 +27,7 @@ class Steps:
         except Exception as problem:
             error = _in_words(problem)
         self.taken.append(
-            Step(
+            StepResult(
                 step=name,
                 model=self.model,
                 status="failed" if error else "done",
@@ -38,7 +38,7 @@ class Steps:
         return found
 
     def skip(self, name: str, why: str) -> None:
-        self.taken.append(Step(step=name, model=self.model, status="skipped", error=why))
+        self.taken.append(StepResult(step=name, model=self.model, status="skipped", error=why))
 
     @property
     def failed(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Steps:
         return failures(self.taken)
 
 
-def failures(steps: Sequence[Step]) -> list[str]:
+def failures(steps: Sequence[StepResult]) -> list[str]:
     """What failed, of which model, and why: one line each."""
     return [
         f"{f'{s.model}: ' if s.model else ''}{s.step} ({s.error})"

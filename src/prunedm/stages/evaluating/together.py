@@ -20,7 +20,7 @@ from prunedm.tables import METRICS
 
 
 @dataclass(frozen=True)
-class Entry:
+class Candidate:
     """A model to measure under a label; `shown` is its name where its folder will be gone."""
 
     label: str
@@ -30,7 +30,7 @@ class Entry:
     first_masks: bool = False  # the last entry's weights under the masks that it began with
 
 
-def time_in_turns(rows: list[Evaluation], entries: Sequence[Entry], steps: Steps) -> None:
+def time_in_turns(rows: list[Evaluation], entries: Sequence[Candidate], steps: Steps) -> None:
     """Latencies of all models in turns: times minutes apart do not compare."""
     options = entries[-1].yard.options
     ways = [Way(batch) for batch in batches_of(options)]
@@ -54,12 +54,12 @@ def time_in_turns(rows: list[Evaluation], entries: Sequence[Entry], steps: Steps
 
 
 def _in_turns(
-    name: str, way: Way, entries: Sequence[Entry], steps: Steps
+    name: str, way: Way, entries: Sequence[Candidate], steps: Steps
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Timings and errors by label. Models that fail by themselves too leave the others their turns."""
     options = entries[-1].yard.options
 
-    def work(chosen: Sequence[Entry], repeats: int) -> list[Timing]:
+    def work(chosen: Sequence[Candidate], repeats: int) -> list[Timing]:
         return timings(
             [(entry.model.denoiser, entry.model.example(way.batch)) for entry in chosen],
             way,

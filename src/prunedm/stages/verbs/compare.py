@@ -37,7 +37,7 @@ from prunedm.stages.evaluating.measure import (
 )
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
-from prunedm.stages.evaluating.together import Entry, pair_with_dense, set_beside, time_in_turns
+from prunedm.stages.evaluating.together import Candidate, pair_with_dense, set_beside, time_in_turns
 from prunedm.stages.frame import RESUME, Plan, run_stage
 from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
 from prunedm.training import processes
@@ -45,7 +45,7 @@ from prunedm.training import processes
 __all__ = [
     "REPORT",
     "SUMMARY",
-    "Entry",
+    "Candidate",
     "check_labels",
     "compare",
     "comparison",
@@ -96,7 +96,7 @@ def comparison(
     def make(folder: Path) -> dict[str, Any]:
         middle = [*loaded][1:-1]
         entries = [
-            Entry(label, model, yard.lighter() if label in middle else yard)
+            Candidate(label, model, yard.lighter() if label in middle else yard)
             for label, model in loaded.items()
         ]
         name = title or "prunedm: dense and pruned models"
@@ -142,7 +142,7 @@ def _check_shapes(models: Mapping[str, Model]) -> None:
 
 
 def study(
-    entries: Sequence[Entry],
+    entries: Sequence[Candidate],
     folder: Path,
     steps: Steps,
     *,
@@ -195,7 +195,7 @@ def _losses(folder: Path) -> np.ndarray | None:
 
 
 def _masks(
-    entries: Sequence[Entry],
+    entries: Sequence[Candidate],
     rows: list[Evaluation],
     samples: Mapping[str, np.ndarray],
     losses: Mapping[str, np.ndarray | None],

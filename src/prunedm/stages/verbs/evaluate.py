@@ -16,7 +16,7 @@ from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, reload
-from prunedm.stages.verbs.compare import Entry, check_labels, study, yardstick
+from prunedm.stages.verbs.compare import Candidate, check_labels, study, yardstick
 from prunedm.training import processes
 
 __all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]
@@ -38,7 +38,7 @@ def evaluate(request: Request[EvaluateOptions]) -> Plan:
 
     def make(folder: Path) -> dict[str, Any]:
         steps = Steps()
-        entries = [*_relatives(model, label, yard, folder, steps), Entry(label, model, yard)]
+        entries = [*_relatives(model, label, yard, folder, steps), Candidate(label, model, yard)]
         rows = study(
             entries,
             folder,
@@ -70,7 +70,7 @@ def read_samples(folder: Path, label: str = "") -> np.ndarray | None:
 
 def _relatives(
     model: Model, label: str, yard: Yardstick, folder: Path, steps: Steps
-) -> list[Entry]:
+) -> list[Candidate]:
     """The dense model first; with depth, what came between, and the first masks of a learned model.
 
     All are measured alike, on the same problems and noise: figures stand beside their equals.
@@ -79,20 +79,20 @@ def _relatives(
     sources = _ancestors(model)
     if not sources:
         steps.skip("dense model", "no record says which model this one was made from")
-    entries: list[Entry] = []
+    entries: list[Candidate] = []
     for number, source in enumerate(sources if depth == "comprehensive" else sources[:1]):
         name = "earlier model" if number else "dense model"
         found = steps.take(name, lambda source=source: reload(source, like=model))  # type: ignore[misc]
         if found is not None:
             taken = {label, *(entry.label for entry in entries)}
             wanted = Path(source.path).name if number else DENSE
-            entries.append(Entry(_free(wanted, taken), found, yard))
+            entries.append(Candidate(_free(wanted, taken), found, yard))
     if depth in ("compare", "comprehensive") and is_learned(model):
         first = steps.take("first masks", lambda: _first(model, yard, folder))
         if first is not None:
             taken = {label, *(entry.label for entry in entries)}
             shown = f"{bare(model.name)}, under the first masks"
-            entries.append(Entry(_free(FIRST, taken), first, yard, shown, first_masks=True))
+            entries.append(Candidate(_free(FIRST, taken), first, yard, shown, first_masks=True))
     return entries
 
 
