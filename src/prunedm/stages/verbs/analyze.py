@@ -52,7 +52,7 @@ def analyze(
     """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
     progress = progress or Silent()
     model = given_model(source, options, progress)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
     eligible_layers(
         prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
     )

@@ -55,7 +55,7 @@ def finetune(
     progress = progress or Silent()
     model = given_model(source, options, progress)
     _check_dropout(model, options)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
     inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     teacher, known = (
         None,

@@ -55,7 +55,7 @@ def learn(
     """
     progress, options = progress or Silent(), options.filled()
     given = given_model(source, options, progress)
-    images = images_for(given, options, "train")
+    images = images_for(given, options, "train", progress)
     inputs: dict[str, Source] = {**model_sources(given), "dataset": data_source(images)}
     first, said = _given_masks(given, options, inputs)
     before = before_masks(given)

@@ -46,7 +46,7 @@ def loss(
     """
     progress = progress or Silent()
     model = given_model(source, options, progress)
-    images = images_for(model, options, options.split)
+    images = images_for(model, options, options.split, progress)
     inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     masks = model.masks
     if options.masks:

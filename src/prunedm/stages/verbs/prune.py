@@ -47,7 +47,7 @@ def prune(
     if model.masks is not None:
         raise UserError(f"{source} has masks already; prune the model that they were made from")
     check_options(options, model.process)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
     inputs = {**model_sources(model), "dataset": data_source(images)}
 
     def make(folder: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def train(
 ) -> tuple[Record, bool]:
     """Train `options.unet` on `options.dataset` and write a model folder."""
     model = _new_model(options)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
 
     def make(folder: Path) -> dict[str, Any]:
         figures = _train(model, images, options, folder / RESUME, progress or Silent())
