@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from prunedm.data import ImageSet, load_images
 from prunedm.errors import UserError
-from prunedm.evaluation.image_source import open_side
+from prunedm.evaluation.image_source import Images, open_side
 from prunedm.options import DataOptions
 from prunedm.stages.inputs import data_source, images_for, problems_on
 
@@ -353,3 +354,91 @@ def test_negative_labels_given_from_python_are_refused():
     wrong = noise_images(3, labels=np.array([0, 1, -2]))
     with pytest.raises(UserError, match="label -2"):
         problems_on(wrong, tiny_model(num_class_embeds=3), 0)
+
+
+def test_train_among_classes_is_a_class(tmp_path):
+    write(tmp_path, "airplane/0.png", "bus/0.png", "train/0.png", "train/1.png")
+    assert labels(tmp_path) == [0, 1, 2, 2]
+
+
+def test_train_beside_test_or_one_other_folder_is_a_split(tmp_path):
+    write(tmp_path / "a", "cat/0.png", "dog/0.png", "train/cat/0.png", "test/cat/1.png")
+    write(tmp_path / "b", "train/0.png", "extra/0.png", "0.png")
+    for name, rest in (("a", "1 of test, 2 of others"), ("b", "2 of others")):
+        found = opened(tmp_path / name)
+        assert (len(found), found.left_out) == (1, rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,label\na.png,1\nb.png,\nc.png,0\nd.png,2\n"),
+        ("metadata.jsonl", "".join(
+            f'{{"file_name": "{file}", "label": {value}}}\n'
+            for file, value in zip(FOUR, ("1", '""', "0", "2"), strict=True)
+        )),
+    ],
+)  # fmt: skip
+def test_an_empty_label_is_none_and_no_class(tmp_path, name, text):
+    """It became class 0, and all others one more."""
+    write(tmp_path, *FOUR)
+    (tmp_path / name).write_text(text)
+    found = opened(tmp_path)
+    assert (found.labels, found.unlabelled) == (None, "b.png is not labelled")
+
+
+def test_a_file_of_excel_is_read(tmp_path):
+    write(tmp_path, *FOUR)
+    rows = "".join(f"{file},{value}\n" for file, value in zip(FOUR, WANTED, strict=True))
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}", encoding="utf-8-sig")
+    assert labels(tmp_path) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("column", "taken"),
+    [("fine_label", True), ("Class ID", True), ("label_1", True), ("target_size", False),
+     ("class_weight", False), ("labelled", False)],
+)  # fmt: skip
+def test_a_column_of_labels_is_known_by_its_last_word(tmp_path, column, taken):
+    write(tmp_path, *FOUR)
+    rows = "".join(f"{file},{value}\n" for file, value in zip(FOUR, WANTED, strict=True))
+    (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n{rows}")
+    assert labels(tmp_path) == (WANTED if taken else None)
+
+
+def test_two_rows_of_a_file_that_disagree_are_refused(tmp_path):
+    write(tmp_path, *FOUR)
+    rows = "".join(f"{file},{value}\n" for file, value in zip(FOUR, WANTED, strict=True))
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}a.png,1\n")
+    assert labels(tmp_path) == WANTED
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}a.png,2\n")
+    with pytest.raises(UserError, match=r"has two rows for a\.png with another label"):
+        opened(tmp_path)
+
+
+def test_what_was_counted_and_left_out_is_said(tmp_path):
+    """A class called "valid" is held out; whoever reads that can rename it."""
+    write(tmp_path, *(f"{name}/{k}.png" for name in ("valid", "invalid") for k in range(3)))
+    said: list[str] = []
+    listener = SimpleNamespace(say=said.append)
+    options = DataOptions(dataset=str(tmp_path), convert_channels=True)
+    images_for(tiny_model(), options, "train", listener)
+    images_for(tiny_model(), options, "test", listener)
+    images_for(tiny_model(), DataOptions(), "test", listener)  # the embedded ones are known
+    assert said == [
+        f"{tmp_path}: 3 images, to train on; not among them: 3 of validation",
+        f"{tmp_path}: 3 images, held out; not among them: 3 of train",
+    ]
+
+
+def test_a_folder_called_digits_comes_before_the_embedded_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(opened(Path("digits"))) == 1498
+    write(tmp_path / "digits", "a.png")
+    assert len(opened(Path("digits"))) == 1
+    found = open_side("digits")
+    assert isinstance(found, Images)
+    assert found.count == 1
+    (tmp_path / "digits" / "model_index.json").write_text("{}")  # a model is not a dataset
+    assert len(opened(Path("digits"))) == 1498
+    assert open_side("digits").left_out == "1,498 of train"

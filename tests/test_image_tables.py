@@ -141,6 +141,44 @@ def test_captions_in_a_table_do_not_hide_the_images_beside_it(tmp_path):
     assert greys(opened(tmp_path)) == [5]
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"file": ["a.png"], "text": [["grey", "dark"]]},
+        {"file": ["a.png"], "embedding": [b"\0" * 64]},
+        {"file": ["a.png"], "box": [{"x": 1, "y": 2}]},
+    ],
+    ids=["captions", "embeddings", "boxes"],
+)
+def test_a_table_about_the_images_beside_it_is_not_the_dataset(tmp_path, rows):
+    (tmp_path / "a.png").write_bytes(png(5))
+    pd.DataFrame(rows).to_parquet(tmp_path / "about.parquet")
+    assert greys(opened(tmp_path)) == [5]
+    assert greys(side(tmp_path)) == [5]
+
+
+def test_a_table_of_images_beside_images_is_refused_and_elsewhere_said(tmp_path):
+    """A stray one made the images beside it vanish."""
+    (tmp_path / "a.png").write_bytes(png(5))
+    pd.DataFrame({"image": [png(7)] * 3}).to_parquet(tmp_path / "thumbs.parquet")
+    for read in (opened, side):
+        with pytest.raises(
+            UserError, match=r"holds 1 image files and thumbs\.parquet, a table of i"
+        ):
+            read(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "thumbs.parquet").rename(tmp_path / "data" / "train.parquet")
+    for found in (opened(tmp_path), side(tmp_path)):
+        assert (set(greys(found)), found.left_out) == ({7}, "1 image files")
+
+
+def test_a_state_json_of_another_program_makes_no_dataset(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(5))
+    (tmp_path / "state.json").write_text('{"window": [1, 2]}')
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert greys(opened(tmp_path)) == greys(side(tmp_path)) == [5]
+
+
 @pytest.mark.parametrize("name", ["digits", "saved", "parquet"])
 def test_what_is_counted_for_a_distance_is_all_of_a_folder(tmp_path, name):
     table = datasets.Dataset.from_dict({"image": [{"bytes": png(3), "path": None}] * 30})

@@ -18,7 +18,7 @@ from prunedm.image_files import SUFFIXES, Found, check_whole, find_images, locat
 from prunedm.image_hub import open_hub
 from prunedm.image_labels import Labels, file_captions, file_labels
 from prunedm.image_tables import Tables, find_dataset, open_folder, open_parquet, table_files
-from prunedm.splits import HELD_OUT, choose, held_out, split_of_path
+from prunedm.splits import HELD_OUT, choose, held_out, splits_of_paths
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # bands of other meanings, which would pass as colours or grey
@@ -174,7 +174,7 @@ def load_images(
         texts = texts and [texts[i] for i in picked]
     return ImageSet(
         source,
-        name=str(locate(name) or name),
+        name=name if is_embedded(name) else str(locate(name) or name),
         size=size,
         channels=channels,
         convert=convert,
@@ -188,7 +188,7 @@ def load_images(
 def all_images(name: str, *, size: Size, channels: int, image_column: str = "") -> ImageSet:
     """All images of a folder, whatever its splits; of digits and the hub, those held out, or all."""
     found = _open(name, size, "", image_column)
-    if locate(name) is None and set(HELD_OUT) & set(found.sizes):
+    if (locate(name) is None or is_embedded(name)) and set(HELD_OUT) & set(found.sizes):
         return load_images(
             name, split="test", size=size, channels=channels, labels="none",
             image_column=image_column,
@@ -214,13 +214,14 @@ def _together(parts: Sequence[Sequence[Any]]) -> Any:
 
 
 def _open(name: str, size: Size, label_column: str, image_column: str) -> _Source:
-    if name == "digits":
+    if is_embedded(name):
         _refuse_columns("digits has", label_column, image_column)
         return _digits(size)
-    path = find_dataset(name)
+    path, beside = find_dataset(name), ""
     if path is not None and path.is_dir():
         found = find_images(path)
-        files = table_files(path, found.tables)
+        files = table_files(path, found)
+        beside = f"{len(found.files):,} image files" if found.files else ""
         if not files:
             _refuse_columns(f"{shown(name)!r} is a folder of images and has", "", image_column)
             return _folder(path, found, label_column)
@@ -231,7 +232,13 @@ def _open(name: str, size: Size, label_column: str, image_column: str) -> _Sourc
         tables = open_hub(name)
     opened = Tables(name, tables, image_column, label_column)
     sizes = {split: len(table) for split, table in tables.items()}
-    return _Source(sizes, opened.images, opened.labels, opened.captions)
+    return _Source(sizes, opened.images, opened.labels, opened.captions, beside)
+
+
+def is_embedded(name: str) -> bool:
+    """A folder of that name comes first, as it does for models; but a model is no dataset."""
+    path = locate(name)
+    return name == "digits" and (path is None or (path / "model_index.json").exists())
 
 
 def _refuse_columns(what: str, label_column: str, image_column: str) -> None:
@@ -246,9 +253,9 @@ def _folder(folder: Path, found: Found, label_column: str) -> _Source:
         raise UserError(
             f"folder {shown(folder)!r} holds no images ({', '.join(SUFFIXES[:5])} ...){rest}"
         )
+    inner = {path: path.parts[len(folder.parts) : -1] for path in found.files}
     groups: dict[str, list[Path]] = {}
-    for path in found.files:
-        split = split_of_path(path.parts[len(folder.parts) : -1])
+    for path, split in splits_of_paths(inner).items():
         groups.setdefault(split, []).append(path)
     if "" in groups:  # beside other folders
         groups["others" if "train" in groups else "train"] = groups.pop("")

@@ -16,7 +16,7 @@ from typing import Any
 from prunedm.errors import UserError, first_line, nearest
 from prunedm.image_files import METADATA, shown
 from prunedm.reading import check_regular, parse_json, read_text
-from prunedm.splits import split_of
+from prunedm.splits import split_of, split_of_path
 
 _METADATA_LIMIT = 1 << 28  # bytes; some 100 a row
 CAPTIONS = (
@@ -25,7 +25,8 @@ CAPTIONS = (
     "captions",
     "prompt",
 )  # names of a column of texts, the likeliest first
-_NAMES = {"label", "labels", "class", "classes", "category", "target"}  # words of a column's name
+_NAMES = {"label", "labels", "class", "classes", "category", "target"}  # a column's last word
+_NUMBERS = {"id", "idx", "index", "name", "number"}  # or the one before these
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def _is_class(value: Any, numbers: Mapping[str, int]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """pandas writes integers beside gaps as floats."""
+    """pandas writes integers beside gaps as floats; an empty text is a gap too."""
+    if isinstance(value, str):
+        return value if value.strip() else None
     if isinstance(value, float):
         return None if math.isnan(value) else int(value) if value.is_integer() else value
     return int(value) if isinstance(value, bool) else value
@@ -79,11 +82,19 @@ def label_column(
     """
     if wanted and wanted not in columns:
         raise UserError(f"--label-column: no column {wanted!r}{nearest(wanted, columns)}")
-    by_name = [c for c in possible if _NAMES & set(re.split(r"\W|_", c.lower()))]
+    by_name = [c for c in possible if _names_labels(c)]
     found = [wanted] if wanted else declared or by_name
     if len(found) > 1:
         return "", f"{shown(', '.join(found))} could all be labels; name one with --label-column"
     return found[0] if found else "", ""
+
+
+def _names_labels(column: str) -> bool:
+    """ "label", "fine_label", "class id", but not "target_size"."""
+    words = [word for word in re.split(r"[\W_]+", column.lower()) if word]
+    while len(words) > 1 and (words[-1] in _NUMBERS or words[-1].isdigit()):
+        words.pop()
+    return bool(words) and words[-1] in _NAMES
 
 
 def file_labels(
@@ -110,11 +121,9 @@ def _class_folders(
 ) -> tuple[dict[str, str] | None, str]:
     """Each file's class: the one folder that it lies in, below those that all training files share."""
     depth = len(root.parts)
-    folders = {
-        _key(path): _without_split(path.parts[depth:-1])
-        for files in groups.values()
-        for path in files
-    }
+    folders = {_key(path): path.parts[depth:-1] for files in groups.values() for path in files}
+    if len(groups) > 1 or all(map(split_of_path, folders.values())):  # else "train" is a class
+        folders = {path: _without_split(parts) for path, parts in folders.items()}
     own = {folders[_key(path)] for path in groups[training]}
     if len(own) == 1:
         return None, "they lie in one folder; a folder for each class gives labels"
@@ -149,11 +158,20 @@ def _described(
     column, why = label_column([], possible, columns, wanted)
     if not column:
         return None, why
-    return {
-        _key(folder / row["file_name"]): row.get(column)
-        for folder, row in rows
-        if isinstance(row.get("file_name"), str)
-    }, ""
+    return _by_file(rows, column), ""
+
+
+def _by_file(rows: Sequence[tuple[Path, dict[str, Any]]], column: str) -> dict[str, Any]:
+    """Each file's value. Raises `UserError` where two rows of a file say different things."""
+    found: dict[str, Any] = {}
+    for folder, row in rows:
+        name, value = row.get("file_name"), row.get(column)
+        if isinstance(name, str) and found.setdefault(_key(folder / name), value) != value:
+            raise UserError(
+                f"metadata in {shown(folder)!r} has two rows for {shown(name)} with another {column}; "
+                "leave one"
+            )
+    return found
 
 
 def file_captions(root: Path, files: Sequence[Path], wanted: str) -> list[str] | None:
@@ -165,11 +183,7 @@ def file_captions(root: Path, files: Sequence[Path], wanted: str) -> list[str] |
     column = caption_column({key for _, row in rows for key in row}, wanted)
     if column is None:
         return None
-    texts = {
-        _key(folder / row["file_name"]): row.get(column)
-        for folder, row in rows
-        if isinstance(row.get("file_name"), str)
-    }
+    texts = _by_file(rows, column)
     found = [texts.get(_key(path)) for path in files]
     return whole_captions(found, lambda i: shown(files[i].relative_to(root)))
 
@@ -231,8 +245,8 @@ def _csv(text: str, path: Path) -> list[dict[str, Any]]:
 def _integers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Columns of a CSV whose every text is an integer become so."""
     for key in {key for row in rows for key in row}:
-        texts = [row.get(key) or "" for row in rows]
-        if all(isinstance(text, str) and re.fullmatch(r"-?\d{1,18}", text) for text in texts):
+        texts = [(row.get(key) or "").strip() for row in rows]
+        if any(texts) and all(re.fullmatch(r"-?\d{1,18}|", text) for text in texts):
             for row, text in zip(rows, texts, strict=True):
-                row[key] = int(text)
+                row[key] = int(text) if text else None
     return rows

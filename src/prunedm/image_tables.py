@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import BROKEN, SUFFIXES, locate, open_lazily, shown
+from prunedm.image_files import BROKEN, SUFFIXES, Found, locate, open_lazily, shown
 from prunedm.image_labels import Labels, caption_column, label_column, number, whole_captions
 from prunedm.reading import check_regular
 from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
@@ -16,7 +16,8 @@ from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MARKERS = ("dataset_dict.json", "state.json")  # of what `save_to_disk` wrote
+# of what `save_to_disk` wrote, and what lies beside each: other programs write a state.json too
+MARKERS = {"dataset_dict.json": "*/*.arrow", "state.json": "*.arrow"}
 _PROBE_S = 5.0  # the hub answers in less, or counts as out of reach
 
 
@@ -138,12 +139,18 @@ def _holds_images(table: "Dataset", column: str) -> bool:
     if not (binary or (isinstance(kind, dict) and "bytes" in kind)) or not len(table):
         return False
     rows = Column(table, column, "")
-    return any(_is_image(rows, index) for index in range(min(_FIRST_ROWS, len(rows))))
+    return any(_is_image_at(rows, index) for index in range(min(_FIRST_ROWS, len(rows))))
 
 
-def _is_image(rows: Column, index: int) -> bool:
+def _is_image_at(rows: Column, index: int) -> bool:
     try:
-        item = rows[index]
+        return _is_image(rows[index])
+    except UserError:  # the row has none
+        return False
+
+
+def _is_image(item: Any) -> bool:
+    try:
         open_lazily(item if isinstance(item, bytes) else check_regular(item))
     except BROKEN:
         return False
@@ -173,24 +180,57 @@ def find_dataset(name: str) -> Path | None:
     return path
 
 
-def table_files(folder: Path, parquet: Sequence[Path]) -> list[Path]:
-    """What makes a folder a dataset: a marker of `save_to_disk`, or parquet files that hold images."""
-    marked = [folder / name for name in MARKERS if (folder / name).is_file()]
-    return marked or [path for path in parquet if _may_hold_images(path)]
+def table_files(folder: Path, found: Found) -> list[Path]:
+    """What makes a folder a dataset: what `save_to_disk` wrote, or parquet files that hold images.
+
+    A table of captions or embeddings beside images is not one. Raises `UserError` where a table of
+    images lies beside images, for either could be meant.
+    """
+    marked = [folder / name for name, others in MARKERS.items() if (folder / name).is_file()
+              and next(folder.glob(others), None)]  # fmt: skip
+    if marked:
+        return marked
+    if not found.files:
+        return found.tables
+    tables = [path for path in found.tables if _has_image(path)]
+    beside = {path.parent for path in found.files}
+    for path in tables:
+        if path.parent in beside:
+            raise UserError(
+                f"{shown(folder)!r} holds {len(found.files):,} image files and {path.name}, a table "
+                "of images; give one of them, or move it out"
+            )
+    return tables
 
 
-def _may_hold_images(path: Path) -> bool:
-    """A table of captions beside images is not the dataset."""
+def _has_image(path: Path) -> bool:
+    """Whether one of a table's first rows holds an image, as bytes or by the path of a file."""
     import pyarrow.parquet
+    from pyarrow import types
 
     try:
-        schema = pyarrow.parquet.read_schema(check_regular(path))
+        with pyarrow.parquet.ParquetFile(check_regular(path)) as table:
+            schema = table.schema_arrow
+            if b'"_type": "Image"' in (schema.metadata or {}).get(b"huggingface", b""):
+                return True
+            columns = [
+                name
+                for name, kind in zip(schema.names, schema.types, strict=True)
+                if types.is_struct(kind) or "binary" in str(kind)
+            ]
+            rows = next(table.iter_batches(_FIRST_ROWS, columns=columns), None) if columns else None
+            return rows is not None and any(map(_is_image, _cells(rows.to_pylist())))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {shown(path)}: {first_line(error)}") from error
-    return any(
-        pyarrow.types.is_struct(kind) or "binary" in str(kind) or pyarrow.types.is_nested(kind)
-        for kind in schema.types
-    )
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    for cell in (cell for row in rows for cell in row.values()):
+        fields = cell if isinstance(cell, dict) else {"bytes": cell}
+        if isinstance(fields.get("bytes"), bytes):
+            yield fields["bytes"]
+        elif isinstance(fields.get("path"), str):
+            yield Path(fields["path"])
 
 
 def open_folder(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Dataset"]:

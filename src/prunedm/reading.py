@@ -42,7 +42,7 @@ def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise UserError(f"{path} is longer than {limit:,} bytes; is this the right file?")
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # Excel begins its files with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -105,9 +105,10 @@ def parse_yaml(text: str, where: object) -> Any:
             return None
         _count_values(node, where, {}, ())
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        # the last four for `!!int ""` and its like
         raise UserError(f"cannot read {where}: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
@@ -151,6 +152,7 @@ def _count_values(
         raise UserError(f"{where} is nested too deeply")
     children: Iterable[yaml.Node] = ()
     if isinstance(node, yaml.MappingNode):
+        _refuse_twice(node, where)
         children = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
@@ -159,6 +161,17 @@ def _count_values(
         raise UserError(f"{where}: its aliases stand for more than {VALUES:,} values")
     known[id(node)] = total
     return total
+
+
+def _refuse_twice(node: yaml.MappingNode, where: object) -> None:
+    """The last one would win in silence."""
+    seen: set[tuple[str, str]] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                said = shortened(key.value, most=60)
+                raise UserError(f"{where}: {said} is given twice; leave one")
+            seen.add((key.tag, key.value))
 
 
 def _check_depth(value: Any, where: object) -> None:

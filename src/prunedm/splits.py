@@ -4,7 +4,8 @@ The words are those of `datasets`; unlike there, a folder like "test tube" is a 
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 from prunedm.errors import UserError
 
@@ -27,6 +28,30 @@ def split_of(name: str) -> str:
     """ "train", "test" or "validation" for a name like "Train", "val2017" or "test_images"; else ""."""
     match = _NAME.fullmatch(name)
     return _SPLIT_OF[match[1].lower()] if match else ""
+
+
+def splits_of_paths(inner: Mapping[Path, tuple[str, ...]]) -> dict[Path, str]:
+    """The split of each file by the folders that it lies in.
+
+    Where the only split is a folder `train` among two or more others, it is a class like them.
+    """
+    found = {path: split_of_path(parts) for path, parts in inner.items()}
+    if {"train", ""} != set(found.values()):
+        return found
+    named = {_above_split(parts) for path, parts in inner.items() if found[path]}
+    others = {parts[: len(above) + 1] for parts in inner.values() for above, _ in named
+              if parts[: len(above)] == above and len(parts) > len(above)}  # fmt: skip
+    above, name = next(iter(named))
+    siblings = others - {(*above, name)}
+    if len(named) == 1 and name.lower() == "train" and len(siblings) > 1:
+        return dict.fromkeys(inner, "train")
+    return found
+
+
+def _above_split(parts: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The topmost folder that names a split, and those above it."""
+    place = next(k for k, part in enumerate(parts) if split_of(part))
+    return parts[:place], parts[place]
 
 
 def split_of_path(parts: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prunedm.data import ImageSet, all_images, load_images, sides
+from prunedm.data import ImageSet, all_images, is_embedded, load_images, sides
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import Statistics, load_statistics
 from prunedm.image_arrays import IMAGES, Damaged, Rows, keys
@@ -207,7 +207,7 @@ def open_side(
     if path.suffix == ".npz" or (path.suffix != ".zip" and path.is_file() and is_zipfile(path)):
         found = _open_npz(path)
         return found if isinstance(found, Statistics) else Images(found, **options)
-    if path.is_dir() and not split:
+    if path.is_dir() and not split and not is_embedded(name):
         source, left_out = _own_images(path)
         if source:
             return Images(source, **options, left_out=left_out)
@@ -231,7 +231,7 @@ def _own_images(folder: Path) -> tuple[Sequence[Any], str]:
         assert not isinstance(rows, Statistics)
         return rows, ""
     found = find_images(folder)
-    if table_files(folder, found.tables):
+    if table_files(folder, found):
         return [], ""
     arrays = _arrays(folder)
     sheets = {path.with_suffix(".png") for path in arrays}  # as `evaluate` draws them

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunedm.data import ImageSet, load_images
+from prunedm.data import ImageSet, is_embedded, load_images
 from prunedm.denoising import Denoising
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
@@ -79,8 +79,13 @@ def device_for(wanted: str) -> torch.device:
     return torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
 
 
-def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
-    """The options' images in the shape that the model takes. Raises `UserError` where it takes none."""
+def images_for(
+    model: Model, options: DataOptions, split: str, progress: Progress | None = None
+) -> ImageSet:
+    """The options' images in the shape that the model takes; what is not among them is said.
+
+    Raises `UserError` where the model takes none.
+    """
     if model.unasked:
         raise UserError(model.unasked)
     channels, height, width = model.codec.image_shape
@@ -102,7 +107,13 @@ def images_for(model: Model, options: DataOptions, split: str) -> ImageSet:
         image_column=options.image_column,
     )
     model.condition.check(images)
+    if progress is not None and not is_embedded(options.dataset):
+        rest = f"; not among them: {images.left_out}" * bool(images.left_out)
+        progress.say(f"{images.name}: {len(images):,} images, {_USE.get(split, split)}{rest}")
     return images
+
+
+_USE = {"train": "to train on", "test": "held out"}
 
 
 def training_problems(

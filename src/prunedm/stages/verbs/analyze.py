@@ -45,7 +45,7 @@ def analyze(request: Request[AnalyzeOptions]) -> Plan:
     """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
     options, progress = request.options, request.progress
     model = given_model(request.source, options, progress)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
     eligible_layers(
         prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
     )

@@ -114,7 +114,7 @@ def read_comparison(folder: Path) -> list[Evaluation]:
 
 def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yardstick:
     """Raises `UserError` for what would fail only after the samples are drawn."""
-    reference = images_for(model, options, "test")
+    reference = images_for(model, options, "test", progress)
     options, network, files = with_features(options, reference)
     sampler = make_sampler(model.scheduler, options.sampler)
     if options.samples:

@@ -47,7 +47,7 @@ def finetune(request: Request[FinetuneOptions]) -> Plan:
     options, progress = request.options, request.progress
     model = given_model(request.source, options, progress)
     _check_dropout(model, options)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
     inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     teacher, known = (
         None,

@@ -49,7 +49,7 @@ def learn(request: Request[LearnOptions]) -> Plan:
     """
     progress, options = request.progress, request.options.filled()
     given = given_model(request.source, options, progress)
-    images = images_for(given, options, "train")
+    images = images_for(given, options, "train", progress)
     inputs: dict[str, Source] = {**model_sources(given), "dataset": data_source(images)}
     first, said = _given_masks(given, options, inputs)
     before = before_masks(given)

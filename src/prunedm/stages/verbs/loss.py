@@ -39,7 +39,7 @@ def loss(request: Request[LossOptions]) -> Plan:
     """
     options, progress = request.options, request.progress
     model = given_model(request.source, options, progress)
-    images = images_for(model, options, options.split)
+    images = images_for(model, options, options.split, progress)
     inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
     masks = model.masks
     if options.masks:

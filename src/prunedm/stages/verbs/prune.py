@@ -56,7 +56,7 @@ def prune(request: Request[PruneOptions]) -> Plan:
 def _images(model: Model, options: PruneOptions, progress: Progress) -> ImageSet | None:
     """The training images; None where nobody named any, they do not fit, and nothing asks for them."""
     try:
-        return images_for(model, options, "train")
+        return images_for(model, options, "train", progress)
     except UserError as error:
         named = "dataset" in options.model_fields_set and not model.unasked
         if named or asks(options):

@@ -31,9 +31,9 @@ from prunedm.training.tracking import Shown
 
 def train(request: Request[TrainOptions]) -> Plan:
     """Train `options.unet` on `options.dataset` and write a model folder."""
-    options = request.options
+    options, progress = request.options, request.progress
     model = _new_model(options)
-    images = images_for(model, options, "train")
+    images = images_for(model, options, "train", progress)
 
     def make(folder: Path) -> dict[str, Any]:
         figures = _train(model, images, options, folder / RESUME, request.progress)
