@@ -1,5 +1,6 @@
 """The command line: what goes wrong is one line and exit code 2; what wins; a whole run."""
 
+import io
 import os
 import resource
 import shutil
@@ -620,3 +621,15 @@ def test_names_of_nothing_are_refused_before_pytorch_is_imported(
     assert call(*words) == 2
     assert expected in capsys.readouterr().err
     assert "prunedm.folder" not in sys.modules
+
+
+def test_a_terminal_of_ascii_gets_every_line(tmp_path, monkeypatch):
+    """The work was done, and then "±" could not be written."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    words = ["loss", str(tiny_folder()), str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--problems", "4", "--convert-channels"])
+    assert not end.value.code
+    sys.stdout.flush()
+    assert b" ? " in written.getvalue()

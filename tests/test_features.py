@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
@@ -215,10 +216,13 @@ def test_missing_and_damaged_torchscript_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [URLError("Name or service not known"), IncompleteRead(b"")])
-def test_inception_without_a_network_names_the_ways_out(monkeypatch, error: Exception) -> None:
+def test_inception_without_a_network_names_the_ways_out(
+    monkeypatch, capsys, error: Exception
+) -> None:
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
     def no_network(*_, **__):
+        sys.stderr.write("Downloading: it from there\n")
         raise error
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
@@ -226,6 +230,7 @@ def test_inception_without_a_network_names_the_ways_out(monkeypatch, error: Exce
         load_features("inception")
     assert "--features digits-cnn|FILE" in str(caught.value)
     assert "--inception-weights FILE" in str(caught.value)
+    assert capsys.readouterr().err == ""
     assert "\n" not in str(caught.value)
 
 

@@ -279,3 +279,19 @@ def test_statistics_that_unpack_to_gigabytes_are_refused_unread(tmp_path, monkey
 
 def test_what_a_file_says_does_not_command_the_terminal() -> None:
     assert masked("FD\x1b[2J\x07: 5\n") == "FD?[2J?: 5\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mysql://u:pa'ss-word@h/db", "mysql://u:***@h/db"),
+        ('a "mysql://u:pa"ss@h/db": no', 'a "mysql://u:***@h/db": no'),
+        ("mysql://u:pass word@h/db", "mysql://u:***@h/db"),
+        ("https:/u:hunter22@h/x.npz", "https:/u:***@h/x.npz"),
+        ("https://hf_abcdef@h/x", "https://***@h/x"),
+        ("http://localhost:8080/x, or mail a@b", "http://localhost:8080/x, or mail a@b"),
+        ("hf://datasets/owner/name@main/x", "hf://datasets/owner/name@main/x"),
+    ],
+)
+def test_no_form_of_a_password_is_shown(text, shown) -> None:
+    assert masked(text) == shown

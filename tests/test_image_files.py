@@ -1,8 +1,10 @@
 """Which files of a folder are its images, how they are turned, and what is refused before it hangs."""
 
+import inspect
 import os
 import socket
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -78,6 +80,19 @@ def test_links_are_followed_once_and_without_end(tmp_path):
     (folder / "self").symlink_to(folder / "self")
     (folder / "file.png").symlink_to(tmp_path / "elsewhere" / "a.png")
     assert names(folder) == ["file.png", "linked/a.png", "own/b.png"]
+
+
+def test_a_folder_may_be_nested_deeply(tmp_path):
+    """No call within a call a level; deeper ones pytest itself could not remove."""
+    folder = tmp_path.joinpath(*["d"] * 300)
+    write(folder / "a.png")
+    before = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack()) + 150)
+        found = find_images(tmp_path).files
+    finally:
+        sys.setrecursionlimit(before)
+    assert found == [folder / "a.png"]
 
 
 WRITABLE = sorted({name: suffixes[0] for name, suffixes in FORMATS.items() if suffixes}.items())

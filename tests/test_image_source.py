@@ -153,6 +153,17 @@ def test_images_of_several_sizes_need_res(tmp_path: Path) -> None:
     assert len(whole(opened(folder, count=2))) == 2
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_an_orientation_that_stands_in_xmp_alone_turns_the_size_too(tmp_path: Path, suffix) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    upright = Image.fromarray(pixels(1, 16, 8, 3)[0])
+    upright.save(tmp_path / f"a{suffix}")
+    upright.rotate(90, expand=True).save(tmp_path / f"b{suffix}", xmp=xmp)
+    found = opened(tmp_path)
+    assert found.shape == (3, 16, 8)
+    assert whole(found).shape == (2, 3, 16, 8)
+
+
 def test_grey_and_coloured_files_together_are_coloured(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", pixels(2, 4, 4))
     assert opened(folder).shape == (1, 4, 4)

@@ -172,6 +172,57 @@ def test_a_table_of_images_beside_images_is_refused_and_elsewhere_said(tmp_path)
         assert (set(greys(found)), found.left_out) == ({7}, "1 image files")
 
 
+README = "---\nconfigs:\n{}\n---\n# About\n"
+ONE = "- config_name: {}\n  data_files:\n  - split: {}\n    path: {}"
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        (
+            README.format(
+                ONE.format("a", "train", "data/x-*.parquet")
+                + "\n  - {split: test, path: [data/y.parquet]}"
+            ),
+            (2, 3),
+        ),
+        (
+            README.format(
+                ONE.format("a", "train", "data/x-*.parquet")
+                + "\n  default: true\n"
+                + ONE.format("b", "train", "data/y.parquet")
+            ),
+            (2, 2),
+        ),
+        (README.format(ONE.format("a", "train", "hf://datasets/owner/name/x.parquet")), (5, 5)),
+        ("# no head", (5, 5)),
+        ("---\nlicense: mit\n---", (5, 5)),
+    ],
+)
+def test_a_readme_names_splits_and_nothing_is_fetched(tmp_path, monkeypatch, text, sizes):
+    (tmp_path / "data").mkdir()
+    pd.DataFrame({"image": [png(7)] * 2}).to_parquet(tmp_path / "data" / "x-0.parquet")
+    pd.DataFrame({"image": [png(8)] * 3}).to_parquet(tmp_path / "data" / "y.parquet")
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asks the network"))
+    assert (len(opened(tmp_path)), len(opened(tmp_path, "test"))) == sizes
+
+
+def test_a_readme_that_expands_or_leaves_a_choice_is_one_line(tmp_path):
+    pd.DataFrame({"image": [png(7)] * 2}).to_parquet(tmp_path / "x.parquet")
+    laughs = "a: &a0 [x]\n" + "".join(
+        f"b{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 9)
+    )
+    two = "\n".join(ONE.format(name, "train", "x.parquet") for name in "ab")
+    for text, line in (
+        (f"---\n{laughs}---\n", "stand for more than"),
+        (README.format(two), r"several configurations \(a, b\): write `default: true`"),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        with pytest.raises(UserError, match=line):
+            opened(tmp_path)
+
+
 def test_a_state_json_of_another_program_makes_no_dataset(tmp_path):
     (tmp_path / "a.png").write_bytes(png(5))
     (tmp_path / "state.json").write_text('{"window": [1, 2]}')

@@ -13,7 +13,7 @@ from helpers import TINY, problems, tiny_folder, tiny_model
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
-from prunedm.model_files.configs import SCHEDULER_RANGES, check_config
+from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, check_unet_config
 from prunedm.model_files.schedule import read_scheduler
 from prunedm.process import check_scheduler, scheduler_class
 from prunedm.sampling import make_sampler, sample_batches
@@ -238,6 +238,22 @@ def test_the_defaults_of_every_scheduler_of_diffusers_pass():
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 def test_schedules_that_are_used_pass(schedule, rescale):
     check_scheduler(DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=rescale))
+
+
+def test_learned_timesteps_are_as_many_as_the_schedulers(tmp_path):
+    """Else the model loads, and a loss ends in an IndexError."""
+    network = tiny_model(time_embedding_type="learned", num_train_timesteps=100)
+    for steps in (100, 1000):
+        network.scheduler = DDPMScheduler(num_train_timesteps=steps)
+        save(network, tmp_path / str(steps))
+    load(tmp_path / "100")
+    with pytest.raises(
+        UserError, match="learned embeddings of 100 timesteps, and the scheduler 1000"
+    ):
+        load(tmp_path / "1000")
+    unet = dict(network.denoiser.config) | {"num_train_timesteps": None}
+    with pytest.raises(UserError, match="'learned' needs num_train_timesteps"):
+        check_unet_config(unet, "unet")
 
 
 def test_words_of_another_class_pass(tmp_path):

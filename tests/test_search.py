@@ -295,6 +295,13 @@ def test_only_and_retry_are_for_grids(tmp_path):
             sweep(plan(), tmp_path / "out", **words)
 
 
+def test_a_storage_that_cannot_be_opened_warns_of_nothing_before(tmp_path, recwarn):
+    """SQLAlchemy does, of arguments that SQLite does not take."""
+    with pytest.raises(UserError, match=r"cannot open storage .*password=\*\*\*"):
+        sweep(plan(storage=f"sqlite:///{tmp_path}/gone/x.db?password=hunter22"), tmp_path / "out")
+    assert not [w for w in recwarn.list if "Query string" in str(w.message)]
+
+
 def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot open storage nonsense://x"):
         sweep(plan(storage="nonsense://x"), tmp_path / "out")

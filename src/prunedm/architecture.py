@@ -212,6 +212,8 @@ def _random_inputs(
         "sample": torch.randn((count, *record.shape(network)), generator=generator),
         "timestep": torch.linspace(0, last, count),
     }
+    if getattr(network.config, "time_embedding_type", "") == "learned":  # a table's rows
+        inputs["timestep"] = inputs["timestep"].long()
     classes = record.classes(network)
     if classes != 0:
         inputs["class_labels"] = torch.arange(count) % (classes or 1)

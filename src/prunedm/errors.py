@@ -8,7 +8,14 @@ from collections.abc import Sequence
 LONGEST = 490  # characters of a message
 _LONGEST_WORD = 200  # of a path or value in it
 _HIDDEN = "***"
-_URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s'\"]*@")  # itself it may hold "@" and "/"
+# of pathlib, which has read it as a path, a URL has one slash. What follows the colon may be a port
+_URL = r"([a-z][\w+.-]+:/{1,2}"
+_PORT = r"(?!\d+(?:[/\s,;)'\"?]|$))"
+_URL_SECRETS = (
+    (re.compile(rf"{_URL}[^\s:/@]*):{_PORT}\S*@", re.I), r"\1:***@"),  # holds "@", "/" and quotes
+    (re.compile(rf"{_URL}[^\s:/@]*):{_PORT}[^\n@]*@", re.I), r"\1:***@"),  # or blanks
+    (re.compile(rf"{_URL})[^\s/@:]+@", re.I), r"\1***@"),  # a token alone
+)
 _NAMED_SECRET = re.compile(
     r"\b([\w-]*(?:password|passwd|secret|token|api[_-]?key))=[^\s&;'\"]+", re.IGNORECASE
 )
@@ -52,7 +59,8 @@ def shortened(text: str, *, word: int = _LONGEST_WORD, most: int = LONGEST) -> s
 def masked(text: str) -> str:
     """Without passwords of URLs, `password=` and its like, secrets of the environment, and controls."""
     text = _CONTROLS.sub("?", text)
-    text = _URL_PASSWORD.sub(rf"\1:{_HIDDEN}@", text)
+    for pattern, hidden in _URL_SECRETS:
+        text = pattern.sub(hidden, text)
     text = _NAMED_SECRET.sub(rf"\1={_HIDDEN}", text)
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name) and len(value) >= 8:

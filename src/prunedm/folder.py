@@ -7,7 +7,7 @@ in diffusers and transformers, weights are safetensors (or `.bin` read as plain 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,12 @@ from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
 from prunedm.model_files.companions import Companions, components, hash_files
-from prunedm.model_files.configs import class_name, network_class, read_network_config
+from prunedm.model_files.configs import (
+    check_timesteps,
+    class_name,
+    network_class,
+    read_network_config,
+)
 from prunedm.model_files.schedule import Found, find_scheduler
 from prunedm.model_files.weights import (
     LARGE,
@@ -188,6 +193,7 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     record = architecture_named(class_name(config)) or Architecture()
     text = record.text or hasattr(network_class(class_name(config)), "generate")
     found = Found(None) if text else find_scheduler(folder, scheduler, record.scheduler)
+    check_timesteps(config, found.scheduler, where)
     if (folder / PACKED_FILE).exists():
         denoiser, masks, types = _load_packed(config, folder)
     else:
@@ -300,16 +306,14 @@ def hash_folder(folder: Path, *others: Path) -> str:
     """A hash of weights, masks, configurations, companions and `others`; not of the folder's name."""
     named = components(_description(folder / "model_index.json"))
     companions = [folder / n for n in named if n not in ("scheduler", *DENOISERS)]
-    parts = [path for path in folder.rglob("*") if _is_part_of_model(path, folder, companions)]
+    own = [folder, folder / "scheduler", *(folder / name for name in DENOISERS)]
+    parts = {path for place in own for path in place.glob("*") if _is_part_of_model(path)}
+    parts |= {path for place in companions for path in place.rglob("*") if path.is_file()}
     return hash_files(sorted(parts), folder, others)
 
 
-def _is_part_of_model(path: Path, folder: Path, companions: Sequence[Path]) -> bool:
+def _is_part_of_model(path: Path) -> bool:
     if not path.is_file():  # a folder or dangling link is not a part, and a pipe would hang
-        return False
-    if any(companion in path.parents for companion in companions):
-        return True
-    if path.parent not in (folder, folder / "scheduler", *(folder / name for name in DENOISERS)):
         return False
     configurations = ("model_index.json", "config.json", "scheduler_config.json", EXPORT_FILE)
     return path.name in configurations or path.suffix in (".safetensors", ".bin")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from prunedm.errors import UserError, first_line
+from prunedm.errors import UserError, first_line, masked
 from prunedm.reading import check_regular
 from prunedm.record import FILE as RECORD
 
@@ -68,14 +68,19 @@ def find_images(folder: Path) -> Found:
     images in folders of ours. A pipe with an image's name counts, and is refused when it is opened.
     """
     found = Found()
-    _walk(str(folder), found, set())
+    seen: set[tuple[int, int]] = set()
+    waiting = [str(folder)]
+    while waiting:  # no call within a call: folders may be nested thousands deep
+        waiting += _walk(waiting.pop(), found, seen)
     for paths in (found.files, found.tables):
         paths.sort(key=lambda path: path.parts)
     found.left_out = +found.left_out
     return found
 
 
-def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> None:
+def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> list[str]:
+    """Take in the files of a folder; the folders in it, the last of which is to be read first."""
+    inner: list[str] = []
     try:
         place = Path(folder).stat()
         with os.scandir(folder) as listing:
@@ -84,7 +89,7 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> None:
     except OSError as error:
         raise UserError(f"cannot read folder {shown(folder)}: {error.strerror}") from error
     if (place.st_dev, place.st_ino) in seen:
-        return
+        return inner
     seen.add((place.st_dev, place.st_ino))
     names = {entry.name for entry in entries}
     for entry in entries:
@@ -92,7 +97,7 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> None:
         if entry.name.startswith(".") or entry.name in DROPPINGS:
             found.left_out["hidden"] += is_folder or suffix in SUFFIXES
         elif is_folder:
-            _walk(entry.path, found, seen)
+            inner.append(entry.path)
         elif suffix == ".parquet" and entry.name not in METADATA:
             found.tables.append(Path(entry.path))
         elif suffix not in SUFFIXES:
@@ -101,6 +106,7 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> None:
             found.left_out["sheets"] += 1
         else:
             found.files.append(Path(entry.path))
+    return inner[::-1]
 
 
 def _suffix(name: str) -> str:
@@ -211,7 +217,7 @@ def orientation(image: Image.Image) -> int:
 
 def shown(name: object) -> str:
     """A name in a message, not longer than a line, and without a URL's password."""
-    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", str(name))
+    text = re.sub(r"(:/{1,2})[^/@\s]+@", r"\1***@", masked(str(name)))
     return text if len(text) <= 120 else f"{text[:60]}...{text[-50:]}"
 
 

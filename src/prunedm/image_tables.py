@@ -1,5 +1,6 @@
 """Images in tables of `datasets`: saved ones, parquet files of anyone, or the hub's."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prunedm.errors import UserError, first_line, nearest
 from prunedm.image_files import BROKEN, SUFFIXES, Found, locate, open_lazily, shown
 from prunedm.image_labels import Labels, caption_column, label_column, number, whole_captions
-from prunedm.reading import check_regular
+from prunedm.reading import YAML_LIMIT, check_regular, parse_yaml, read_text
 from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class Tables:
 
 
 _FIRST_ROWS = 10
+_README = 1 << 22  # bytes
 _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "float")
 
 
@@ -237,28 +239,75 @@ def open_folder(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Da
     """The splits of a folder for which `table_files` gave `files`."""
     import datasets
 
-    for path in folder.rglob("*"):
-        if not path.is_dir():
-            check_regular(path)
+    if files[0].name not in MARKERS:
+        declared = _declared(folder, files)
+        return _open_files(declared, name) if declared else open_parquet(folder, files, name)
     with reading(name):
-        if files[0].name in MARKERS:
-            return named_splits(datasets.load_from_disk(str(folder)))
-        if (folder / "README.md").exists():  # as the hub's repositories, it may name the splits
-            return named_splits(datasets.load_dataset(str(folder)))
-        return open_parquet(folder, files, name)
+        for path in folder.rglob("*"):
+            if not path.is_dir():
+                check_regular(path)
+        return named_splits(datasets.load_from_disk(str(folder)))
+
+
+def _declared(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split that README.md names, as repositories of the hub do; {} for none.
+
+    It is read by us: `datasets` has no bounds, and would fetch what lies elsewhere. Raises `UserError`
+    for several configurations without a default.
+    """
+    readme = folder / "README.md"
+    text = read_text(readme, limit=_README) if readme.exists() else ""
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    found = parse_yaml(head[1], readme) if head and len(head[1]) <= YAML_LIMIT else None
+    every = found.get("configs") if isinstance(found, dict) else None
+    configs = [c for c in every if isinstance(c, dict)] if isinstance(every, list) else []
+    chosen = [
+        c for c in configs if c.get("default") or c.get("config_name") == "default"
+    ] or configs
+    if len(chosen) > 1:
+        names = ", ".join(str(c.get("config_name")) for c in chosen)
+        raise UserError(
+            f"{shown(readme)} names several configurations ({shown(names)}): write `default: true` "
+            "under one, or give one of their parquet files"
+        )
+    groups = _patterns(chosen[0].get("data_files")) if chosen else {}
+    matched = {
+        split: [path for path in files for pattern in patterns if path.match(pattern)]
+        for split, patterns in groups.items()
+    }
+    return {split: list(dict.fromkeys(paths)) for split, paths in matched.items() if paths}
+
+
+def _patterns(files: Any) -> dict[str, list[str]]:
+    """Patterns of paths by split, from the forms that `data_files` has."""
+    if isinstance(files, (str, dict)):
+        files = [files]
+    groups: dict[str, list[str]] = {}
+    for entry in files if isinstance(files, list) else []:
+        fields = entry if isinstance(entry, dict) else {"path": entry}
+        paths = fields.get("path")
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str) and path.strip("/"):
+                groups.setdefault(str(fields.get("split", "train")), []).append(path)
+    return groups
 
 
 def open_parquet(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Dataset"]:
     """Parquet files below `folder`, their splits by the names of folders or files."""
-    import datasets
-
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Path]] = {}
     for path in files:
         inner = path.parts[len(folder.parts) : -1]
         split = split_of_path(inner) or split_of_file(path.stem) or "train"
-        groups.setdefault(split, []).append(str(check_regular(path)))
+        groups.setdefault(split, []).append(check_regular(path))
+    return _open_files(groups, name)
+
+
+def _open_files(groups: Mapping[str, Sequence[Path]], name: str) -> dict[str, "Dataset"]:
+    import datasets
+
+    files = {split: [str(path) for path in paths] for split, paths in groups.items()}
     with reading(name):
-        return named_splits(datasets.load_dataset("parquet", data_files=groups))
+        return named_splits(datasets.load_dataset("parquet", data_files=files))
 
 
 def named_splits(loaded: Any) -> dict[str, "Dataset"]:

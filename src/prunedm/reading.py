@@ -107,8 +107,11 @@ def parse_yaml(text: str, where: object) -> Any:
         return loader.construct_document(node)
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        # the last four for `!!int ""` and its like
+    except (LookupError, TypeError, AttributeError) as error:  # PyYAML's for `!!int ""`
+        raise UserError(
+            f"cannot read {where}: a value is not of the type that its tag (!!int, !!bool, ...) names"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"cannot read {where}: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error

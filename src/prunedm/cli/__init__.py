@@ -1,6 +1,7 @@
 """The command line: parse, call a stage, print. Nothing heavy is imported before a command runs."""
 
 import sys
+from io import TextIOWrapper
 
 from cyclopts import App
 
@@ -27,6 +28,8 @@ __all__ = [
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit code 2 for what the user can mend, 130 and 143 when interrupted."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal of ASCII shows "?" for what it lacks
+        sys.stdout.reconfigure(errors="replace")
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     if "--help-all" in tokens:

@@ -4,13 +4,16 @@ Shapes: N images, C channels, H W pixels, D features.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib import resources
+from io import StringIO
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from zipfile import BadZipFile
 
 import torch
@@ -198,9 +201,12 @@ def _load_inception(weights: Path | None) -> FeatureNetwork:
     if weights is not None:
         _check_weights(weights)
     try:
-        extractor = inception.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights and str(weights)
-        )
+        with redirect_stderr(_Later(sys.stderr)):
+            extractor = inception.FeatureExtractorInceptionV3(
+                "inception-v3-compat",
+                ["2048"],
+                feature_extractor_weights_path=weights and str(weights),
+            )
     except (OSError, HTTPException) as error:
         raise UserError(
             f"cannot download the Inception weights: no network? ({_reason(error)}); use --features "
@@ -213,6 +219,27 @@ def _load_inception(weights: Path | None) -> FeatureNetwork:
             f"network ({_reason(error)}); delete the file and fetch {inception.URL_INCEPTION_V3}"
         ) from error
     return FeatureNetwork(_inception_name(weights), 2048, _Inception(extractor).eval())
+
+
+class _Later(StringIO):
+    """Keeps the first text back until another follows: a download that fails told nobody of itself."""
+
+    def __init__(self, place: TextIO) -> None:
+        super().__init__()
+        self._place, self._kept, self._waits = place, "", True
+
+    def write(self, text: str) -> int:
+        if self._waits:
+            self._kept, self._waits = text, False
+            return len(text)
+        self._kept, kept = "", self._kept
+        return self._place.write(kept + text)
+
+    def flush(self) -> None:
+        self._place.flush()
+
+    def isatty(self) -> bool:
+        return self._place.isatty()
 
 
 def _check_weights(weights: Path) -> None:

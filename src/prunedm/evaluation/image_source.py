@@ -33,6 +33,7 @@ from prunedm.record import FILE as RECORD
 
 DIGITS_SIZE = 16  # of the embedded model
 _SAMPLES = "samples.npz"
+_TURNED = {"exif", "xmp", "XML:com.adobe.xmp"}  # where an orientation may stand
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
@@ -136,7 +137,7 @@ class Images(ImageSet):
         path = check_regular(self.source[index])
         try:
             with open_lazily(path) as image:
-                turned = "exif" in image.info and orientation(image) > 4
+                turned = bool(_TURNED & image.info.keys()) and orientation(image) > 4
                 return (image.size[::-1] if turned else image.size), image.mode
         except BROKEN as error:
             raise UserError(f"cannot read {shown(path)}: {reason(error)}") from error

@@ -40,6 +40,15 @@ def open_study(sweep: Sweep, out: Path, hashes: Mapping[str, str]) -> Any:
     return study
 
 
+def _quiet() -> None:
+    """SQLAlchemy warns of what it then raises."""
+    import warnings
+
+    from sqlalchemy.exc import SAWarning
+
+    warnings.filterwarnings("ignore", category=SAWarning)
+
+
 def _opened(sweep: Sweep, out: Path) -> Any:
     try:
         import optuna
@@ -56,6 +65,7 @@ def _opened(sweep: Sweep, out: Path) -> Any:
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     for attempt in range(_ATTEMPTS):
         try:
+            _quiet()
             return optuna.create_study(
                 storage=optuna.storages.RDBStorage(url, engine_kwargs=waiting),
                 study_name=search.study or out.resolve().name,

@@ -171,6 +171,10 @@ def check_unet_config(config: Mapping[str, Any], where: object) -> None:
         raise UserError(
             f'{where} has no sample_size; add the side of its training images: "sample_size": 32'
         )
+    if config.get("time_embedding_type") == "learned" and not config.get("num_train_timesteps"):
+        raise UserError(
+            f"{where}: time_embedding_type = 'learned' needs num_train_timesteps, the scheduler's"
+        )
     blocks = config.get("block_out_channels", ())
     layers = len(blocks) * config.get("layers_per_block", 2)
     if layers > MOST_LAYERS:
@@ -182,6 +186,17 @@ def check_unet_config(config: Mapping[str, Any], where: object) -> None:
         raise UserError(
             f"{where}: {own} channels come in and {out} go out; supported are as many as come in, or "
             "twice as many, with a learned variance (no image-conditioned models)"
+        )
+
+
+def check_timesteps(config: Mapping[str, Any], scheduler: Any, where: object) -> None:
+    """Raise `UserError` where the scheduler has timesteps that a learned embedding has not."""
+    known = config.get("num_train_timesteps")
+    wanted = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if config.get("time_embedding_type") == "learned" and known and wanted and wanted > known:
+        raise UserError(
+            f"{where} has learned embeddings of {known} timesteps, and the scheduler {wanted}; give "
+            "both the same num_train_timesteps, or another --scheduler"
         )
 
 

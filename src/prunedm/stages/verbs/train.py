@@ -14,6 +14,7 @@ from prunedm.folder import Model, save
 from prunedm.model_files.configs import (
     SCHEDULER_RANGES,
     check_config,
+    check_timesteps,
     check_unet_config,
     describe_network,
 )
@@ -51,9 +52,11 @@ def _new_model(options: TrainOptions) -> Model:
     unet = options.unet | {"dropout": options.dropout}
     torch.manual_seed(seed_for(options.seed, "weights"))
     denoiser = _from_config(UNet2DModel, unet, "unet")
+    scheduler = _from_config(DDPMScheduler, options.scheduler, "scheduler")
+    check_timesteps(unet, scheduler, "unet")
     return Model(
         denoiser,
-        _from_config(DDPMScheduler, options.scheduler, "scheduler"),
+        scheduler,
         name="scratch",
         dtype=getattr(torch, options.save_dtype),
     )
