@@ -164,6 +164,18 @@ class Bench:
         return self.folder / slug(key)
 
 
+TIMED: dict[str, Any] = {  # settings of every such contest, for `parser_of`
+    "model": "digits",
+    "dataset": "digits",
+    "flip": False,
+    "features": "digits-cnn",
+    "samples": 500,
+    "sampling_steps": 25,
+    "mixed_precision": "bf16",
+    "batch_size": 64,
+}
+
+
 class TimedBench(Bench):
     """For contests in equal wall time: what a step takes is measured first."""
 

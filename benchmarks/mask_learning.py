@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import Row, TimedBench, named, parser_of, publish, record
+from bench import TIMED, Row, TimedBench, named, parser_of, publish, record
 from mask_learning_costs import costs
 from mask_learning_report import markdown
 
@@ -183,14 +183,7 @@ def contest(bench: MaskBench, pattern: str, seed: int) -> Iterator[Row]:
 PARSER = parser_of(
     __doc__,
     {
-        "model": "digits",
-        "dataset": "digits",
-        "flip": False,
-        "features": "digits-cnn",
-        "samples": 500,
-        "sampling_steps": 25,
-        "mixed_precision": "bf16",
-        "batch_size": 64,
+        **TIMED,
         "lr": (1e-3, "of fine-tuning in the contest"),
         "seconds": (290.0, "of each estimator"),
         "contest_seconds": (60.0, "of each contestant"),

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from bench import Row, TimedBench, parser_of, publish, record
+from bench import TIMED, Row, TimedBench, parser_of, publish, record
 from recovery_report import markdown
 
 from prunedm.console import Terminal
@@ -192,14 +192,7 @@ def goal(bench: RecoveryBench, kind: str) -> Row:
 PARSER = parser_of(
     __doc__,
     {
-        "model": "digits",
-        "dataset": "digits",
-        "flip": False,
-        "features": "digits-cnn",
-        "samples": 500,
-        "sampling_steps": 25,
-        "mixed_precision": "bf16",
-        "batch_size": 64,
+        **TIMED,
         "lr": 1e-3,
         "seconds": (120.0, "of each mixture"),
         "seeds": 3,

@@ -63,6 +63,19 @@ def autoencoder() -> AutoencoderKL:
     ).eval()
 
 
+def vq_autoencoder() -> VQModel:
+    """Images of 16 to latents of 8, three channels."""
+    torch.manual_seed(0)
+    return VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+    ).eval()
+
+
 @cache
 def stable_diffusion() -> Path:
     """The folder of a StableDiffusionPipeline; tests only read it."""
@@ -85,18 +98,8 @@ def stable_diffusion() -> Path:
 @cache
 def latent_diffusion() -> Path:
     """The folder of an unconditional LDMPipeline, with a VQModel."""
-    torch.manual_seed(0)
-    vq = VQModel(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=3,
-        num_vq_embeddings=32,
-        norm_num_groups=4,
-    )
+    vq = vq_autoencoder()
     unet = UNet2DModel(**TINY | {"in_channels": 3, "out_channels": 3})
     folder = Path(mkdtemp(prefix="prunedm-tests-")) / "ldm"
-    LDMPipeline(vqvae=vq.eval(), unet=unet.eval(), scheduler=DDPMScheduler()).save_pretrained(
-        folder
-    )
+    LDMPipeline(vqvae=vq, unet=unet.eval(), scheduler=DDPMScheduler()).save_pretrained(folder)
     return folder

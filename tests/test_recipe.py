@@ -11,7 +11,7 @@ from prunedm import recipe as recipes
 from prunedm.cli import app, main
 from prunedm.configuration import parse_settings, read_options
 from prunedm.errors import UserError
-from prunedm.options import EvaluateOptions, FinetuneOptions, PruneOptions
+from prunedm.options import DataOptions, EvaluateOptions, FinetuneOptions, PruneOptions
 from prunedm.recipe import Recipe, plan, run
 from prunedm.recipe_draft import Draft
 from prunedm.record import read_record
@@ -410,3 +410,16 @@ def test_the_published_schemas_are_those_of_the_code(capsys):
         made = json.loads(capsys.readouterr().out)
         assert json.loads((folder / f"{kind}.schema.json").read_text(encoding="utf-8")) == made
         assert "properties" in made
+
+
+def test_everything_that_is_said_of_images_is_said_once_for_all_stages():
+    given = {
+        "dataset": "images/", "label_column": "a", "caption_column": "b", "image_column": "c",
+        "flip": True, "convert_channels": True, "seed": 3, "device": "cpu",
+    }  # fmt: skip
+    assert given.keys() == DataOptions.model_fields.keys()
+    recipe = Recipe(stages=[{"prune": {}}, {"finetune": {"caption_column": "own"}}], **given)
+    prune, finetune = (recipe.stage_options(name) for name in ("prune", "finetune"))
+    assert {name: getattr(prune, name) for name in given} == given
+    assert finetune.caption_column == "own"
+    assert recipe.evaluation().caption_column == "b"

@@ -220,11 +220,6 @@ def _random_inputs(
     return inputs | dict(record.more(network, count, generator))
 
 
-def protected(network: nn.Module) -> tuple[str, ...]:
-    """Modules that stay whole unless a user names others."""
-    return architecture_of(network).protect
-
-
 def like_weights(network: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
     """`inputs` where the network's weights are; floating ones but times in the weights' type."""
     weight = next(network.parameters())

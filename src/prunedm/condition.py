@@ -53,7 +53,7 @@ class Classes:
     """A class label each.
 
     count: of the classes, or None where the network takes other numbers. only: the one class of all
-    samples, which take all classes in turn otherwise. Raises `UserError` where there is no such class.
+    samples, which take all classes in turn otherwise. Raises `UserError` where that class is missing.
     """
 
     captions = False

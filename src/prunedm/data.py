@@ -236,7 +236,7 @@ def _open(name: str, size: Size, label_column: str, image_column: str) -> _Sourc
 
 
 def is_embedded(name: str) -> bool:
-    """A folder of that name comes first, as it does for models; but a model is no dataset."""
+    """A folder of that name comes first, as it does for models; but a model is not a dataset."""
     path = locate(name)
     return name == "digits" and (path is None or (path / "model_index.json").exists())
 

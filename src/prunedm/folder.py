@@ -7,7 +7,8 @@ in diffusers and transformers, weights are safetensors (or `.bin` read as plain 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,12 +54,8 @@ from prunedm.record import Record, read_record, write_json, write_record
 MASKS_FILE = "masks.safetensors"
 PACKED_FILE = "packed.safetensors"  # weights and masks in one, as `export` writes them
 EXPORT_FILE = "export.json"
-DENOISERS = (
-    "unet",
-    "transformer",
-    "prior",
-    "decoder",
-)  # components that are pruned, by their names
+# components that are pruned, by their names
+DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
 @dataclass
@@ -162,9 +159,18 @@ class Model:
 
     def round_to_dtype(self) -> None:
         """Give the weights the values that the saved file will hold, so figures are of those."""
+        with self.stored():
+            pass
+
+    @contextmanager
+    def stored(self) -> Iterator[Any]:
+        """The network with its weights in the types of the file, while this lasts."""
         memory = memory_dtype(self.denoiser)
         _set_dtype(self.denoiser, self.dtype, self.other_dtypes)
-        _set_dtype(self.denoiser, memory, {} if memory else self.other_dtypes)
+        try:
+            yield self.denoiser
+        finally:
+            _set_dtype(self.denoiser, memory, {} if memory else self.other_dtypes)
 
     @property
     def conditional(self) -> bool:
@@ -270,12 +276,10 @@ def save(model: Model, folder: Path) -> None:
     The folder must be new or a stage's working folder: stages give it its final name when whole.
     """
     _refuse_violations(model, str(folder))
-    network, place = model.denoiser, folder / model.component
+    place = folder / model.component
     place.mkdir(parents=True, exist_ok=True)
-    memory = memory_dtype(network)
-    _set_dtype(network, model.dtype, model.other_dtypes)
-    network.save_pretrained(place, safe_serialization=True)
-    _set_dtype(network, memory, {} if memory else model.other_dtypes)
+    with model.stored() as network:
+        network.save_pretrained(place, safe_serialization=True)
     _forget_origin(place / "config.json")
     if model.scheduler is not None:
         model.scheduler.save_pretrained(folder / "scheduler")

@@ -11,9 +11,8 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from prunedm.image_tables import Column
-from prunedm.reading import check_regular
 from prunedm.record import file_hash
-from prunedm.tensor_cache import remembered, text_key
+from prunedm.tensor_cache import remembered, text_key, times_of
 
 REMEMBERED = 1000  # images, from which on a hash is kept with what tells that nothing has changed
 
@@ -34,17 +33,12 @@ def content_hash(source: Sequence[Any], look: Callable[[int, Any], None], kind: 
 def _known_by(source: Sequence[Any]) -> list[Any] | None:
     """What changes with the content and costs little; None where nothing does."""
     if isinstance(source, list) and isinstance(source[0], Path):
-        return [[str(path.absolute()), *_times(path)] for path in source]
+        return [[str(path.absolute()), *times_of(path)] for path in source]
     indices = list(source.indices) if isinstance(source, Subset) else None
     table: Any = source.dataset if isinstance(source, Subset) else source
     if isinstance(table, Column) and isinstance(table[0], bytes):
         return [table.table._fingerprint, table.column, indices]
     return None
-
-
-def _times(path: Path) -> tuple[int, ...]:
-    stat = check_regular(path).stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _hash(source: Sequence[Any], look: Callable[[int, Any], None]) -> str:

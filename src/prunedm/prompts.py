@@ -11,6 +11,7 @@ import torch
 
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError, first_line
+from prunedm.model_files.configs import library_class
 from prunedm.tensor_cache import TensorCache, text_key
 
 Encode = Callable[[Any, str], Inputs]  # (pipeline, text) => one row each
@@ -50,10 +51,8 @@ class PromptEncoder:
         return {name: row.float() for name, row in self.encode(self._pipeline, text).items()}
 
     def _load(self) -> Any:
-        import diffusers
-
-        cls: Any = getattr(diffusers, self.pipeline, None)
-        if not issubclass(cls if isinstance(cls, type) else object, diffusers.DiffusionPipeline):
+        cls = library_class(self.pipeline, "diffusers", "DiffusionPipeline")
+        if cls is None:
             raise UserError(f"{self.folder}: {self.pipeline} is not a pipeline of diffusers")
         nothing = dict.fromkeys(self.leave_out)
         try:

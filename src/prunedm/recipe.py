@@ -18,9 +18,6 @@ from prunedm.stages.frame import Plan, run_stage, status
 from prunedm.stages.table import Stage
 
 REPORT = "report"  # the folder of the final comparison
-_SHARED = (
-    "dataset", "label_column", "image_column", "flip", "convert_channels", "seed", "device",
-)  # fmt: skip
 
 
 class _Entry(Options):
@@ -73,8 +70,8 @@ class Recipe(DataOptions):
     Learning masks on frozen weights is not among the default stages: where weights are trained
     afterwards, second-order masks end lower in the same time (docs/results.md).
 
-    dataset, label_column, image_column, flip, convert_channels, seed and device are set once for all,
-    unless a stage sets its own.
+    What images are and where they come from (dataset, columns, flip, convert_channels), seed and device
+    are set once for all, unless a stage sets its own.
     """
 
     model: ModelName = Field("digits", description="a model folder, a hub id, or digits")
@@ -99,7 +96,11 @@ class Recipe(DataOptions):
         return default.model_copy(update=self._shared(default) | _given(self.evaluate))
 
     def _shared(self, options: Options) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in _SHARED if key in type(options).model_fields}
+        return {
+            key: getattr(self, key)
+            for key in DataOptions.model_fields
+            if key in type(options).model_fields
+        }
 
     def _options_of(self, entry: _Entry) -> Options:
         """The verb's default < the recipe's shared values < the stage's own."""

@@ -14,19 +14,17 @@ from pydantic import ValidationError
 from prunedm.configuration import combined, read_options, underscored, validation_message
 from prunedm.errors import UserError, nearest
 from prunedm.options import Options
-from prunedm.recipe import Recipe, RecipeStage, numbered
+from prunedm.recipe import DEFAULT, Recipe, RecipeStage, numbered
 from prunedm.stages import STAGES
 
 Table = dict[str, Any]
-# the fields of the old form, in the order they ran: the verb, and what it set unless told
-FIELDS: dict[str, tuple[str, Table]] = {
-    "prune": ("prune", {}),
-    "recover": ("finetune", {"steps": 120}),
-    "mask": ("prune", {"mechanism": "obs-nm"}),
-    "learn": ("learn", {}),
-    "finetune": ("finetune", {"steps": 350}),
-}
-_RUN = ("prune", "recover", "mask", "finetune")  # of these, unless `stages` named others
+*_first, _last = (
+    (stage.name or stage.verb, (stage.verb, stage.options.model_dump(exclude_unset=True)))
+    for stage in map(RecipeStage.model_validate, DEFAULT)
+)
+# the fields of the old form, in the order they ran: the verb, and what it set unless told. They are the
+# default stages, and `learn`, which ran only where `stages` named it
+FIELDS: dict[str, tuple[str, Table]] = dict([*_first, ("learn", ("learn", {})), _last])
 
 
 @dataclass
@@ -63,7 +61,7 @@ class Draft:
     def of(cls, table: Mapping[str, Any]) -> "Draft":
         """Raises `UserError` for what cannot be a recipe."""
         listed = table.get("stages")
-        draft = cls({}, [Entry(n, v, dict(t), n in _RUN) for n, (v, t) in FIELDS.items()])
+        draft = cls({}, [Entry(n, v, dict(t), n != "learn") for n, (v, t) in FIELDS.items()])
         if _is_list(listed):
             both = [name for name in table if name in FIELDS]
             if both:

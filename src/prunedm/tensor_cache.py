@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from prunedm.reading import check_regular
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -35,7 +37,7 @@ class TensorCache:
         except (OSError, SafetensorError):
             pass  # written by a machine that went down: computed again
         tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
-        _keep(tensors, path)
+        _keep(path, lambda aside: save_file(tensors, aside))
         return tensors
 
 
@@ -46,11 +48,7 @@ def remembered(kind: str, key: str, compute: Callable[[], str]) -> str:
         if text := path.read_text(encoding="utf-8"):
             return text
     found = compute()
-    aside = path.with_name(f"{key}.{uuid4().hex[:8]}")
-    with suppress(OSError):  # a full or read-only disk only costs time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(found, encoding="utf-8")
-        aside.replace(path)
+    _keep(path, lambda aside: aside.write_text(found, encoding="utf-8"))
     return found
 
 
@@ -66,11 +64,18 @@ def text_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _keep(tensors: Tensors, path: Path) -> None:
+def times_of(path: Path) -> tuple[int, ...]:
+    """What changes with a file's content, and is known without reading it."""
+    stat = check_regular(path).stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _keep(path: Path, write: Callable[[Path], object]) -> None:
     aside = path.with_name(f"{path.name}.{uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, aside)
+        write(aside)
         aside.replace(path)
     except OSError:  # a full or read-only disk only costs time
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from torch import nn
 
 from prunedm.errors import UserError
+from prunedm.layer_kinds import find_kind, groups_of, set_widths, width_of
 
 Widths = dict[str, dict[str, int]]  # module name => its sizes
 
@@ -46,11 +47,9 @@ _AGREE = (
 
 def sizes(module: nn.Module) -> dict[str, int]:
     """The sizes of a layer; of a module of layers, those that its layers do not tell."""
-    if isinstance(module, _CONVOLUTIONS):
-        grouped = {"groups": module.groups} if module.groups > 1 else {}
-        return {"in": module.in_channels, "out": module.out_channels, **grouped}
-    if isinstance(module, nn.Linear):
-        return {"in": module.in_features, "out": module.out_features}
+    if find_kind(module) is not None:
+        grouped = {"groups": groups_of(module)} if groups_of(module) > 1 else {}
+        return {"in": width_of(module, "in"), "out": width_of(module, "out"), **grouped}
     if isinstance(module, nn.Embedding):
         return {"in": module.num_embeddings, "out": module.embedding_dim}
     if isinstance(module, nn.GroupNorm):
@@ -141,10 +140,8 @@ def replace_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None
 
 def set_layer_widths(layer: nn.Module, width_in: int, width_out: int) -> None:
     """Set the width attributes of a layer; its parameters stay."""
-    if isinstance(layer, _CONVOLUTIONS):
-        layer.in_channels, layer.out_channels = width_in, width_out
-    elif isinstance(layer, nn.Linear):
-        layer.in_features, layer.out_features = width_in, width_out
+    if find_kind(layer) is not None:
+        set_widths(layer, width_in, width_out)
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = width_in, width_out
     elif isinstance(layer, nn.GroupNorm):

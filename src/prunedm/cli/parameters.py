@@ -13,7 +13,9 @@ Given = Mapping[str, Any]  # what stands on the command line, by the parameter's
 
 # options of any verb that few commands need, under the headings of `--help-all`
 RARE = {
-    "images": ("label_column", "image_column", "flip", "convert_channels", "scheduler"),
+    "images": (
+        "label_column", "caption_column", "image_column", "flip", "convert_channels", "scheduler",
+    ),
     "calibration": ("calibration_problems", "calibration_batch", "time_range", "time_bins"),
     "training": (
         "accumulation", "warmup", "schedule", "weight_decay", "beta2", "clip", "ema_decay",

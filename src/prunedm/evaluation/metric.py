@@ -84,7 +84,7 @@ class Metric:
     each: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of pairs: image by image
     named: Callable[[str], str] = lambda features: ""  # another header, by the features' name
     detail: Callable[[Figures], str] = lambda figures: ""  # what reads after the number
-    instead: Callable[[Figures], str] = lambda figures: ""  # what reads where there is no number
+    instead: Callable[[Figures], str] = lambda figures: ""  # what reads in a number's place
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Timing(BaseModel):
 
 
 class Figures(BaseModel):
-    """Figures by name: those of every metric (`tables.METRICS`), and what is no number.
+    """Figures by name: those of every metric (`tables.METRICS`), and what is not a number.
 
     None where a figure was not asked for, does not apply, or its step failed.
     """

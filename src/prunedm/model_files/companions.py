@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.errors import UserError, first_line
+from prunedm.model_files.configs import library_class
 from prunedm.reading import check_regular
-from prunedm.tensor_cache import remembered, text_key
+from prunedm.tensor_cache import remembered, text_key, times_of
 
 AUTOENCODERS = ("vae", "vqvae")
 REMEMBERED = 1 << 28  # bytes, from which on a hash is kept with the size and times of its files
@@ -36,9 +37,6 @@ class Companions:
                     "download the whole pipeline"
                 )
 
-    def __bool__(self) -> bool:
-        return bool(self.names)
-
     @property
     def autoencoder(self) -> str:
         """The name of the one that makes latents, or ""."""
@@ -46,11 +44,9 @@ class Companions:
 
     def load_autoencoder(self) -> Any:
         """Raises `UserError` where it is damaged, or its class is not one of diffusers."""
-        import diffusers
-
         name, place = str(self.index[self.autoencoder][1]), self.folder / self.autoencoder
-        cls: Any = getattr(diffusers, name, None)
-        if not issubclass(cls if isinstance(cls, type) else object, diffusers.ModelMixin):
+        cls = library_class(name, "diffusers", "ModelMixin")
+        if cls is None:
             raise UserError(f"{place}: {name} is not an autoencoder of diffusers")
         try:
             return cls.from_pretrained(place, use_safetensors=True, local_files_only=True)
@@ -90,13 +86,8 @@ def hash_files(paths: list[Path], folder: Path, others: tuple[Path, ...] = ()) -
     named += [(path.name, path) for path in others]
     if sum(check_regular(path).stat().st_size for path in paths) < REMEMBERED:
         return _hash(named)
-    stats = [(name, str(path.resolve()), *_times(path)) for name, path in named]
-    return remembered("hashes", text_key(json.dumps(stats))[:32], lambda: _hash(named))
-
-
-def _times(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    stats = [(name, str(path.resolve()), *times_of(path)) for name, path in named]
+    return remembered("hashes", text_key(json.dumps(stats)), lambda: _hash(named))
 
 
 def _hash(named: list[tuple[str, Path]]) -> str:

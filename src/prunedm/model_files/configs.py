@@ -114,17 +114,16 @@ def class_name(config: Mapping[str, Any]) -> str:
 
 def network_class(name: str) -> Any:
     """A network of diffusers, a narrowed one, or a causal language model of transformers, or None."""
-    if not name.isidentifier():
-        return None
-    found = _in_library(name.removeprefix(PREFIX), "diffusers", "ModelMixin")
+    found = library_class(name.removeprefix(PREFIX), "diffusers", "ModelMixin")
     if found is None and "For" in name:
-        return _in_library(name, "transformers", "PreTrainedModel")
+        return library_class(name, "transformers", "PreTrainedModel")
     return narrowed(found) if found is not None and name.startswith(PREFIX) else found
 
 
-def _in_library(name: str, library: str, base: str) -> Any:
+def library_class(name: str, library: str, base: str) -> Any:
+    """The class of this name in diffusers or transformers, of this base's kind; None for any other."""
     module = import_module(library)
-    cls = getattr(module, name, None)
+    cls = getattr(module, name, None) if name.isidentifier() else None
     known = isinstance(cls, type) and name != base and issubclass(cls, getattr(module, base))
     return cls if known else None
 

@@ -60,9 +60,6 @@ class Types:
     most: torch.dtype = torch.float32
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    def of(self, name: str) -> torch.dtype:
-        return self.others.get(name, self.most)
-
 
 def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, Types, str]:
     """The network of a checked config with the folder's weights; the types stored, and the variant.

@@ -175,9 +175,8 @@ def _mixed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
             module.to(dtype)
     for module in kept:
         if next(module.parameters(), None) is not None:
-            module.__class__ = _in_float32(
-                type(module)
-            )  # its attributes stay where others read them
+            # the class alone changes: attributes stay where others read them
+            module.__class__ = _in_float32(type(module))
     return denoiser
 
 
