@@ -20,12 +20,11 @@ from prunedm.evaluation import fid
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load
-from prunedm.layers import prunable_layers
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.trainer import make_learner, make_optimizer
 from prunedm.masks import Pattern
-from prunedm.neighbours import Neighbours, disturbance
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions, PruneOptions
 from prunedm.progress import Silent
 from prunedm.record import environment, write_json
@@ -33,6 +32,7 @@ from prunedm.removal.nm import nm_masks
 from prunedm.sampling import make_sampler, sample_batches
 from prunedm.scores import score_layers
 from prunedm.stages.inputs import device_for, held_out_problems, images_for
+from prunedm.system.neighbours import Neighbours, disturbance
 from prunedm.task import Batch
 
 ROOT = Path(__file__).parent.parent

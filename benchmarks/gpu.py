@@ -35,8 +35,8 @@ from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.onnx_file import write_onnx
 from prunedm.evaluation.speed import in_turns
 from prunedm.folder import load
-from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.randomness import generator_for
 from prunedm.record import environment, write_json
 from prunedm.removal.nm import nm_mask

@@ -19,15 +19,15 @@ import torch
 from bench import RESULTS, Row, command_line
 from diffusers import DDPMScheduler, UNet2DModel
 
-from prunedm.codec import Pixels
-from prunedm.condition import Unconditional
 from prunedm.data import ImageSet
-from prunedm.denoising import Denoising
-from prunedm.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Pattern
-from prunedm.process import process_of
+from prunedm.networks.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.record import environment, write_json
 from prunedm.removal.obs import obs_prune
+from prunedm.task.codec import Pixels
+from prunedm.task.condition import Unconditional
+from prunedm.task.denoising import Denoising
+from prunedm.task.process import process_of
 
 OUT = RESULTS / "obs-36m.json"
 UNET: Row = {

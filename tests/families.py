@@ -7,13 +7,13 @@ from helpers import noise_images
 from torch import nn
 
 from prunedm.architecture import Inputs, architecture_named, architecture_of
-from prunedm.codec import Pixels
-from prunedm.denoising import Denoising
 from prunedm.folder import Model
 from prunedm.model_files.configs import network_class
-from prunedm.next_token import NextToken
-from prunedm.process import process_of, scheduler_class
 from prunedm.task import Task
+from prunedm.task.codec import Pixels
+from prunedm.task.denoising import Denoising
+from prunedm.task.next_token import NextToken
+from prunedm.task.process import process_of, scheduler_class
 
 SIDE = 8
 TOKENS = torch.randint(97, (24, 16), generator=torch.Generator().manual_seed(0))

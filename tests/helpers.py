@@ -18,13 +18,13 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from matplotlib.figure import Figure
 
-from prunedm.codec import Pixels
-from prunedm.condition import Classes, Unconditional
 from prunedm.data import ImageSet
-from prunedm.denoising import Denoising
 from prunedm.folder import Model, save
-from prunedm.process import process_of
 from prunedm.task import Batch
+from prunedm.task.codec import Pixels
+from prunedm.task.condition import Classes, Unconditional
+from prunedm.task.denoising import Denoising
+from prunedm.task.process import process_of
 
 TINY: dict[str, Any] = {
     "sample_size": 8,

@@ -7,7 +7,7 @@ import diffusers
 import torch
 from torch import nn
 
-from prunedm.widths import narrow_layer
+from prunedm.networks.widths import narrow_layer
 
 SIZES = {"num_attention_heads": 4, "attention_head_dim": 8}
 UNET = {

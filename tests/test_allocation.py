@@ -11,8 +11,8 @@ from torch import nn
 from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.removal import allocation
 from prunedm.removal.allocation import (
     allocate,

@@ -16,7 +16,7 @@ from prunedm.evaluation.activations import (
     verdict,
 )
 from prunedm.folder import load
-from prunedm.layers import prunable_layers
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import AnalyzeOptions
 from prunedm.stages import analyze
 

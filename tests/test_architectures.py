@@ -26,11 +26,11 @@ from prunedm.architecture import (
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
-from prunedm.layers import is_under, prunable_layers, to_groups, why_not_nm
 from prunedm.learning import ESTIMATORS
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.trainer import learn_masks
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import is_under, prunable_layers, to_groups, why_not_nm
 from prunedm.options import LearnOptions
 from prunedm.progress import Silent
 from prunedm.removal.input_grams import input_grams

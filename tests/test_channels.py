@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunedm import PrunedUNet2DModel
 from prunedm.architecture import answer
-from prunedm.narrowed import _dense_config, as_narrowed, widths_of
+from prunedm.networks.narrowed import _dense_config, as_narrowed, widths_of
 from prunedm.removal.channel_costs import count_params, layer_positions, planned_macs
 from prunedm.removal.channel_groups import ChannelGroup, channel_groups
 from prunedm.removal.channels import (

@@ -10,8 +10,7 @@ from helpers import noise_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prunedm import image_content, image_hub
-from prunedm.data import ImageSet, load_images, to_model_range, to_uint8
+from prunedm.data import ImageSet, content, hub, load_images, to_model_range, to_uint8
 from prunedm.errors import UserError
 
 
@@ -256,7 +255,7 @@ def test_a_dataset_unknown_to_the_hub_is_named_in_one_line(monkeypatch, silence,
     def unreachable(*_):
         raise ConnectionError("Couldn't reach the Hub\nwith a second line")
 
-    monkeypatch.setattr(image_hub, "why_silent", lambda _: silence)
+    monkeypatch.setattr(hub, "why_silent", lambda _: silence)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=rf"'someone/nothing'.*{said}") as error:
         load_images("someone/nothing", split="train", size=8, channels=3)
@@ -300,9 +299,9 @@ def _table(folder: Path, count: int, *, first: int = 0) -> None:
 @pytest.mark.parametrize("make", [write, _table])
 def test_a_hash_is_remembered_as_long_as_nothing_changes(tmp_path, monkeypatch, make, remembered):
     monkeypatch.setenv("PRUNEDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(image_content, "REMEMBERED", remembered)
-    real, read = image_content._hash, []
-    monkeypatch.setattr(image_content, "_hash", lambda *a: read.append(1) or real(*a))
+    monkeypatch.setattr(content, "REMEMBERED", remembered)
+    real, read = content._hash, []
+    monkeypatch.setattr(content, "_hash", lambda *a: read.append(1) or real(*a))
 
     def fingerprint() -> str:
         return load_images(str(tmp_path / "set"), split="train", size=8, channels=3).fingerprint()

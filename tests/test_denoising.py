@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler
 from helpers import batch_of, noise_images, problems, tiny_model
 
 from prunedm.errors import UserError
-from prunedm.process import process_of, scheduler_class
 from prunedm.task import predict, squared_errors
+from prunedm.task.process import process_of, scheduler_class
 
 FIELDS = ("sample", "timestep", "class_labels", "target")
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.stats import chi2, kstest
 
-from prunedm.layers import to_groups
 from prunedm.learning import ESTIMATORS, make_estimator, policy_gradient
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution, all_patterns
 from prunedm.learning.estimator import Estimator, Trial
@@ -23,6 +22,7 @@ from prunedm.learning.relaxation import RelaxedPatterns, _gumbel, relaxed, tempe
 from prunedm.learning.sr_ste import SrSte
 from prunedm.learning.straight_through import StraightThrough
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import to_groups
 from prunedm.options import LearnOptions
 from prunedm.removal.nm import nm_mask
 

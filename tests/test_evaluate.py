@@ -25,7 +25,6 @@ from prunedm.evaluation.table import pareto
 from prunedm.folder import load, save
 from prunedm.masks import save_masks
 from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOptions
-from prunedm.process import process_of
 from prunedm.progress import Silent
 from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
@@ -40,6 +39,7 @@ from prunedm.stages.verbs.compare import read_comparison
 from prunedm.stages.verbs.evaluate import read_evaluation, read_samples
 from prunedm.tables import METRICS
 from prunedm.task import Stream
+from prunedm.task.process import process_of
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu"}
 MEASURE = {

@@ -25,8 +25,8 @@ from prunedm.deployment.runtimes import OpenVinoDenoiser
 from prunedm.deployment.zeros import check_zeros
 from prunedm.errors import UserError
 from prunedm.folder import load, save
-from prunedm.layers import to_groups
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import to_groups
 from prunedm.options import EvaluateOptions, ExportOptions, PruneOptions
 from prunedm.progress import Silent
 from prunedm.record import Record, read_record

@@ -29,9 +29,9 @@ from prunedm.folder import (
     save_config,
     size_on_disk,
 )
-from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
-from prunedm.narrowed import as_narrowed
+from prunedm.networks.layers import prunable_layers
+from prunedm.networks.narrowed import as_narrowed
 from prunedm.packed import save_packed
 from prunedm.record import Record
 from prunedm.removal.channel_groups import channel_groups

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prunedm.data.arrays import read_array
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import Statistics, frechet_distance, load_statistics
 from prunedm.evaluation.image_source import open_side
-from prunedm.image_arrays import read_array
 
 GIB = 1 << 30
 

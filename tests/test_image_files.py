@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from prunedm import image_files
-from prunedm.data import ImageSet, load_images
+from prunedm.data import ImageSet, files, load_images
+from prunedm.data.files import FORMATS, SUFFIXES, find_images
+from prunedm.data.splits import split_of, split_of_file
 from prunedm.errors import UserError
 from prunedm.evaluation.image_source import Images, open_side
-from prunedm.image_files import FORMATS, SUFFIXES, find_images
-from prunedm.splits import split_of, split_of_file
 
 MARK = np.zeros((8, 8, 3), np.uint8)
 MARK[:4, :4] = 255  # the upper left quarter
@@ -317,7 +316,7 @@ def test_a_large_folder_is_quick(tmp_path, monkeypatch):
     small = write(tmp_path / "one.png").read_bytes()
     for k in range(1500):
         (tmp_path / f"{k}.png").write_bytes(small)
-    monkeypatch.setattr(image_files, "open_lazily", None)
+    monkeypatch.setattr(files, "open_lazily", None)
     looked: list[str] = []
     real = Path.stat
     monkeypatch.setattr(
@@ -328,5 +327,5 @@ def test_a_large_folder_is_quick(tmp_path, monkeypatch):
 
 
 def test_messages_hide_passwords_and_stay_short():
-    assert image_files.shown("s3://key:secret@host/x") == "s3://***@host/x"
-    assert len(image_files.shown("a" * 9000)) < 130
+    assert files.shown("s3://key:secret@host/x") == "s3://***@host/x"
+    assert len(files.shown("a" * 9000)) < 130

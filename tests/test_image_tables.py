@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from prunedm import hub, image_hub
+from prunedm import hub
 from prunedm.data import ImageSet, load_images
+from prunedm.data import hub as image_hub
 from prunedm.errors import UserError
 from prunedm.evaluation.image_source import Images, open_side
 

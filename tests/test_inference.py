@@ -6,7 +6,7 @@ from helpers import output, problems, tiny_model
 from torch import nn
 
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.inference import evaluating
+from prunedm.networks.inference import evaluating
 
 
 @pytest.mark.parametrize("wanting", ["all", "none", "some"])

@@ -7,8 +7,8 @@ import torch
 from helpers import batch_of, problems, tiny_model
 from torch import nn
 
-from prunedm import layer_kinds
-from prunedm.layers import prunable_layers
+from prunedm.networks import layer_kinds
+from prunedm.networks.layers import prunable_layers
 from prunedm.removal.influence import FLOOR, influence, random_signs
 from prunedm.removal.input_grams import input_grams
 from prunedm.task import Batch

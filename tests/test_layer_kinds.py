@@ -9,13 +9,20 @@ from helpers import Conv1D, batch_of, problems
 from torch import nn
 from torch.nn import functional as F
 
-from prunedm import layer_kinds
 from prunedm.architecture import answer
 from prunedm.calibration import TimeBins, input_squares, input_variances
 from prunedm.errors import UserError
 from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.size import nm_validity
-from prunedm.layer_kinds import (
+from prunedm.learning import ESTIMATORS
+from prunedm.learning.layer import MaskProLayer, unwrap_model, wrap_model_with_maskpro
+from prunedm.learning.learner import Learner
+from prunedm.learning.logits import MaskLogits
+from prunedm.learning.memo import Memo
+from prunedm.learning.sparsity import get_model_sparsity_summary
+from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.networks import layer_kinds
+from prunedm.networks.layer_kinds import (
     KINDS,
     find_kind,
     from_matrix,
@@ -27,14 +34,7 @@ from prunedm.layer_kinds import (
     weight_of,
     width_of,
 )
-from prunedm.layers import prunable_layers, why_not_nm
-from prunedm.learning import ESTIMATORS
-from prunedm.learning.layer import MaskProLayer, unwrap_model, wrap_model_with_maskpro
-from prunedm.learning.learner import Learner
-from prunedm.learning.logits import MaskLogits
-from prunedm.learning.memo import Memo
-from prunedm.learning.sparsity import get_model_sparsity_summary
-from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.networks.layers import prunable_layers, why_not_nm
 from prunedm.options import LearnOptions
 from prunedm.packed import load_packed, save_packed
 from prunedm.removal.channel_costs import count_params, layer_positions, planned_macs

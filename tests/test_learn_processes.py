@@ -16,11 +16,11 @@ from torch import nn
 
 from prunedm.architecture import answer
 from prunedm.folder import load
-from prunedm.layers import prunable_layers
 from prunedm.learning import ESTIMATORS
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.trainer import Learned, learn_masks, make_learner
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions
 from prunedm.progress import Silent
 from prunedm.randomness import seed_for

@@ -13,8 +13,8 @@ from prunedm.data import to_uint8
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
-from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import (
     EvaluateOptions,
     ExportOptions,

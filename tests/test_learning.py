@@ -19,8 +19,6 @@ from torch import nn
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import MASKS_FILE, load, save
-from prunedm.inference import evaluating
-from prunedm.layers import prunable_layers, to_groups
 from prunedm.learning import ESTIMATORS, relaxation
 from prunedm.learning.logits import MaskLogits, groups_changed
 from prunedm.learning.memo import Memo
@@ -32,6 +30,8 @@ from prunedm.learning.trainer import (
     make_optimizer,
 )
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.networks.inference import evaluating
+from prunedm.networks.layers import prunable_layers, to_groups
 from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.options.learn import RelaxedOptions
 from prunedm.progress import Silent

@@ -12,8 +12,8 @@ from prunedm.data import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
-from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, save_masks
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import FinetuneOptions, LossOptions
 from prunedm.record import read_record
 from prunedm.stages import finetune, loss

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 import prunedm
 from prunedm.errors import UserError
-from prunedm.layers import prunable_layers, to_groups
 from prunedm.learning.layer import (
     MaskProLayer,
     maskpro_layers,
@@ -21,6 +20,7 @@ from prunedm.learning.layer import (
 )
 from prunedm.learning.sparsity import check_nm_compatibility, get_model_sparsity_summary
 from prunedm.masks import Pattern
+from prunedm.networks.layers import prunable_layers, to_groups
 from prunedm.removal.nm import nm_mask
 
 LAYERS = {

@@ -21,11 +21,11 @@ from prunedm.data import digits
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save
-from prunedm.layers import prunable_layers
 from prunedm.learning.sparsity import get_model_sparsity_summary
 from prunedm.maskpro.config import MaskProConfig
 from prunedm.maskpro.trainer import DiffusionMaskProTrainer
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import DataOptions
 from prunedm.randomness import seed_for
 from prunedm.removal.nm import nm_masks

@@ -12,8 +12,8 @@ from torch import nn
 
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-from prunedm.layers import from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.networks.layers import from_groups, prunable_layers, to_groups, why_not_nm
 from prunedm.removal.nm import exact_pattern, nm_mask, nm_masks, project
 from prunedm.removal.weights import weight_masks
 from prunedm.task import predict

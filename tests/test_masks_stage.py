@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.folder import MASKS_FILE, Model, load, save
-from prunedm.layers import prunable_layers, to_groups
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
+from prunedm.networks.layers import prunable_layers, to_groups
 from prunedm.options import PruneOptions
 from prunedm.removal.nm import nm_masks
 from prunedm.stages import prune

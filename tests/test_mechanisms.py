@@ -11,8 +11,8 @@ from prunedm.architectures import unet2d
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model, load, save
-from prunedm.layers import is_under, prunable_layers, to_groups
 from prunedm.masks import Pattern
+from prunedm.networks.layers import is_under, prunable_layers, to_groups
 from prunedm.options import PruneOptions
 from prunedm.progress import Silent
 from prunedm.removal.channel_costs import layer_positions, planned_macs

@@ -15,8 +15,8 @@ from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, check_unet_config
 from prunedm.model_files.schedule import read_scheduler
-from prunedm.process import check_scheduler, scheduler_class
 from prunedm.sampling import make_sampler, sample_batches
+from prunedm.task.process import check_scheduler, scheduler_class
 
 SECONDS = 5.0  # of processor time, for one refusal; what hangs takes far more
 DEEP: Any = [[[[1]]]]

@@ -12,7 +12,6 @@ import pytest
 from helpers import tiny_folder
 from rich.console import Console
 
-from prunedm import running
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.folder import load
@@ -21,8 +20,9 @@ from prunedm.monitor.runs import find_run, said
 from prunedm.monitor.screen import duration, screen, sparks, speed
 from prunedm.monitor.snapshot import Run, Snapshot, look
 from prunedm.progress import Silent
-from prunedm.running import Entry, Finished, entries, write_entry
-from prunedm.watching import Watched
+from prunedm.system import running
+from prunedm.system.running import Entry, Finished, entries, write_entry
+from prunedm.system.watching import Watched
 
 NOW = 1_800_000_000.0
 
@@ -300,7 +300,9 @@ def test_the_command_prints_once_where_there_is_no_terminal(capsys):
 
 def test_a_stage_tells_its_figures(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("prunedm.watching.write_entry", lambda e: seen.append(e.model_copy()))
+    monkeypatch.setattr(
+        "prunedm.system.watching.write_entry", lambda e: seen.append(e.model_copy())
+    )
     words = ["--steps", 4, "--batch-size", 4, "--validate-every", 2, "--validation-problems", 4]
     assert call("finetune", tiny_folder(), tmp_path / "out", *words, "--device", "cpu") == 0
     last = next(e for e in reversed(seen) if e.label == "fine-tuning")

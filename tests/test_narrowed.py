@@ -20,10 +20,10 @@ from narrowing import FAMILIES, cut, cut_heads, output, silence_block
 from torch import nn
 
 import prunedm
-from prunedm.blocks import Skipped, drop_blocks, dropped_blocks
 from prunedm.errors import UserError
-from prunedm.narrowed import Narrowed, as_narrowed, narrowed, widths_of
-from prunedm.widths import attributes, sync_attributes
+from prunedm.networks.blocks import Skipped, drop_blocks, dropped_blocks
+from prunedm.networks.narrowed import Narrowed, as_narrowed, narrowed, widths_of
+from prunedm.networks.widths import attributes, sync_attributes
 
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -166,15 +166,15 @@ def test_query_heads_that_share_keys_stay_in_proportion():
     heads = [attention.heads, attention.to_q.out_features // attention.to_k.out_features]
     assert heads == [6, 3]
     for layer, positions in ((attention.to_q, 24), (attention.to_k, 8), (attention.to_v, 8)):
-        prunedm.widths.narrow_layer(layer, None, torch.arange(positions))
-    prunedm.widths.narrow_layer(attention.to_out[0], torch.arange(24), None)
+        prunedm.networks.widths.narrow_layer(layer, None, torch.arange(positions))
+    prunedm.networks.widths.narrow_layer(attention.to_out[0], torch.arange(24), None)
     attention.heads = 3
     silenced = family.network()
     silenced.layers[1].attn.to_out[0].weight.data[:, 24:] = 0
     as_narrowed(network)
     assert torch.allclose(output(network, family), output(silenced, family), atol=2e-6)
-    prunedm.widths.narrow_layer(attention.to_q, None, torch.arange(20))
-    prunedm.widths.narrow_layer(attention.to_out[0], torch.arange(20), None)
+    prunedm.networks.widths.narrow_layer(attention.to_q, None, torch.arange(20))
+    prunedm.networks.widths.narrow_layer(attention.to_out[0], torch.arange(20), None)
     attention.heads = 5
     with pytest.raises(UserError, match="5 heads cannot share 2 keys"):
         as_narrowed(network)

@@ -9,8 +9,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from prunedm import PrunedUNet2DModel
-from prunedm.narrowed import as_narrowed, widths_of
-from prunedm.widths import resize
+from prunedm.networks.narrowed import as_narrowed, widths_of
+from prunedm.networks.widths import resize
 
 OPTIONS = {
     "sample_size": 8,

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from prunedm.neighbours import Neighbours, disturbance
+from prunedm.system.neighbours import Neighbours, disturbance
 
 BUSY = "import time\nend = time.process_time() + 60\nwhile time.process_time() < end: pass"
 
@@ -12,10 +12,10 @@ BUSY = "import time\nend = time.process_time() + 60\nwhile time.process_time() <
 def test_work_of_its_own_is_none_and_a_neighbours_is_some(monkeypatch):
     """By counters: how busy this machine is must not decide."""
     clock = {"now": 0.0, "busy": 0.0, "own": 0.0}
-    monkeypatch.setattr("prunedm.neighbours.time.monotonic", lambda: clock["now"])
-    monkeypatch.setattr("prunedm.neighbours._busy_seconds", lambda: clock["busy"])
-    monkeypatch.setattr("prunedm.neighbours._own_seconds", lambda: clock["own"])
-    monkeypatch.setattr("prunedm.neighbours.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("prunedm.system.neighbours.time.monotonic", lambda: clock["now"])
+    monkeypatch.setattr("prunedm.system.neighbours._busy_seconds", lambda: clock["busy"])
+    monkeypatch.setattr("prunedm.system.neighbours._own_seconds", lambda: clock["own"])
+    monkeypatch.setattr("prunedm.system.neighbours.os.cpu_count", lambda: 2)
     neighbours = Neighbours()
     assert neighbours.share == 0
     clock.update(now=10.0, busy=12.0, own=12.0)

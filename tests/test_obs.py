@@ -10,10 +10,10 @@ from helpers import TINY, batch_of, problems, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from prunedm import layer_kinds
 from prunedm.errors import UserError
-from prunedm.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.masks import Pattern
+from prunedm.networks import layer_kinds
+from prunedm.networks.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.removal import input_grams as grams_module
 from prunedm.removal import obs
 from prunedm.removal.input_grams import input_grams, log_time_weights

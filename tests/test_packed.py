@@ -15,9 +15,9 @@ from torch import nn
 from prunedm import PrunedUNet2DModel
 from prunedm.errors import UserError
 from prunedm.evaluation.size import packed_bytes
-from prunedm.layer_kinds import find_kind, oriented, weight_of
-from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern, save_masks
+from prunedm.networks.layer_kinds import find_kind, oriented, weight_of
+from prunedm.networks.layers import prunable_layers
 from prunedm.packed import load_packed, packed_matmul, save_packed
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.removal.weights import weight_masks

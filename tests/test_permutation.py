@@ -11,8 +11,8 @@ from torch import nn
 from prunedm.architecture import answer, like_weights
 from prunedm.errors import UserError
 from prunedm.folder import load, save
-from prunedm.layers import prunable_layers, why_not_nm
 from prunedm.masks import Pattern
+from prunedm.networks.layers import prunable_layers, why_not_nm
 from prunedm.removal import stripes as stripes_module
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.permutation import Permutation, find_permutation, permute_, permuted

@@ -18,8 +18,6 @@ from PIL import Image
 from pipelines import autoencoder, latent_diffusion, stable_diffusion, vq_autoencoder
 from safetensors.torch import load_file
 
-from prunedm.codec import Latents
-from prunedm.condition import Prompts
 from prunedm.errors import UserError
 from prunedm.folder import hash_folder, load, save
 from prunedm.model_files import companions
@@ -35,6 +33,8 @@ from prunedm.options import (
 from prunedm.sampling import images_of
 from prunedm.stages import evaluate, finetune, learn, loss, prune, sample
 from prunedm.stages.inputs import images_for, training_problems
+from prunedm.task.codec import Latents
+from prunedm.task.condition import Prompts
 from prunedm.tensor_cache import TensorCache, content_key
 
 QUICK = {"device": "cpu"}

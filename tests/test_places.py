@@ -11,9 +11,9 @@ from helpers import tiny_folder
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.options import FinetuneOptions, LoopOptions, StatsOptions
-from prunedm.places import bare, located, portable, target
 from prunedm.record import FILE, Record, Source, read_record, write_record
 from prunedm.stages.frame import Plan, run_stage
+from prunedm.system.places import bare, located, portable, target
 
 QUICK = ["--count", "2", "--sampling-steps", "1", "--device", "cpu"]
 

@@ -11,7 +11,7 @@ from diffusers import (
 )
 
 from prunedm.errors import UserError
-from prunedm.process import FlowMatching, VariancePreserving, check_scheduler, process_of
+from prunedm.task.process import FlowMatching, VariancePreserving, check_scheduler, process_of
 
 
 def drawn(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

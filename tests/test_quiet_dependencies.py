@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_folder
 
-from prunedm import quiet_dependencies
+from prunedm.system import quiet_dependencies
 
 # Python imports this by itself, in child processes too: it refuses, and writes down, every address
 # that is not this machine's. Code in C is not seen: what it leaves at home is

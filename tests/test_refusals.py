@@ -19,7 +19,7 @@ from prunedm.options import Group, Options, TrainOptions
 from prunedm.recipe import Recipe
 from prunedm.stages import train
 from prunedm.stages.evaluating.steps import Steps
-from prunedm.watching import Watched
+from prunedm.system.watching import Watched
 
 CLASSES = [
     *(c for c in vars(options).values() if isinstance(c, type) and issubclass(c, Options)),

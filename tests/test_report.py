@@ -29,7 +29,7 @@ from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSpars
 from prunedm.evaluation.summary import summary_text
 from prunedm.evaluation.table import pareto, quality
 from prunedm.experiments import page as sweep_page
-from prunedm.layers import why_not_nm
+from prunedm.networks.layers import why_not_nm
 from prunedm.record import Record, Source
 from prunedm.stages.table import STAGES as STAGES_OF_VERBS
 from prunedm.tables import METRICS

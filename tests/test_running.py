@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prunedm import running
 from prunedm.errors import UserError
 from prunedm.progress import Silent
-from prunedm.running import Entry, Finished, add_finished, entries, entry_of, finished, stop
-from prunedm.watching import Watched
+from prunedm.system import running
+from prunedm.system.running import Entry, Finished, add_finished, entries, entry_of, finished, stop
+from prunedm.system.watching import Watched
 
 CHILD = """
 import sys, time
@@ -23,7 +23,7 @@ from pathlib import Path
 import prunedm.cli as cli
 from prunedm.cli.frame import app
 from prunedm.progress import Silent
-from prunedm.watching import Watched
+from prunedm.system.watching import Watched
 
 @app.command
 def work(out: Path):

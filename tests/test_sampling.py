@@ -17,8 +17,6 @@ from diffusers import (
 from helpers import Killed, tiny_folder, tiny_model
 from PIL import Image
 
-from prunedm.codec import Pixels
-from prunedm.condition import Classes, Unconditional
 from prunedm.data import to_uint8
 from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
@@ -27,6 +25,8 @@ from prunedm.randomness import generator_for
 from prunedm.sampling import make_sampler, sample_batches, set_steps
 from prunedm.sampling.schedule import spaced
 from prunedm.stages import sample
+from prunedm.task.codec import Pixels
+from prunedm.task.condition import Classes, Unconditional
 
 SHAPE = (1, 8, 8)
 SAMPLERS = ["ddpm", "ddim", "dpm++", "EulerDiscreteScheduler"]

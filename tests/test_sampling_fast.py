@@ -6,8 +6,6 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import tiny_folder, tiny_model
 
-from prunedm.codec import Pixels
-from prunedm.condition import Classes, Unconditional
 from prunedm.errors import UserError
 from prunedm.folder import load
 from prunedm.options import SampleOptions
@@ -15,6 +13,8 @@ from prunedm.progress import Silent
 from prunedm.sampling import FastDenoiser, draw, fast, make_sampler, sample_batches
 from prunedm.sampling.fast import compiling_pays, count_layers, native_types
 from prunedm.stages import sample
+from prunedm.task.codec import Pixels
+from prunedm.task.condition import Classes, Unconditional
 
 SHAPE = (1, 8, 8)
 ASKED = {"codec": Pixels(SHAPE), "condition": Unconditional()}

@@ -18,8 +18,8 @@ from prunedm.calibration import (
     loss_gradients,
 )
 from prunedm.errors import UserError
-from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.removal.channel_groups import channel_groups
 from prunedm.removal.channels import block_importance
 from prunedm.removal.nm import nm_masks

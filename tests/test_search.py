@@ -21,8 +21,8 @@ from prunedm.experiments.study import open_study
 from prunedm.experiments.sweep import rows_of, sweep
 from prunedm.experiments.workers import Job
 from prunedm.record import write_json
-from prunedm.running import Entry
 from prunedm.stages.evaluating.measure import RESULTS
+from prunedm.system.running import Entry
 
 optuna = pytest.importorskip("optuna")
 

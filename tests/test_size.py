@@ -20,8 +20,8 @@ from prunedm.evaluation.size import (
     packed_bytes,
 )
 from prunedm.evaluation.speed import Way, dtype_in_words, latencies, latency, timings
-from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.removal.nm import nm_masks
 
 

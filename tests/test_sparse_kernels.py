@@ -11,9 +11,9 @@ from torch import nn
 from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation import speed
-from prunedm.layer_kinds import to_matrix
-from prunedm.layers import from_groups, prunable_layers, to_groups
 from prunedm.masks import Pattern
+from prunedm.networks.layer_kinds import to_matrix
+from prunedm.networks.layers import from_groups, prunable_layers, to_groups
 from prunedm.progress import Silent
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.sampling import FastDenoiser

@@ -18,7 +18,7 @@ from prunedm.data import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.size import packed_bytes
 from prunedm.folder import load, save
-from prunedm.layers import prunable_layers, to_groups
+from prunedm.networks.layers import prunable_layers, to_groups
 from prunedm.options import (
     EvaluateOptions,
     FinetuneOptions,

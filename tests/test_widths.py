@@ -20,8 +20,8 @@ from diffusers.models.upsampling import Upsample2D
 from narrowing import FAMILIES
 from torch import nn
 
-from prunedm import widths
-from prunedm.widths import attributes, narrow_layer, resize, sizes, sync_attributes
+from prunedm.networks import widths
+from prunedm.networks.widths import attributes, narrow_layer, resize, sizes, sync_attributes
 
 # of attentions; they say nothing of a layer that gets narrower with the heads
 CONSTANT = {

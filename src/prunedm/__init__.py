@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from prunedm import options as options
-from prunedm.quiet_dependencies import switch_off
-from prunedm.waiting import spin_briefly
+from prunedm.system.quiet_dependencies import switch_off
+from prunedm.system.waiting import spin_briefly
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOME = {
     "sweep": "prunedm.experiments.sweep",
     "Sweep": "prunedm.experiments.plan",
     "UserError": "prunedm.errors",
-    "PrunedUNet2DModel": "prunedm.narrowed",
+    "PrunedUNet2DModel": "prunedm.networks.narrowed",
     "use_sparse_kernels": "prunedm.sparse_kernels.selection",
     "MaskProLayer": "prunedm.learning.layer",
     "wrap_model_with_maskpro": "prunedm.learning.layer",
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME and not name.startswith("Pruned"):
         raise AttributeError(f"module 'prunedm' has no attribute {name!r}")
     # PrunedX is the narrowed class X of diffusers
-    return getattr(import_module(_HOME.get(name, "prunedm.narrowed")), name)
+    return getattr(import_module(_HOME.get(name, "prunedm.networks.narrowed")), name)
 
 
 def __dir__() -> list[str]:

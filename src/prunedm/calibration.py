@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layer_kinds import oriented, tap_means
-from prunedm.layers import hooked
+from prunedm.networks.layer_kinds import oriented, tap_means
+from prunedm.networks.layers import hooked
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.task import Batch, Times, predict

@@ -23,8 +23,6 @@ from prunedm.architecture import (
     architecture_of,
     example,
 )
-from prunedm.codec import Codec, Latents, Pixels
-from prunedm.condition import Classes, Condition, Prompts, Unconditional
 from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
@@ -44,12 +42,14 @@ from prunedm.model_files.weights import (
     load_network,
     weight_files,
 )
-from prunedm.narrowed import Narrowed
+from prunedm.networks.narrowed import Narrowed
 from prunedm.packed import load_packed
-from prunedm.process import Process, process_of
-from prunedm.prompts import PromptEncoder
 from prunedm.reading import read_object
 from prunedm.record import Record, read_record, write_json, write_record
+from prunedm.task.codec import Codec, Latents, Pixels
+from prunedm.task.condition import Classes, Condition, Prompts, Unconditional
+from prunedm.task.process import Process, process_of
+from prunedm.task.prompts import PromptEncoder
 
 MASKS_FILE = "masks.safetensors"
 PACKED_FILE = "packed.safetensors"  # weights and masks in one, as `export` writes them

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from prunedm.errors import UserError, first_line, shortened
-from prunedm.places import expanded
+from prunedm.system.places import expanded
 
 EMBEDDED = ("digits",)
 PROBE_SECONDS = 5.0

@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import nn
 
 from prunedm.errors import UserError, first_line
-from prunedm.layer_kinds import oriented
-from prunedm.layers import to_groups
+from prunedm.networks.layer_kinds import oriented
+from prunedm.networks.layers import to_groups
 from prunedm.reading import parse_json
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import nn
 
 from prunedm.errors import UserError, first_line
-from prunedm.layer_kinds import NAMES, find_kind, from_matrix, kind_of, oriented, to_matrix
 from prunedm.masks import Masks, Pattern, sorted_header
+from prunedm.networks.layer_kinds import NAMES, find_kind, from_matrix, kind_of, oriented, to_matrix
 from prunedm.reading import parse_json
 
 FORMAT, VERSIONS = "prunedm-packed", ("1", "2")  # 2: some weights are transposed

@@ -11,11 +11,11 @@ from pydantic import Field, create_model, model_validator
 from prunedm import stages
 from prunedm.errors import Changed, UserError, nearest
 from prunedm.options import DataOptions, EvaluateOptions, ModelName, Options
-from prunedm.places import expanded, target
 from prunedm.progress import Progress, Silent
 from prunedm.stages import STAGES
 from prunedm.stages.frame import Plan, run_stage, status
 from prunedm.stages.table import Stage
+from prunedm.system.places import expanded, target
 
 REPORT = "report"  # the folder of the final comparison
 

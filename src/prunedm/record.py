@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from prunedm.options import PATH_OPTIONS
-from prunedm.places import bare, located, portable
 from prunedm.reading import check_regular, read_as
+from prunedm.system.places import bare, located, portable
 
 FILE = "record.json"
 MISSING = "not installed"

@@ -295,8 +295,8 @@ def _run(verb: str, base: Path, work: Path, at: tuple[int, bool] | None = None) 
 
 def _alone() -> None:
     """As if nobody else used the processor: reports say who did, and which kernel took longest."""
-    from prunedm import neighbours
     from prunedm.evaluation import speed
+    from prunedm.system import neighbours
 
     neighbours._busy_seconds = lambda: 0.0
     speed.kernel = lambda call: "dense (convolution)"

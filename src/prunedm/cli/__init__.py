@@ -10,8 +10,8 @@ from prunedm.cli import distances, experiments, masks, monitoring, presets, run,
 from prunedm.cli.frame import app
 from prunedm.errors import masked, shortened
 from prunedm.messages import one_line
-from prunedm.signals import Terminated, interruptible
 from prunedm.stages import STAGES
+from prunedm.system.signals import Terminated, interruptible
 
 __all__ = [
     "app",

@@ -12,12 +12,12 @@ from cyclopts import App, Parameter, Token
 
 from prunedm import __version__
 from prunedm.errors import UserError
-from prunedm.places import expanded, target
 from prunedm.recipe import describe
+from prunedm.system.places import expanded, target
 
 if TYPE_CHECKING:
     from prunedm.record import Record
-    from prunedm.watching import Watched
+    from prunedm.system.watching import Watched
 
 app = App(
     name="prunedm",
@@ -67,8 +67,8 @@ def check_names(*names: str, dataset: str = "digits") -> None:
     for name in filter(None, names):
         find_locally(name)
     if dataset not in ("", "digits"):
-        from prunedm.image_hub import open_hub
-        from prunedm.image_tables import find_dataset
+        from prunedm.data.hub import open_hub
+        from prunedm.data.tables import find_dataset
 
         if find_dataset(dataset) is None:
             open_hub(dataset)
@@ -77,8 +77,8 @@ def check_names(*names: str, dataset: str = "digits") -> None:
 def watched_terminal(out: Path, stage: str = "") -> "Watched":
     """The terminal as a progress that `prunedm monitor` sees while its context lasts."""
     from prunedm.console import Terminal
+    from prunedm.system.watching import Watched
     from prunedm.training import processes
-    from prunedm.watching import Watched
 
     return Watched(
         Terminal(), out, stage=stage, command=_command(), registered=processes.rank() == 0

@@ -11,7 +11,7 @@ from prunedm.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prunedm.running import Entry
+    from prunedm.system.running import Entry
 
 
 @app.command
@@ -33,7 +33,7 @@ def monitor(
     from prunedm.monitor.live import show_live, show_once
     from prunedm.monitor.machine import Meter
     from prunedm.monitor.runs import find_run, said
-    from prunedm.running import entries
+    from prunedm.system.running import entries
 
     if not 0 < every < math.inf:
         raise UserError(f"every = {every:g} is no time between looks; try 1")

@@ -10,12 +10,12 @@ from prunedm.cli.frame import Config, Overwrite, app, check_names, watched_termi
 from prunedm.cli.parameters import Argument, Given, command, keyword, options_of
 from prunedm.configuration import nested, parse_settings
 from prunedm.errors import UserError
-from prunedm.places import expanded, target
 from prunedm.recipe import Recipe
 from prunedm.recipe import plan as plan_recipe
 from prunedm.recipe import run as run_recipe
 from prunedm.recipe_draft import FIELDS, read_draft
 from prunedm.stages import STAGES
+from prunedm.system.places import expanded, target
 
 
 def _run(given: Given) -> None:

@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunedm.errors import UserError
 from prunedm.folder import EXPORT_FILE as FILE
-from prunedm.places import located, portable
 from prunedm.reading import read_object
 from prunedm.record import Source, file_hash, write_json
+from prunedm.system.places import located, portable
 
 VERSION = 1
 

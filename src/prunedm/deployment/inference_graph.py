@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prunedm.architecture import answer
-from prunedm.layers import replace_module
+from prunedm.networks.layers import replace_module
 
 
 class InferenceDenoiser(nn.Module):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prunedm.data.arrays import header_of, keys, read_array
+from prunedm.data.files import shown
 from prunedm.errors import UserError
 from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
-from prunedm.image_arrays import header_of, keys, read_array
-from prunedm.image_files import shown
 
 _LARGEST_DIM = 16_384  # features
 _SMALL = 1 << 27  # bytes that are read whatever the file's size

@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 
 from prunedm.data import ImageSet, all_images, is_embedded, load_images, sides
-from prunedm.errors import UserError
-from prunedm.evaluation.fid import Statistics, load_statistics
-from prunedm.image_arrays import IMAGES, Damaged, Rows, keys
-from prunedm.image_files import (
+from prunedm.data.arrays import IMAGES, Damaged, Rows, keys
+from prunedm.data.files import (
     BROKEN,
     find_images,
     locate,
@@ -27,7 +25,9 @@ from prunedm.image_files import (
     reason,
     shown,
 )
-from prunedm.image_tables import table_files
+from prunedm.data.tables import table_files
+from prunedm.errors import UserError
+from prunedm.evaluation.fid import Statistics, load_statistics
 from prunedm.reading import check_regular
 from prunedm.record import FILE as RECORD
 

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from prunedm.evaluation.results import LayerSparsity
-from prunedm.layer_kinds import weight_of
-from prunedm.layers import prunable_layers, why_not_nm
 from prunedm.masks import Masks
+from prunedm.networks.layer_kinds import weight_of
+from prunedm.networks.layers import prunable_layers, why_not_nm
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunedm.errors import NotFinite
 from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
-from prunedm.inference import evaluating
+from prunedm.networks.inference import evaluating
 from prunedm.progress import Progress, Silent
 from prunedm.task import Batch, Stream, Task, predict
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunedm.architecture import Inputs, answer, like_weights
 from prunedm.evaluation.metric import Measurement, Metric, Subject, amount
 from prunedm.evaluation.results import Figures
-from prunedm.layers import prunable_layers, why_not_nm
 from prunedm.masks import Masks
+from prunedm.networks.layers import prunable_layers, why_not_nm
 
 HALF = 2  # bytes of a half-precision number
 

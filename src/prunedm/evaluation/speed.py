@@ -14,7 +14,7 @@ from prunedm.errors import UserError
 from prunedm.evaluation.metric import Measurement, Metric, fixed
 from prunedm.evaluation.profiling import Call, kernel, one_call
 from prunedm.evaluation.results import Timing
-from prunedm.neighbours import Neighbours
+from prunedm.system.neighbours import Neighbours
 
 WARMUP = 3
 

@@ -7,7 +7,7 @@ from prunedm.evaluation.paired import WINDOW, window_for
 from prunedm.evaluation.results import EMA, Asked, Evaluation, StepResult, Timing
 from prunedm.evaluation.speed import WARMUP
 from prunedm.evaluation.table import header, markdown_table, measured, warnings
-from prunedm.neighbours import disturbance
+from prunedm.system.neighbours import disturbance
 
 
 def comparison_text(rows: Sequence[Evaluation]) -> str:

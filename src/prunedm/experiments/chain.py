@@ -29,7 +29,7 @@ from prunedm.progress import Progress
 from prunedm.recipe import Step, steps_of
 from prunedm.stages.evaluating.measure import RESULTS, measure, read_evaluation
 from prunedm.stages.verbs.compare import yardstick
-from prunedm.watching import Watched
+from prunedm.system.watching import Watched
 
 FAILED, INTERRUPTED = 2, 130
 _LOOK_EVERY = 0.5  # seconds
@@ -98,7 +98,7 @@ def _alone(store: Store, folder: str, progress: Progress, make: Callable[[], Non
 def main(out: str, run_id: str) -> int:
     """Exit code; what went wrong is in the run's status, and above it in the log."""
     from prunedm.console import Terminal
-    from prunedm.signals import interruptible
+    from prunedm.system.signals import interruptible
 
     store = Store(Path(out))
     _end_with_scheduler()

@@ -10,10 +10,10 @@ from prunedm.experiments.store import inputs_of, inputs_of_evaluation, inputs_of
 from prunedm.folder import Model, hash_folder, load
 from prunedm.hub import find
 from prunedm.options import PATH_OPTIONS, DataOptions
-from prunedm.places import expanded
 from prunedm.record import file_hash
 from prunedm.stages import STAGES
 from prunedm.stages.inputs import data_source, images_for
+from prunedm.system.places import expanded
 
 
 def hashes_of(sweep: Sweep) -> dict[str, str]:

@@ -13,9 +13,9 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from prunedm.configuration import nested, read_options, validation_message
 from prunedm.errors import UserError
 from prunedm.options import Options
-from prunedm.places import expanded
 from prunedm.recipe import Recipe
 from prunedm.recipe_draft import Draft
+from prunedm.system.places import expanded
 
 Settings = dict[str, Any]  # "prune.score" -> "taylor"
 Direction = Literal["minimize", "maximize"]

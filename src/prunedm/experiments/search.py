@@ -17,7 +17,7 @@ from prunedm.experiments.store import Run, Status, Store, recipe_of, run_of
 from prunedm.experiments.study import open_study, sampler_for, suggest
 from prunedm.options import LearnOptions, LoopOptions
 from prunedm.recipe import steps_of
-from prunedm.running import Entry
+from prunedm.system.running import Entry
 
 # a trial's attributes: what it runs, the folder that holds it, and when that was last heard of
 RUN, SETTINGS, PLACE, ALIVE, ERROR = "run", "settings", "place", "alive", "error"

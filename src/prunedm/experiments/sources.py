@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from prunedm.experiments.store import Run, Status, Store
-from prunedm.running import Entry
+from prunedm.system.running import Entry
 
 
 class Source(Protocol):

@@ -25,12 +25,12 @@ from pydantic import BaseModel
 
 from prunedm.errors import UserError
 from prunedm.experiments.plan import Case, Settings
-from prunedm.locks import locked
 from prunedm.options import Options
 from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.recipe_draft import Draft
 from prunedm.record import write_json
+from prunedm.system.locks import locked
 
 STAGES, RUNS = "stages", "runs"
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]

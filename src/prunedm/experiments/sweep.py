@@ -39,11 +39,11 @@ from prunedm.experiments.workers import (
     start,
     visible_gpus,
 )
-from prunedm.places import expanded, target
 from prunedm.progress import Progress, Silent
 from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.stages import check_inputs
+from prunedm.system.places import expanded, target
 
 Labelled = TypeVar("Labelled", Run, Row)
 FILE = "sweep.json"  # in OUT: the sweep, and the dense model's hash

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from prunedm.errors import UserError
 from prunedm.experiments.store import Run, Status, Store
-from prunedm.running import Entry, entry_of
-from prunedm.watching import LOG
+from prunedm.system.running import Entry, entry_of
+from prunedm.system.watching import LOG
 
 SCHEDULER = "PRUNEDM_SWEEP"  # who started the child, by process number
 BUSY = 75  # exit code of a child whose run another process has

@@ -13,12 +13,12 @@ from torch.func import functional_call
 
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-from prunedm.layer_kinds import NAMES, find_kind, oriented, weight_of
-from prunedm.layers import from_groups, prunable_layers, why_not_nm
 from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.relaxation import relaxed
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layer_kinds import NAMES, find_kind, oriented, weight_of
+from prunedm.networks.layers import from_groups, prunable_layers, why_not_nm
 from prunedm.removal.nm import eligible_layers, nm_mask
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.layer_kinds import oriented, weight_of
 from prunedm.learning.estimator import Estimator, Trial
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.memo import Memo
+from prunedm.networks.layer_kinds import oriented, weight_of
 from prunedm.task import Batch
 
 Wanted = Callable[[Batch], torch.Tensor]  # what the output shall be, NCHW

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from prunedm.layers import from_groups, to_groups
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import from_groups, to_groups
 
 
 class MaskLogits(nn.Module):

@@ -6,8 +6,6 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from prunedm.layer_kinds import weight_of
-from prunedm.layers import prunable_layers
 from prunedm.learning.layer import (
     MaskProLayer,
     maskpro_layers,
@@ -15,6 +13,8 @@ from prunedm.learning.layer import (
     why_not_wrapped,
 )
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layer_kinds import weight_of
+from prunedm.networks.layers import prunable_layers
 from prunedm.removal.nm import exact_pattern
 
 

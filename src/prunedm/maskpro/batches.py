@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from prunedm.denoising import Denoising
 from prunedm.errors import UserError
 from prunedm.folder import Model
 from prunedm.task import Batch
+from prunedm.task.denoising import Denoising
 
 
 class Epochs:

@@ -18,7 +18,6 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
-from prunedm.layers import prunable_layers
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.memo import Memo
@@ -27,6 +26,7 @@ from prunedm.learning.relaxation import RelaxedPatterns, temperature
 from prunedm.maskpro.batches import Epochs, problems_of
 from prunedm.maskpro.config import MaskProConfig, parsed_config
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.randomness import generator_for, seed_for
 from prunedm.record import Record, environment
 from prunedm.removal.nm import nm_masks

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prunedm.architecture import ARCHITECTURES, Shape, answer, architecture_named, example_shapes
 from prunedm.errors import UserError, first_line, nearest, shortened
-from prunedm.narrowed import PREFIX, narrowed
+from prunedm.networks.narrowed import PREFIX, narrowed
 from prunedm.reading import read_object
 
 Range = tuple[float, float]

@@ -7,9 +7,9 @@ from typing import Any
 
 from prunedm.errors import UserError, first_line
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, shown
-from prunedm.places import expanded
-from prunedm.process import check_scheduler, process_of, scheduler_class
 from prunedm.reading import read_object
+from prunedm.system.places import expanded
+from prunedm.task.process import check_scheduler, process_of, scheduler_class
 
 FILE = "scheduler_config.json"
 ABOVE = 2  # folders: run/checkpoint-500/unet_ema

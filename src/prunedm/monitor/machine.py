@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from prunedm.running import Entry
+from prunedm.system.running import Entry
 
 
 class Gpu(BaseModel):

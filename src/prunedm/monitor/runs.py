@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunedm.errors import UserError
-from prunedm.running import Entry, stop
+from prunedm.system.running import Entry, stop
 
 STOP_WITHIN = 30.0  # seconds
 LOG_LINES = 40

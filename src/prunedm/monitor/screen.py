@@ -11,8 +11,8 @@ from rich.text import Text
 
 from prunedm.monitor.machine import Gpu, Machine
 from prunedm.monitor.snapshot import Run, Snapshot
-from prunedm.running import Finished
-from prunedm.watching import HELD_OUT
+from prunedm.system.running import Finished
+from prunedm.system.watching import HELD_OUT
 
 HELP = "q leaves, the runs go on · --stop RUN ends one · --log RUN shows what it said"
 _BARS = "▁▂▃▄▅▆▇█"

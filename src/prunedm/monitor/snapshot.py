@@ -5,7 +5,7 @@ import time
 from pydantic import BaseModel
 
 from prunedm.monitor.machine import Machine, Meter, Use
-from prunedm.running import Entry, Finished, entries, finished
+from prunedm.system.running import Entry, Finished, entries, finished
 
 SHOWN_FINISHED = 5
 FIRST_LOOK = 0.3  # seconds over which the first CPU shares are taken

@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from prunedm.options.marks import Flag, How, Input, OneOf
-from prunedm.places import expanded
+from prunedm.system.places import expanded
 from prunedm.tables import SCORES
 
 Precision = Literal["no", "bf16", "fp16"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-from prunedm.layers import hooked
+from prunedm.networks.layers import hooked
 
 _TINY = 1e-12
 

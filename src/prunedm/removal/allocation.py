@@ -18,9 +18,9 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.layer_kinds import weight_of
-from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
+from prunedm.networks.layer_kinds import weight_of
+from prunedm.networks.layers import why_not_nm
 from prunedm.progress import Progress, Silent
 from prunedm.task import Batch, predict
 

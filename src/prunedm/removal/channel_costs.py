@@ -7,8 +7,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
-from prunedm.layer_kinds import Side, find_kind, groups_of, weight_of, width_of
-from prunedm.layers import hooked, prunable_layers
+from prunedm.networks.layer_kinds import Side, find_kind, groups_of, weight_of, width_of
+from prunedm.networks.layers import hooked, prunable_layers
 
 Removed = Mapping[tuple[str, Side], int]  # positions that go, by layer and side
 

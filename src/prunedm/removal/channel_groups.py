@@ -22,8 +22,8 @@ from torch import nn
 
 from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import UserError
-from prunedm.layer_kinds import find_kind, groups_of, kind_of
-from prunedm.layers import is_under
+from prunedm.networks.layer_kinds import find_kind, groups_of, kind_of
+from prunedm.networks.layers import is_under
 from prunedm.removal.channel_costs import Side, width
 
 # The image's channels and the embedding's width belong to the model's interface: never removable.

@@ -19,7 +19,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.narrowed import Narrowed, as_narrowed
+from prunedm.networks.narrowed import Narrowed, as_narrowed
+from prunedm.networks.widths import narrow_layer, sync_attributes
 from prunedm.removal.channel_costs import Side, count_params, planned_macs, width
 from prunedm.removal.channel_groups import ChannelGroup
 from prunedm.removal.channel_target import (
@@ -30,7 +31,6 @@ from prunedm.removal.channel_target import (
     removed_positions,
     same_share,
 )
-from prunedm.widths import narrow_layer, sync_attributes
 
 TargetKind = Literal["params", "macs", "channels"]
 Reduction = Literal["sum", "mean", "max", "first"]

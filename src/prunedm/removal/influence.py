@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prunedm.layer_kinds import kind_of
+from prunedm.networks.layer_kinds import kind_of
 from prunedm.randomness import generator_for
 from prunedm.task import Batch
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from prunedm.layer_kinds import patches, weight_of
-from prunedm.layers import hooked
+from prunedm.networks.layer_kinds import patches, weight_of
+from prunedm.networks.layers import hooked
 from prunedm.progress import Bar
 from prunedm.removal.influence import influence, random_signs
 from prunedm.task import Batch, predict

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import to_groups, why_not_nm
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import to_groups, why_not_nm
 
 LARGEST_M = 16
 _CHUNK = 1 << 18  # weights at a time: what is compared stays in the cache

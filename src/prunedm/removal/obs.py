@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, weight_of
-from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
+from prunedm.networks.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, weight_of
+from prunedm.networks.layers import why_not_nm
 from prunedm.progress import Progress, Silent
 from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
 from prunedm.removal.nm import nm_mask

@@ -31,9 +31,9 @@ from torch import nn
 
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError
-from prunedm.layer_kinds import find_kind, oriented, weight_of
-from prunedm.layers import to_groups, why_not_nm
 from prunedm.masks import Pattern
+from prunedm.networks.layer_kinds import find_kind, oriented, weight_of
+from prunedm.networks.layers import to_groups, why_not_nm
 from prunedm.removal.channel_costs import Side, width
 from prunedm.removal.channel_groups import ChannelGroup, free_groups
 from prunedm.removal.stripes import View, best_content, kept_score, stripe_homes

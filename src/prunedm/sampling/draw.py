@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from prunedm.architecture import Inputs, Shape, answer
-from prunedm.codec import Codec
-from prunedm.condition import Condition
 from prunedm.errors import UserError
-from prunedm.inference import evaluating
+from prunedm.networks.inference import evaluating
 from prunedm.progress import Bar, Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.sampling.fast import FastDenoiser, native_types
 from prunedm.sampling.schedule import for_sampler, set_steps
+from prunedm.task.codec import Codec
+from prunedm.task.condition import Condition
 
 
 def sample_batches(

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import first_line
-from prunedm.layer_kinds import find_kind
+from prunedm.networks.layer_kinds import find_kind
 
 # Share of an eager call that compiling saves, and the seconds that it takes for each module with
 # weights of its own. For a UNet of 91 such modules on one core: 0.44 and 0.47; on an H100: 0.77 and

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from prunedm.condition import Condition
 from prunedm.folder import Model
 from prunedm.progress import Progress
 from prunedm.sampling.draw import sample_batches
 from prunedm.sampling.fast import FastDenoiser
 from prunedm.sampling.schedule import make_sampler
+from prunedm.task.condition import Condition
 
 
 def draw_images(

@@ -10,8 +10,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from prunedm.architecture import Shape
 from prunedm.errors import UserError
-from prunedm.process import FlowMatching, process_of, scheduler_class
 from prunedm.task import without_variance
+from prunedm.task.process import FlowMatching, process_of, scheduler_class
 
 SAMPLERS = {
     "ddpm": "DDPMScheduler",

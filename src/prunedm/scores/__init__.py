@@ -21,7 +21,7 @@ from prunedm.calibration import (
     loss_gradients,
 )
 from prunedm.errors import UserError
-from prunedm.layer_kinds import for_weight, weight_of
+from prunedm.networks.layer_kinds import for_weight, weight_of
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
 from prunedm.scores import diff_pruning, wanda

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunedm.errors import first_line
-from prunedm.layers import to_groups
+from prunedm.networks.layers import to_groups
 
 HALF = (torch.float16, torch.bfloat16)
 FIRST = (8, 0)  # compute capability of Ampere, the first with sparse tensor cores

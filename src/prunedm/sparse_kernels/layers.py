@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prunedm.layer_kinds import find_kind, kind_of, to_matrix, weight_of, width_of
-from prunedm.layers import why_not_nm
 from prunedm.masks import Pattern
+from prunedm.networks.layer_kinds import find_kind, kind_of, to_matrix, weight_of, width_of
+from prunedm.networks.layers import why_not_nm
 from prunedm.sparse_kernels.gemm import CUDA_KERNELS, Gemm, Kernel
 
 _PATCH_BYTES = 1 << 28  # of unfolded pixels at a time

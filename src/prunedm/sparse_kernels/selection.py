@@ -12,9 +12,9 @@ from torch import nn
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.evaluation.speed import Call, in_turns, one_call
-from prunedm.inference import evaluating
-from prunedm.layer_kinds import weight_of, width_of
-from prunedm.layers import hooked, prunable_layers, replace_module
+from prunedm.networks.inference import evaluating
+from prunedm.networks.layer_kinds import weight_of, width_of
+from prunedm.networks.layers import hooked, prunable_layers, replace_module
 from prunedm.progress import Progress, Silent
 from prunedm.randomness import seed_for
 from prunedm.sparse_kernels.gemm import HALF, Kernel, find_kernels, in_words

@@ -24,13 +24,13 @@ from prunedm.evaluation.image_source import Images, open_side
 from prunedm.evaluation.kid import LEAST_IMAGES, kernel_distance, kernel_unit
 from prunedm.evaluation.manifold import precision_recall, share_error
 from prunedm.options import FidOptions, StatsOptions
-from prunedm.places import target
 from prunedm.progress import Progress, Silent
 from prunedm.record import environment
 from prunedm.stages import statistics_file
 from prunedm.stages.distance_lines import comparison_notes, side_notes
 from prunedm.stages.inputs import device_for
 from prunedm.stages.workplace import Workplace
+from prunedm.system.places import target
 
 
 @dataclass

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from prunedm.data import ImageSet, is_embedded, load_images
-from prunedm.denoising import Denoising
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model, load
@@ -17,6 +16,7 @@ from prunedm.progress import Progress
 from prunedm.record import Record, Source, file_hash
 from prunedm.scores import Calibration, score_layers
 from prunedm.task import Batch
+from prunedm.task.denoising import Denoising
 from prunedm.training import processes
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from prunedm.errors import UserError
 from prunedm.folder import Model, load
-from prunedm.layer_kinds import weight_of
-from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
-from prunedm.places import target
+from prunedm.networks.layer_kinds import weight_of
+from prunedm.networks.layers import prunable_layers
 from prunedm.record import Source
 from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
 from prunedm.stages.inputs import file_source, source_of
 from prunedm.stages.workplace import Workplace
+from prunedm.system.places import target
 
 SUFFIX = ".safetensors"
 STRAY = (

@@ -4,7 +4,7 @@ import torch
 
 from prunedm.errors import UserError
 from prunedm.folder import Model
-from prunedm.layer_kinds import weight_of
+from prunedm.networks.layer_kinds import weight_of
 from prunedm.stages.inputs import reload
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.errors import UserError
-from prunedm.locks import Timeout, locked
-from prunedm.places import PARTIAL, target
 from prunedm.reading import read_object
 from prunedm.record import (
     FILE,
@@ -30,6 +28,8 @@ from prunedm.record import (
     write_json,
     write_record,
 )
+from prunedm.system.locks import Timeout, locked
+from prunedm.system.places import PARTIAL, target
 
 RESUME = "resume"  # in there: what an interrupted stage goes on from
 WHOLE = "whole.json"

@@ -8,7 +8,7 @@ from prunedm.evaluation import table
 from prunedm.evaluation.report.figures import header
 from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import EMA, Evaluation
-from prunedm.neighbours import disturbance
+from prunedm.system.neighbours import disturbance
 from prunedm.tables import METRICS
 
 _OPTIONAL = ("fd", "psnr_db", "latency_ms")  # figures with a sentence of their own

@@ -13,8 +13,8 @@ from prunedm.evaluation.loss import LossEstimate
 from prunedm.evaluation.paired import psnr, ssim
 from prunedm.evaluation.results import Evaluation
 from prunedm.folder import Model
-from prunedm.layers import prunable_layers
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
 from prunedm.record import Record

@@ -19,7 +19,6 @@ from prunedm.evaluation.speed import dtype_in_words
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
-from prunedm.places import bare
 from prunedm.progress import Progress
 from prunedm.reading import check_regular, read_as, validated
 from prunedm.record import Source, bare_paths, device_name, write_json
@@ -31,6 +30,7 @@ from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, run_stage
 from prunedm.stages.inputs import data_source, device_for, model_sources, problems_on
 from prunedm.stages.verbs.sample import sample_resumably
+from prunedm.system.places import bare
 from prunedm.tables import METRICS
 from prunedm.task import Stream
 

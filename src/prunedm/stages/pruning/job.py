@@ -11,9 +11,9 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_macs, count_parameters
 from prunedm.folder import Model
-from prunedm.layer_kinds import width_of
-from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.networks.layer_kinds import width_of
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import PruneOptions, parse_target
 from prunedm.progress import Progress
 from prunedm.removal.allocation import Choice

@@ -11,9 +11,9 @@ import torch
 
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
-from prunedm.layers import why_not_nm
 from prunedm.masks import Masks, Pattern
-from prunedm.narrowed import as_narrowed
+from prunedm.networks.layers import why_not_nm
+from prunedm.networks.narrowed import as_narrowed
 from prunedm.options import parse_target
 from prunedm.randomness import seed_for
 from prunedm.removal.allocation import (

@@ -18,8 +18,8 @@ from prunedm.evaluation.activations import (
 )
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model
-from prunedm.layers import prunable_layers
 from prunedm.masks import Pattern
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import AnalyzeOptions, ScoreOptions
 from prunedm.progress import Progress
 from prunedm.record import write_json

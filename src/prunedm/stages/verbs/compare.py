@@ -13,7 +13,6 @@ from prunedm.evaluation.results import Evaluation
 from prunedm.folder import Model
 from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
-from prunedm.places import bare
 from prunedm.progress import Progress, Silent
 from prunedm.reading import check_regular, validated
 from prunedm.record import Record, Source
@@ -40,6 +39,7 @@ from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Candidate, pair_with_dense, set_beside, time_in_turns
 from prunedm.stages.frame import RESUME, Plan, run_stage
 from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
+from prunedm.system.places import bare
 from prunedm.training import processes
 
 __all__ = [

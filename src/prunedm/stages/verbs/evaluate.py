@@ -7,7 +7,6 @@ import numpy as np
 
 from prunedm.folder import Model, load, save
 from prunedm.options import EvaluateOptions
-from prunedm.places import bare
 from prunedm.record import Source, write_json
 from prunedm.stages.evaluating.files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.evaluating.first_masks import is_learned, under_first_masks
@@ -17,6 +16,7 @@ from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, reload
 from prunedm.stages.verbs.compare import Candidate, check_labels, study, yardstick
+from prunedm.system.places import bare
 from prunedm.training import processes
 
 __all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]

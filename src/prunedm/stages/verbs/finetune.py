@@ -18,7 +18,6 @@ from prunedm.hub import find
 from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
-from prunedm.places import target
 from prunedm.progress import Progress
 from prunedm.record import Source, read_record
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
@@ -35,6 +34,7 @@ from prunedm.stages.inputs import (
     training_problems,
 )
 from prunedm.stages.shown import samples
+from prunedm.system.places import target
 from prunedm.training import processes
 from prunedm.training.loop import Objective, fit, make_accelerator
 from prunedm.training.tracking import Shown

@@ -12,11 +12,11 @@ from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
-from prunedm.layer_kinds import weight_of
-from prunedm.layers import prunable_layers
 from prunedm.learning.logits import MaskLogits, groups_changed
 from prunedm.learning.trainer import learn_masks
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.layer_kinds import weight_of
+from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
 from prunedm.record import Source

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prunedm.condition import Classes, Condition
 from prunedm.deployment.opening import open_model
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError
@@ -20,6 +19,7 @@ from prunedm.reading import check_regular
 from prunedm.sampling import FastDenoiser, draw_images, make_sampler, set_steps
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import device_for, model_sources
+from prunedm.task.condition import Classes, Condition
 from prunedm.training import processes
 
 GRID = 64  # images on grid.png

@@ -7,10 +7,10 @@ import torch
 
 from prunedm.architecture import Inputs
 from prunedm.data import ImageSet
+from prunedm.data.files import shown
 from prunedm.errors import UserError
-from prunedm.image_files import shown
-from prunedm.prompts import PromptEncoder
 from prunedm.randomness import generator_for
+from prunedm.task.prompts import PromptEncoder
 
 
 class Condition(Protocol):

@@ -13,10 +13,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from prunedm.data.files import METADATA, shown
+from prunedm.data.splits import split_of, split_of_path
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import METADATA, shown
 from prunedm.reading import check_regular, parse_json, read_text
-from prunedm.splits import split_of, split_of_path
 
 _METADATA_LIMIT = 1 << 28  # bytes; some 100 a row
 CAPTIONS = (

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Subset
 
-from prunedm.image_tables import Column
+from prunedm.data.tables import Column
 from prunedm.record import file_hash
 from prunedm.tensor_cache import remembered, text_key, times_of
 

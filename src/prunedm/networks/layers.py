@@ -21,7 +21,7 @@ from torch import nn
 
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
-from prunedm.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, width_of
+from prunedm.networks.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, width_of
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, inputs, output
 

@@ -10,8 +10,8 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from PIL import Image
 
+from prunedm.data.files import shown
 from prunedm.errors import UserError, first_line
-from prunedm.image_files import shown
 from prunedm.reading import check_regular
 
 IMAGES = ("images", "arr_0")  # keys of images

@@ -15,7 +15,7 @@ import psutil
 
 from prunedm.errors import first_line, masked
 from prunedm.progress import Bar, Progress
-from prunedm.running import Entry, Finished, add_finished, remove_entry, write_entry
+from prunedm.system.running import Entry, Finished, add_finished, remove_entry, write_entry
 
 LOG = "PRUNEDM_LOG"  # where whoever started the process sends what it prints
 HELD_OUT = "held_out_loss"

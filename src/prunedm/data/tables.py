@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunedm.data.files import BROKEN, SUFFIXES, Found, locate, open_lazily, shown
+from prunedm.data.labels import Labels, caption_column, label_column, number, whole_captions
+from prunedm.data.splits import HELD_OUT, split_of, split_of_file, split_of_path
 from prunedm.errors import UserError, first_line, nearest
-from prunedm.image_files import BROKEN, SUFFIXES, Found, locate, open_lazily, shown
-from prunedm.image_labels import Labels, caption_column, label_column, number, whole_captions
 from prunedm.reading import YAML_LIMIT, check_regular, parse_yaml, read_text
-from prunedm.splits import HELD_OUT, split_of, split_of_file, split_of_path
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from prunedm.codec import Codec
-from prunedm.condition import Condition
 from prunedm.data import ImageSet
-from prunedm.process import Process
 from prunedm.randomness import generator_for
 from prunedm.task import Batch, Task, Times
+from prunedm.task.codec import Codec
+from prunedm.task.condition import Condition
+from prunedm.task.process import Process
 
 
 class Denoising(Task, Dataset[dict[str, Any]]):

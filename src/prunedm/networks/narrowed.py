@@ -2,8 +2,8 @@
 
 diffusers' own configs say one width for a whole stage, and its classes build every block.
 `narrowed(UNet2DModel)` is the class `PrunedUNet2DModel`: its config holds the dense architecture, and
-    widths:  module name => the sizes that differ from it (`prunedm.widths`)
-    dropped: names of the blocks that it goes without (`prunedm.blocks`)
+    widths:  module name => the sizes that differ from it (`prunedm.networks.widths`)
+    dropped: names of the blocks that it goes without (`prunedm.networks.blocks`)
 """
 
 import inspect
@@ -16,9 +16,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
-from prunedm.blocks import drop_blocks, dropped_blocks
 from prunedm.errors import UserError
-from prunedm.widths import Widths, attributes, resize, sizes, sync_attributes
+from prunedm.networks.blocks import drop_blocks, dropped_blocks
+from prunedm.networks.widths import Widths, attributes, resize, sizes, sync_attributes
 
 PREFIX = "Pruned"
 _OTHERS: dict[str, type] = {}  # narrowed classes of classes that are not diffusers' own

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layers import replace_module
+from prunedm.networks.layers import replace_module
 
 
 class Skipped(nn.Module):

@@ -12,7 +12,7 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.layer_kinds import find_kind, groups_of, set_widths, width_of
+from prunedm.networks.layer_kinds import find_kind, groups_of, set_widths, width_of
 
 Widths = dict[str, dict[str, int]]  # module name => its sizes
 

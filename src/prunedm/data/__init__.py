@@ -12,13 +12,13 @@ import torch
 from PIL import Image, ImageMode
 from torch.utils.data import ConcatDataset, Subset
 
+from prunedm.data.content import content_hash
+from prunedm.data.files import SUFFIXES, Found, check_whole, find_images, locate, open_image, shown
+from prunedm.data.hub import open_hub
+from prunedm.data.labels import Labels, file_captions, file_labels
+from prunedm.data.splits import HELD_OUT, choose, held_out, splits_of_paths
+from prunedm.data.tables import Tables, find_dataset, open_folder, open_parquet, table_files
 from prunedm.errors import UserError
-from prunedm.image_content import content_hash
-from prunedm.image_files import SUFFIXES, Found, check_whole, find_images, locate, open_image, shown
-from prunedm.image_hub import open_hub
-from prunedm.image_labels import Labels, file_captions, file_labels
-from prunedm.image_tables import Tables, find_dataset, open_folder, open_parquet, table_files
-from prunedm.splits import HELD_OUT, choose, held_out, splits_of_paths
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # bands of other meanings, which would pass as colours or grey

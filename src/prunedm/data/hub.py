@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+from prunedm.data.files import shown
+from prunedm.data.tables import named_splits
 from prunedm.errors import UserError, first_line
 from prunedm.hub import near, why_silent
-from prunedm.image_files import shown
-from prunedm.image_tables import named_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
