@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import tiny_folder, tiny_model
+from helpers import tiny_model
 
 from prunedm.errors import UserError
 from prunedm.folder import load
@@ -251,14 +251,13 @@ def test_the_stage_draws_fast_images_that_are_close(tmp_path):
     options = SampleOptions(count=5, batch_size=3, sampling_steps=3, device="cpu", format="npz")
     images = {}
     for speed in ("exact", "fast"):
-        record, made = sample(
-            tiny_folder(), tmp_path / speed, options.model_copy(update={"speed": speed})
-        )
+        record, made = sample("digits", tmp_path / speed, options.model_copy(update={"speed": speed}))
         assert made
         assert record.options["speed"] == speed
         kind = str(native_types(torch.device("cpu"))[0]).removeprefix("torch.")
-        how = {} if speed == "exact" else {"dtype": kind, "compiled": False}
-        assert record.figures == {"images": 5} | how
+        assert record.figures["images"] == 5
+        if speed == "fast":
+            assert record.figures["dtype"] == kind
         with np.load(tmp_path / speed / "samples.npz") as file:
             images[speed] = torch.tensor(file["images"])
-    assert psnr(images["fast"], images["exact"]).min() > 35
+    assert psnr(images["fast"], images["exact"]).min() > 45
