@@ -11,6 +11,7 @@ import prunedm  # noqa: F401 - before torch: its threads then wait as prunedm le
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import helpers
 
 # the old scripts' three suites: `pytest -m foundation`
 GROUPS = {
@@ -25,6 +26,16 @@ def pytest_collection_modifyitems(items):
         for group, files in GROUPS.items():
             if item.path.stem.removeprefix("test_") in files:
                 item.add_marker(group)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _place_of_what_is_made_once(tmp_path_factory):
+    base = (
+        tmp_path_factory.getbasetemp()
+    )  # below that of the run, where there are several processes
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    place.mkdir(exist_ok=True)
+    helpers.SHARED[:] = [place]
 
 
 @pytest.fixture(scope="session", autouse=True)

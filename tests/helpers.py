@@ -4,7 +4,7 @@ import atexit
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 from prunedm.data import ImageSet
@@ -140,6 +141,18 @@ def tiny_folder(**unet: Any) -> Path:
     folder = Path(place) / "tiny"
     save(tiny_model(**unet), folder)
     return folder
+
+
+SHARED: list[Path] = []  # the folder that a run's test processes share; `conftest.py` fills it
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of a run's test processes makes, and the others wait for."""
+    (place,) = SHARED
+    with FileLock(place / f"{name}.lock"):
+        if not (place / name).exists():
+            make(place / name)
+    return place / name
 
 
 def torchrun(*words: str | Path, home: Path | None = None, world: int = 2) -> str:

@@ -504,8 +504,10 @@ RECIPE = {
     "mask": {"calibration_problems": 8, "pictures": 0},
     "learn": {"steps": 3, "batch_size": 4, "validation_problems": 4},
     "finetune": {"steps": 3, "batch_size": 4, "validation_problems": 4},
-    "evaluate": {"depth": "quick", "problems": 8, "samples": 0},
-}
+    "evaluate": {
+        "depth": "quick", "problems": 8, "samples": 0, "latency_batch": 1, "latency_repeats": 1
+    },
+}  # fmt: skip
 FOLDERS = ["1-prune", "2-recover", "3-mask", "4-learn", "5-finetune"]
 
 

@@ -1,19 +1,17 @@
 """Exported files: the model's function for any batch, its zeros still there, and no path of here."""
 
-import atexit
 import shutil
 import sys
 import zipfile
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from tempfile import mkdtemp
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_folder
+from helpers import made_once, tiny_folder
 from torch import nn
 
 from prunedm.deployment import onnx_file, tensorrt, torch_program
@@ -54,27 +52,22 @@ INT8 = {
 
 
 @cache
-def place() -> Path:
-    folder = Path(mkdtemp(prefix="prunedm-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@cache
 def masked() -> Path:
     """A model folder of random weights, 2:4 in every layer that takes it; tests only read it."""
-    options = PruneOptions(mechanism="nm", score="magnitude", pictures=0, device="cpu")
-    prune(tiny_folder(**MODEL), place() / "masked", options)
-    return place() / "masked"
+
+    def make(folder: Path) -> None:
+        options = PruneOptions(mechanism="nm", score="magnitude", pictures=0, device="cpu")
+        prune(tiny_folder(**MODEL), folder, options)
+
+    return made_once("masked", make)
 
 
 @cache
 def exported(format: str, precision: str = "fp32", **options) -> Path:
-    """`masked` in a format, once per test run."""
-    out = place() / f"{format}-{precision}-{len(options)}"
+    """`masked` in a format; tests only read it."""
     chosen = {"format": format, "precision": precision, "device": "cpu"} | options
-    export(masked(), out, ExportOptions(**chosen))
-    return out
+    name = f"{format}-{precision}-{len(options)}"
+    return made_once(name, lambda folder: export(masked(), folder, ExportOptions(**chosen)))
 
 
 def written_before(monkeypatch, change=None) -> None:
@@ -520,7 +513,7 @@ def test_no_file_tells_of_this_machine(format):
     here = {
         str(Path(torch.__file__).parent.parent),
         str(Path(__file__).parent.parent),
-        str(place()),
+        str(masked().parent),
     }
     for path in exported(format).iterdir():
         if not path.is_file() or path.name in ("record.json", FILE):  # they say where the model was

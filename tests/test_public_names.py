@@ -1,11 +1,12 @@
 """A name is one thing: whatever is imported first, and however often it is asked for."""
 
 import importlib
-import json
+import multiprocessing
 import pkgutil
-import subprocess
 import sys
 from types import ModuleType
+
+import pytest
 
 import prunedm
 
@@ -14,34 +15,34 @@ SUBMODULES = [
     for module in pkgutil.walk_packages(prunedm.__path__, "prunedm.")
     if not module.name.endswith("__main__")
 ]
-# a fresh interpreter, for what other tests have imported must not decide; a fork for each order
-LOOK_TWICE = """
-import importlib, json, multiprocessing, sys
-import diffusers, torch
-import prunedm
 
-def seen():
-    return {name: getattr(prunedm, name) for name in prunedm.__all__}
 
-def compared(first):
+def compared(first: str) -> dict[str, bool]:
+    """By public name: whether it is the same callable before and after all modules are imported.
+
+    In a fork that forgets prunedm, for what other tests have imported must not decide.
+    """
+    for name in [name for name in sys.modules if name.split(".")[0] == "prunedm"]:
+        del sys.modules[name]
+    package = importlib.import_module("prunedm")
+
+    def seen() -> dict[str, object]:
+        return {name: getattr(package, name) for name in package.__all__}
+
     before = seen() if first == "names" else {}
-    for module in sys.argv[1:]:
+    for module in SUBMODULES:
         importlib.import_module(module)
     after, again = seen(), seen()
     same = {n: before.get(n, value) is value is again[n] for n, value in after.items()}
     return {n: same[n] and callable(value) for n, value in after.items()}
 
-with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-    json.dump(pool.map(compared, ["names", "modules"], chunksize=1), sys.stdout)
-"""
 
-
-def test_a_public_name_is_the_same_callable_after_every_import():
-    command = [sys.executable, "-c", LOOK_TWICE, *SUBMODULES]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    for found in json.loads(result.stdout):
-        assert found.keys() == set(prunedm.__all__)
-        assert all(found.values()), [name for name, same in found.items() if not same]
+@pytest.mark.parametrize("first", ["names", "modules"])
+def test_a_public_name_is_the_same_callable_after_every_import(first):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.apply(compared, [first])
+    assert found.keys() == set(prunedm.__all__)
+    assert all(found.values()), [name for name, same in found.items() if not same]
 
 
 def test_no_name_of_a_package_hides_a_module():

@@ -251,7 +251,9 @@ def test_the_stage_draws_fast_images_that_are_close(tmp_path):
     options = SampleOptions(count=5, batch_size=3, sampling_steps=3, device="cpu", format="npz")
     images = {}
     for speed in ("exact", "fast"):
-        record, made = sample("digits", tmp_path / speed, options.model_copy(update={"speed": speed}))
+        record, made = sample(
+            "digits", tmp_path / speed, options.model_copy(update={"speed": speed})
+        )
         assert made
         assert record.options["speed"] == speed
         kind = str(native_types(torch.device("cpu"))[0]).removeprefix("torch.")
