@@ -379,7 +379,7 @@ def test_the_folder_is_what_is_no_yaml_file(monkeypatch, tmp_path):
         (["a", "b"], "one recipe and one folder"),
         (["gone.yaml"], "gone.yaml: it is missing"),
         (["--set", "learn.paternn=1:4"], "did you mean 'pattern'"),
-        (["--set", "learn.pattern=3:2"], "is no N:M"),
+        (["--set", "learn.pattern=3:2"], "is not an N:M"),
     ],
 )
 def test_wrong_words_are_one_line(words, message, capsys):
