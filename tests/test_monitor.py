@@ -295,7 +295,7 @@ def test_the_command_prints_once_where_there_is_no_terminal(capsys):
         assert call("monitor", "--stop", "other") == 2
         assert "no run 'other'; running are" in capsys.readouterr().err
         assert call("monitor", "--every", 0) == 2
-        assert "every = 0 is no time" in capsys.readouterr().err
+        assert "every = 0: give a positive number" in capsys.readouterr().err
 
 
 def test_a_stage_tells_its_figures(tmp_path, monkeypatch):

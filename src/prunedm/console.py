@@ -29,8 +29,9 @@ from prunedm.progress import Bar
 from prunedm.reading import read_json, read_text
 from prunedm.recipe import Planned
 from prunedm.record import read_record
+from prunedm.stages.evaluating.files import REPORT, SUMMARY
 from prunedm.stages.masks import Extraction
-from prunedm.stages.verbs.compare import REPORT, SUMMARY, read_comparison
+from prunedm.stages.verbs.compare import read_comparison
 from prunedm.training import processes
 
 console = Console(quiet=processes.rank() > 0)
@@ -199,8 +200,8 @@ def masks_line(masks: Masks) -> str:
     )
 
 
-def extraction_lines(out: Path, masks: Masks, found: Extraction, *, made: bool) -> None:
-    """Where a file of masks came from, and what is in it."""
+def extraction_lines(out: Path, masks: Masks, found: Extraction, made: bool) -> None:
+    """The origin and content of a masks file."""
     for line in found.lines():
         Terminal().say(line)
     Terminal().say(f"{out}: {masks_line(masks)}{'' if made else '  (done already)'}")
@@ -319,6 +320,7 @@ SHOWN: dict[str, Callable[[Path], None]] = {
     "prune": pruning_table,
     "export": export_lines,
     "evaluate": comparison_tables,
+    "compare": comparison_tables,
     "loss": loss_line,
     "analyze": analysis_table,
 }

@@ -1,7 +1,7 @@
 """The frame around every stage: done already, resume, or make; aside first, renamed when whole."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,18 +18,20 @@ from prunedm.training import processes
 __all__ = ["RESUME", "Plan", "Request", "run_stage", "status"]
 O_co = TypeVar("O_co", bound=Options, covariant=True)
 
+Models = str | Path | Mapping[str, str | Path]  # one by name, or several by label
 Known = Callable[[dict[str, Any] | None], dict[str, Any] | None]  # an identity, completed
 
 
 @dataclass(frozen=True)
 class Request(Generic[O_co]):
-    """What a verb is asked for: a model, the place of the result, and options."""
+    """A call of a verb. title: heading of the report, where the verb writes one."""
 
-    source: str | Path
+    source: Any  # Models, as the verb reads them
     out: Path
     options: O_co
     progress: Progress
     overwrite: bool = False
+    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,11 @@ from prunedm.evaluation.results import Evaluation
 from prunedm.folder import Model
 from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
-from prunedm.progress import Progress, Silent
+from prunedm.progress import Progress
 from prunedm.reading import check_regular, validated
-from prunedm.record import Record, Source
+from prunedm.record import Source
 from prunedm.sampling import make_sampler, set_steps
-from prunedm.stages.evaluating.files import (
-    REPORT,
-    ROWS,
-    SUMMARY,
-    Comparison,
-    without_failures,
-    write_comparison,
-)
+from prunedm.stages.evaluating.files import ROWS, Comparison, without_failures, write_comparison
 from prunedm.stages.evaluating.first_masks import masks_comparison
 from prunedm.stages.evaluating.measure import (
     SAMPLES,
@@ -37,55 +30,24 @@ from prunedm.stages.evaluating.measure import (
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Candidate, pair_with_dense, set_beside, time_in_turns
-from prunedm.stages.frame import RESUME, Plan, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
 from prunedm.system.places import bare
 from prunedm.training import processes
 
-__all__ = [
-    "REPORT",
-    "SUMMARY",
-    "Candidate",
-    "check_labels",
-    "compare",
-    "comparison",
-    "read_comparison",
-    "study",
-    "yardstick",
-]
 _Rows = TypeAdapter(list[Evaluation])
 
 
-def compare(
-    models: Mapping[str, str | Path],
-    out: str | Path,
-    options: EvaluateOptions = EvaluateOptions(),
-    *,
-    title: str = "",
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
-    """Evaluate `models` (label -> folder, the first is the dense one) and write the report.
+def compare(request: Request[EvaluateOptions]) -> Plan:
+    """Evaluate models (label -> folder, the first is the dense one) and write the report.
 
-    Files: see `write_comparison`. Depth "compare" is "full" here: all models are given.
+    Files: see `write_comparison`. Depth "compare" means "full" here, since all models are given.
     Where a step has failed, `overwrite` measures again.
     """
-    plan = comparison(models, options, title=title, progress=progress)
-    return run_stage("compare", plan, out, overwrite=overwrite)
-
-
-def comparison(
-    models: Mapping[str, str | Path],
-    options: EvaluateOptions,
-    *,
-    title: str = "",
-    progress: Progress | None = None,
-) -> Plan:
-    """What `compare` does: it reads several models, so it is not one of `STAGES`."""
+    models, options, progress = request.source, request.options, request.progress
     if not models:
         raise UserError("compare needs at least one model; the first is the one to compare with")
     check_labels(models)
-    progress = progress or Silent()
     loaded = {label: given_model(path, options, progress) for label, path in models.items()}
     _check_shapes(loaded)
     inputs: dict[str, Source] = {label: source_of(model) for label, model in loaded.items()}
@@ -99,9 +61,9 @@ def comparison(
             Candidate(label, model, yard.lighter() if label in middle else yard)
             for label, model in loaded.items()
         ]
-        name = title or "prunedm: dense and pruned models"
+        title = request.title or "prunedm: dense and pruned models"
         paths = ", ".join(bare(str(path)) for path in models.values())
-        rows = study(entries, folder, Steps(), title=name, checkpoint=paths)
+        rows = study(entries, folder, Steps(), title=title, checkpoint=paths)
         return {"models": list(models), "failed": {r.label: r.failed for r in rows if r.failed}}
 
     return Plan(options=yard.options, inputs=inputs, make=make, complete=without_failures)

@@ -11,7 +11,6 @@ from prunedm.record import Source, write_json
 from prunedm.stages.evaluating.files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.evaluating.first_masks import is_learned, under_first_masks
 from prunedm.stages.evaluating.measure import RESULTS, Yardstick, read_evaluation, read_images
-from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, reload
@@ -19,7 +18,6 @@ from prunedm.stages.verbs.compare import Candidate, check_labels, study, yardsti
 from prunedm.system.places import bare
 from prunedm.training import processes
 
-__all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]
 DENSE, FIRST = "dense", "first-masks"
 
 
