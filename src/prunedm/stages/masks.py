@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunedm.errors import UserError
@@ -15,7 +16,7 @@ from prunedm.networks.layer_kinds import weight_of
 from prunedm.networks.layers import prunable_layers
 from prunedm.record import Source
 from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
-from prunedm.stages.inputs import file_source, source_of
+from prunedm.stages.inputs import file_source, reload, source_of
 from prunedm.stages.workplace import Workplace
 from prunedm.system.places import target
 
@@ -184,6 +185,39 @@ def _read(path: Path) -> Masks:
     masks = load_masks(path)
     masks.check_pattern()
     return masks
+
+
+def unmasked(given: Model, before: Model) -> Model:
+    """`given` with its removed weights from `before`; the kept ones are its own."""
+    if given.masks is None:
+        return given
+    with torch.no_grad():
+        for name, mask in given.masks:
+            now, then = (weight_of(m.denoiser.get_submodule(name)) for m in (given, before))
+            now.copy_(torch.where(mask, now, then))
+    return given
+
+
+def before_masks(given: Model) -> Model:
+    """The nearest ancestor without masks by the records; `given` itself if it has none.
+
+    Raises `UserError` where there is no such model, or it has changed.
+    """
+    ancestor = given
+    while ancestor.masks is not None:
+        record = ancestor.record
+        if record is None or "model" not in record.inputs:
+            raise UserError(
+                f"{ancestor.name} does not say which model its masks were applied to: give learn the "
+                f"model before masking, with --masks {given.name}"
+            )
+        if record.options.get("permute"):
+            raise UserError(
+                f"{ancestor.name} had its channels reordered when it was pruned, so no model on disk "
+                "has the weights under its masks; give learn one that was pruned without --permute"
+            )
+        ancestor = reload(record.inputs["model"])
+    return ancestor
 
 
 def _given(model: Model, targets: tuple[str, ...]) -> tuple[Masks, Extraction]:

@@ -1,4 +1,4 @@
-"""compare: several models on the same problems and the same noise; one table, one report."""
+"""compare: several models on the same problems and noise; one table, one report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +75,7 @@ def read_comparison(folder: Path) -> list[Evaluation]:
 
 
 def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yardstick:
-    """Raises `UserError` for what would fail only after the samples are drawn."""
+    """The common measure of all models. Raises `UserError` for what would fail only after sampling."""
     reference = images_for(model, options, "test", progress)
     options, network, files = with_features(options, reference)
     sampler = make_sampler(model.scheduler, options.sampler)
@@ -85,14 +85,14 @@ def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yar
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a label that is no name of a file."""
+    """Raise `UserError` for a label that cannot be a file name."""
     for label in labels:
         if not label or label in (".", "..") or set(label) & set("/\\\0"):
-            raise UserError(f"label {label!r} is no name of a file; give one without slashes")
+            raise UserError(f"label {label!r} is not a file name; give one without slashes")
 
 
 def _check_shapes(models: Mapping[str, Model]) -> None:
-    """Raise `UserError` where images differ: neither problems, noise nor times would compare."""
+    """Raise `UserError` where image shapes differ: problems, noise and times would not compare."""
     first, *others = models
     wanted = models[first].sample_shape
     for label in others:
@@ -112,10 +112,10 @@ def study(
     checkpoint: str,
     dense: bool = True,
 ) -> list[Evaluation]:
-    """Measure every entry, then all together, and write the files; the first is the dense one.
+    """Measure every entry, then all together, and write the files.
 
-    Without `dense` it is another one, and nothing is paired with it. A model that was measured
-    before an interruption is not measured again.
+    dense: whether the first entry is the dense model, with which the others are paired. A model that
+    was measured before an interruption is not measured again.
     """
     progress = entries[-1].yard.progress
     done = folder / RESUME / "evaluations"
@@ -163,7 +163,7 @@ def _masks(
     losses: Mapping[str, np.ndarray | None],
     steps: Steps,
 ) -> dict[str, Any]:
-    """The learned masks against the first ones, where both are there."""
+    """The learned masks compared with the first ones, if both are entries."""
     number = next((k for k, entry in enumerate(entries) if entry.first_masks), None)
     if number is None:
         return {}

@@ -1,4 +1,4 @@
-"""evaluate: one model with its relatives of the record, to the depth asked for."""
+"""evaluate: one model with its relatives on record, at a chosen depth."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ DENSE, FIRST = "dense", "first-masks"
 
 
 def evaluate(request: Request[EvaluateOptions]) -> Plan:
-    """Measure a model, and beside it the dense model of its record.
+    """Measure a model and the dense model of its record.
 
-    Files: `evaluation_results.json` (this model, the dense one's figures and the changes to them), and
-    those of `compare`. Where the dense model is gone, or no record names one, nothing is measured
-    against it, and the steps say so. Where a step has failed, `overwrite` measures again.
+    Files: `evaluation_results.json` (this model's figures, the dense one's, and the changes), and
+    those of `compare`. Where the dense model is gone or no record names one, the steps say so and
+    nothing is compared with it. Where a step has failed, `overwrite` measures again.
     """
     source, options, progress = request.source, request.options, request.progress
     model = given_model(source, options, progress)
@@ -69,9 +69,9 @@ def read_samples(folder: Path, label: str = "") -> np.ndarray | None:
 def _relatives(
     model: Model, label: str, yard: Yardstick, folder: Path, steps: Steps
 ) -> list[Candidate]:
-    """The dense model first; with depth, what came between, and the first masks of a learned model.
+    """The dense model; at greater depths also the models between, and a learned model's first masks.
 
-    All are measured alike, on the same problems and noise: figures stand beside their equals.
+    All are measured on the same problems and noise, so that their figures compare.
     """
     depth = yard.options.depth
     sources = _ancestors(model)
@@ -95,7 +95,7 @@ def _relatives(
 
 
 def _ancestors(model: Model) -> list[Source]:
-    """The models that the stages of the lineage were given, the dense one first."""
+    """The input models of the lineage's stages, the dense one first."""
     found: dict[str, Source] = {}
     for stage in model.record.lineage() if model.record else []:
         if "model" in stage.inputs and stage.inputs["model"].hash != model.hash:
@@ -104,7 +104,7 @@ def _ancestors(model: Model) -> list[Source]:
 
 
 def _first(model: Model, yard: Yardstick, folder: Path) -> Model:
-    """The model under its first masks as a folder, so that it is measured like any other."""
+    """The model under its first masks, from a folder like any other model."""
     place = folder / RESUME / FIRST
     try:
         if processes.rank() == 0 and not place.exists():
@@ -118,7 +118,7 @@ def _first(model: Model, yard: Yardstick, folder: Path) -> Model:
 
 
 def _free(wanted: str, taken: set[str]) -> str:
-    """`wanted`, or with a number behind it where there is such a label already."""
+    """`wanted`, with a number appended if that label is taken."""
     name, number = wanted, 2
     while name in taken:
         name, number = f"{wanted}-{number}", number + 1

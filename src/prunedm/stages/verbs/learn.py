@@ -1,4 +1,4 @@
-"""learn: which N of every M weights to keep, found by training mask logits."""
+"""learn: choose which N of every M weights to keep by training mask logits."""
 
 from copy import deepcopy
 from functools import partial
@@ -18,25 +18,22 @@ from prunedm.masks import Masks, Pattern
 from prunedm.networks.layer_kinds import weight_of
 from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions
+from prunedm.options.base import whole_steps
 from prunedm.progress import Progress
 from prunedm.record import Source
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import (
-    data_source,
     dense_source,
-    given_model,
     held_out_problems,
-    images_for,
-    model_sources,
+    read_inputs,
     reload,
     score_weights,
     training_problems,
 )
 from prunedm.stages.learned import write_learned
-from prunedm.stages.masks import masks_from
+from prunedm.stages.masks import before_masks, masks_from, unmasked
 from prunedm.stages.shown import samples
-from prunedm.stages.unmasked import before_masks, unmasked
 from prunedm.training.loop import make_accelerator
 
 
@@ -44,13 +41,11 @@ def learn(request: Request[LearnOptions]) -> Plan:
     """Learn N:M masks for `source` and write it with them.
 
     The first masks are those of `options.masks`, of the model itself, or of a score, in this order.
-    A model with masks gets its removed weights back from the model it was pruned from, since a
-    weight that was zeroed cannot come back.
+    A model with masks gets its removed weights back from the model it was pruned from: they are zero
+    in the model itself.
     """
     progress, options = request.progress, request.options.filled()
-    given = given_model(request.source, options, progress)
-    images = images_for(given, options, "train", progress)
-    inputs: dict[str, Source] = {**model_sources(given), "dataset": data_source(images)}
+    given, images, inputs = read_inputs(request)
     first, said = _given_masks(given, options, inputs)
     before = before_masks(given)
     model = unmasked(given, before)
@@ -60,14 +55,9 @@ def learn(request: Request[LearnOptions]) -> Plan:
     def make(folder: Path) -> dict[str, Any]:
         for line in said:
             progress.say(line)
+        masks = first or _scored_masks(model, images, options, progress)
         return _learn(
-            model,
-            folder,
-            first=first or _scored_masks(model, images, options, progress),
-            teacher=teacher,
-            images=images,
-            options=options,
-            progress=progress,
+            model, folder, masks, teacher, images=images, options=options, progress=progress
         )
 
     return Plan(options=options, inputs=inputs, parent=given.record, make=make)
@@ -76,7 +66,7 @@ def learn(request: Request[LearnOptions]) -> Plan:
 def _given_masks(
     model: Model, options: LearnOptions, inputs: dict[str, Source]
 ) -> tuple[Masks | None, list[str]]:
-    """Masks by option or of the model, projected to N:M where they are not; and what was done."""
+    """The masks given by option or by the model, projected to N:M if necessary; and lines about it."""
     named = "pattern" in options.model_fields_set
     pattern = Pattern.parse(options.pattern)
     if options.masks:
@@ -118,11 +108,11 @@ def _scored_masks(
 
 
 def _teacher(model: Model, before: Model, options: LearnOptions) -> Any:
-    """Whose output is the target, or None where it is that of the unmasked model itself.
+    """The model whose output is the target, or None for the unmasked model itself.
 
-    Trained weights aim at the lineage's dense model. Kept weights that changed under their masks
-    (OBS, fine-tuning) make no sensible model together with the removed ones: the one from before
-    does.
+    With trained weights it is the lineage's dense model. Where kept weights changed under their
+    masks (OBS, fine-tuning), they make no sensible model together with the removed ones, so the
+    target is the model from before the masks.
     """
     if options.train_weights:
         source = dense_source(model.record) if model.masks is not None else None
@@ -135,9 +125,9 @@ def _teacher(model: Model, before: Model, options: LearnOptions) -> Any:
 def _learn(
     model: Model,
     folder: Path,
-    *,
     first: Masks,
     teacher: Any,
+    *,
     images: ImageSet,
     options: LearnOptions,
     progress: Progress,
@@ -159,14 +149,12 @@ def _learn(
             return samples(model, options, device)
 
     scores = {name: weight_of(model.denoiser.get_submodule(name)).detach() for name, _ in first}
-    cycle = -(-options.dataset_size // _stride(options, accelerator.num_processes))
+    cycle = whole_steps(options.dataset_size, options, accelerator.num_processes)
     learned = learn_masks(
         model.denoiser,
         MaskLogits(first, scores, lead=options.logits or 0.0),
         teacher=teacher,
-        problems=training_problems(
-            model, options, images, cycle=cycle * _stride(options, accelerator.num_processes)
-        ),
+        problems=training_problems(model, options, images, cycle=cycle),
         options=options,
         accelerator=accelerator,
         resume=folder / RESUME,
@@ -192,8 +180,3 @@ def _learn(
         "groups_changed": groups_changed(first, learned.masks),
         "compliance": learned.masks.compliance,
     } | learned.history.as_figures()
-
-
-def _stride(options: LearnOptions, processes: int) -> int:
-    """Problems of one step: a cycle of whole steps meets the same batches again, to the same bits."""
-    return options.batch_size * options.accumulation * processes

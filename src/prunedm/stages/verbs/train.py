@@ -63,7 +63,7 @@ def _new_model(options: TrainOptions) -> Model:
 
 
 def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
-    """diffusers would skip an option that it does not know, and a class that it is not."""
+    """diffusers would ignore an unknown option or another class; these are errors here."""
     wanted = config.get("_class_name", cls.__name__)
     if wanted != cls.__name__:
         raise UserError(
