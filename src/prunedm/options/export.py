@@ -17,7 +17,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "int8": 0.2}
 class ExportOptions(DataOptions, ModelOptions, FeatureOptions):
     """`prunedm export`: one file for another runtime, run and compared with the model."""
 
-    format: Annotated[str, OneOf(FORMATS)] = Field("packed", description="file format")
+    format: Annotated[str, OneOf(FORMATS)] = Field("packed", description="output format")
     precision: ExportPrecision | None = Field(
         None,
         description="of weights and arithmetic; none: the format's default, such as fp16 (packed)",
