@@ -348,7 +348,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("prunedm.stages.verbs.sample.sample", stopped)
     assert call("sample", tiny_folder(), tmp_path / "out") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- what wins

@@ -340,7 +340,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(workers, tmp_path, capsys):
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert b"Traceback" not in errors
-    assert f"stopped; the same command goes on: prunedm finetune {tiny_folder()}" in told
+    assert f"stopped; the same command continues: prunedm finetune {tiny_folder()}" in told
     assert checkpoint.exists()
     assert not out.exists()
     assert entries() == []

@@ -130,7 +130,7 @@ def test_an_interrupted_redo_goes_on(out, monkeypatch):
     with pytest.raises(Killed):
         run(changed, out)
     monkeypatch.setattr(loop, "_step", step)
-    assert todo_of(changed, out)[1] == ("finetune", "goes on from its checkpoint")
+    assert todo_of(changed, out)[1] == ("finetune", "continues from its checkpoint")
     steps = []
     monkeypatch.setattr(
         loop, "_step", lambda *a, **named: steps.append(named["step"]) or step(*a, **named)

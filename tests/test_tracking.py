@@ -237,8 +237,8 @@ def test_a_resumed_run_goes_on_in_the_trackers_run(name, dense, fake, tmp_path):
     ("case", "said"),
     [
         (("wandb", "online"), "wandb: offline (no route to host)"),
-        (("swanlab", "start"), "swanlab: no route to host; training goes on untracked"),
-        (("trackio", "start"), "trackio: no route to host; training goes on untracked"),
+        (("swanlab", "start"), "swanlab: no route to host; training continues untracked"),
+        (("trackio", "start"), "trackio: no route to host; training continues untracked"),
         (("wandb", "log"), "wandb failed (no route to host): no longer tracked"),
         (("wandb", "images"), "wandb failed (no route to host): no longer tracked"),
         (("wandb", "begin"), "wandb failed (no route to host): no longer tracked"),

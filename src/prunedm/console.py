@@ -213,7 +213,7 @@ def export_lines(folder: Path) -> None:
         f"{100 * figures['share_of_fp16']:.1f} % of the weights in float16"
     )
     terminal.say(
-        f"run beside the model: relative error {about.relative_error:.1e} (tolerance "
+        f"run next to the model: relative error {about.relative_error:.1e} (tolerance "
         f"{about.tolerance:g}), largest {about.largest_error:.1e}"
         + (f"; {about.pattern} found again in the file" if about.pattern else "")
     )

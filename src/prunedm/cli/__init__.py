@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
             app(tokens, exit_on_error=False, print_error=False)
     except KeyboardInterrupt as stop:
         code = 143 if isinstance(stop, Terminated) else 130
-        _fail("interrupted; the same command goes on where it can", code)
+        _fail("interrupted; the same command continues where it can", code)
     except Exception as error:
         message = one_line(error)
         if debug:

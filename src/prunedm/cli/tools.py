@@ -39,7 +39,6 @@ def fid(
     from prunedm.console import Terminal
     from prunedm.record import write_json
     from prunedm.stages import distance
-    from prunedm.stages.distance_lines import lines
 
     if json is not None:
         json = distance.check_file(json, ".json", overwrite=overwrite)
@@ -47,7 +46,7 @@ def fid(
     terminal = Terminal()
     options = merged(FidOptions, config, options.given())
     figures = distance.fid(generated, real, options, progress=terminal)
-    for line in lines(figures):
+    for line in distance.lines(figures):
         terminal.say(line)
     if json is not None:
         write_json(figures, json)
@@ -183,7 +182,7 @@ def _stop(entry: "Entry", console: "Console") -> None:
             f"{entry.name} was told to stop and still runs after {STOP_WITHIN:.0f} s: look again, "
             f"or end it with kill -9 {entry.pid}; what it saved stays"
         )
-    _say(console, f"stopped; the same command goes on: {how_to_go_on(entry)}")
+    _say(console, f"stopped; the same command continues: {how_to_go_on(entry)}")
 
 
 def _say(console: "Console", text: str) -> None:

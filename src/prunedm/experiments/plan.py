@@ -76,7 +76,7 @@ class Sweep(Options):
     """`prunedm sweep`: a recipe, and either a grid or a search."""
 
     recipe: dict[str, Any] | str = Field(
-        default_factory=dict, description="a recipe's options, or a recipe file beside this one"
+        default_factory=dict, description="a recipe's options, or a recipe file next to this one"
     )
     grid: dict[str, Points] = Field(
         default_factory=dict,

@@ -18,7 +18,7 @@ class TrainOptions(WeightOptions):
     """`prunedm train`: a dense model from scratch."""
 
     steps: int = Field(10_000, ge=1, description="optimizer steps")
-    batch_size: int = Field(128, ge=1, description="images a step and process")
+    batch_size: int = Field(128, ge=1, description="images per step and process")
     lr: float = Field(2e-4, gt=0, le=LARGEST_LR, description="peak learning rate")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="weight averaging; 0 is none")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the residual blocks")

@@ -124,7 +124,7 @@ class _Work:
             return ""
         if self._is_begun():
             whole = self.place.whole() is not None
-            return "is whole, and takes its place" if whole else "goes on from its checkpoint"
+            return "is whole, and takes its place" if whole else "continues from its checkpoint"
         if before is not None:
             return f"again: it is of {_difference(before, self.record.identity)}"
         return "to do"

@@ -83,7 +83,7 @@ def read_inputs(
 
 
 def device_for(wanted: str) -> torch.device:
-    """ "auto" is a GPU where there is one; of several processes on a machine each takes its own."""
+    """ "auto" is a GPU if there is one; several processes on a machine each take their own."""
     if wanted != "auto" or not torch.cuda.is_available():
         return torch.device("cpu")
     if processes.count() == 1:

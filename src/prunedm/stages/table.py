@@ -103,13 +103,13 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "learn",
         LearnOptions,
-        "Learn which N of every M weights to keep; the weights stay as they are.",
+        "Learn which N of every M weights to keep; the weights themselves stay unchanged.",
         masks=lambda options: True,
     ),
     Stage(
         "finetune",
         FinetuneOptions,
-        "Train the weights that are left, masks held exactly; distils from the dense model.",
+        "Train the remaining weights; masks hold exactly; distils from the dense model.",
     ),
     Stage(
         "export",
@@ -121,7 +121,7 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "sample",
         SampleOptions,
-        "Draw images; image i depends on the seed and i alone. An interrupted run continues.",
+        "Draw images; image i depends only on the seed and i. An interrupted run continues.",
         makes="leaf",
     ),
     Stage(
@@ -133,13 +133,13 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "loss",
         LossOptions,
-        "Measure the denoising loss batch by batch, with other masks put on first if wanted.",
+        "Measure the denoising loss batch by batch, optionally under other masks.",
         makes="leaf",
     ),
     Stage(
         "analyze",
         AnalyzeOptions,
-        "Measure what layers see at each noise level: JSON, heat map, and which score to try.",
+        "Measure activations at each noise level: JSON, heat map, and which score to try.",
         makes="leaf",
     ),
     Stage(

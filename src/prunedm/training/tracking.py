@@ -1,6 +1,6 @@
 """Live curves, pictures and distributions in the tracking service that the user chose.
 
-Without a network the tracker works offline; when it fails, training goes on without it.
+Without a network the tracker works offline; when it fails, training continues without it.
 """
 
 import uuid
@@ -63,7 +63,7 @@ class Tracking:
             return
         try:
             shown = make()
-        except Exception as error:  # no memory, images that are not finite: training goes on
+        except Exception as error:  # no memory, images that are not finite: training continues
             self._shows = False
             self._progress.say(f"{self._service.name}: no more pictures ({first_line(error)})")
             return
@@ -133,5 +133,5 @@ def _open(
             return tracker
         except Exception as error:
             reason = first_line(error)
-    progress.say(f"{service.name}: {reason}; training goes on untracked")
+    progress.say(f"{service.name}: {reason}; training continues untracked")
     return None

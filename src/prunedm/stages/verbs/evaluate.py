@@ -73,8 +73,7 @@ def _relatives(
 
     All are measured on the same problems and noise, so that their figures compare.
     """
-    depth = yard.options.depth
-    sources = _ancestors(model)
+    depth, sources = yard.options.depth, _ancestors(model)
     if not sources:
         steps.skip("dense model", "no record says which model this one was made from")
     entries: list[Candidate] = []
@@ -82,15 +81,13 @@ def _relatives(
         name = "earlier model" if number else "dense model"
         found = steps.take(name, lambda source=source: reload(source, like=model))  # type: ignore[misc]
         if found is not None:
-            taken = {label, *(entry.label for entry in entries)}
             wanted = Path(source.path).name if number else DENSE
-            entries.append(Candidate(_free(wanted, taken), found, yard))
+            entries.append(Candidate(_free(wanted, label, entries), found, yard))
     if depth in ("compare", "comprehensive") and is_learned(model):
         first = steps.take("first masks", lambda: _first(model, yard, folder))
         if first is not None:
-            taken = {label, *(entry.label for entry in entries)}
-            shown = f"{bare(model.name)}, under the first masks"
-            entries.append(Candidate(_free(FIRST, taken), first, yard, shown, first_masks=True))
+            shown, name = f"{bare(model.name)}, under the first masks", _free(FIRST, label, entries)
+            entries.append(Candidate(name, first, yard, shown, first_masks=True))
     return entries
 
 
@@ -117,8 +114,9 @@ def _first(model: Model, yard: Yardstick, folder: Path) -> Model:
     return load(place)
 
 
-def _free(wanted: str, taken: set[str]) -> str:
-    """`wanted`, with a number appended if that label is taken."""
+def _free(wanted: str, label: str, entries: list[Candidate]) -> str:
+    """`wanted`, with a number appended if `label` or an entry has that label."""
+    taken = {label, *(entry.label for entry in entries)}
     name, number = wanted, 2
     while name in taken:
         name, number = f"{wanted}-{number}", number + 1

@@ -29,13 +29,10 @@ from prunedm.stages.inputs import (
     read_inputs,
     reload,
     source_of,
-    training_problems,
 )
-from prunedm.stages.shown import samples
+from prunedm.stages.verbs.train import fit_weights
 from prunedm.system.places import target
-from prunedm.training import processes
-from prunedm.training.loop import Objective, fit, make_accelerator
-from prunedm.training.tracking import Shown
+from prunedm.training.loop import Objective, make_accelerator
 
 GIB = 1 << 30
 
@@ -160,32 +157,26 @@ def _finetune(
     device = accelerator.device
     model.denoiser.to(device)
     hold = model.masks.hold(model.denoiser) if model.masks else lambda: None
-    cycle = whole_steps(options.dataset_size, options, accelerator.num_processes)
     before = denoising_loss(model.denoiser, held_out, device=device)
     with (
         dropout(model.denoiser, options.dropout),
         _objective(model, teacher, options, device) as objective,
     ):
-        history = fit(
-            model.denoiser,
-            objective,
-            problems=training_problems(model, options, images, cycle=cycle),
-            options=options,
+        figures = fit_weights(
+            model,
+            images,
+            options,
+            resume,
             accelerator=accelerator,
-            checkpoint=resume / "checkpoint.safetensors",
+            held_out=held_out,
+            objective=objective,
+            cycle=whole_steps(options.dataset_size, options, accelerator.num_processes),
             progress=progress,
             label="fine-tuning",
             after_step=lambda _: hold(),
-            validate=lambda m: denoising_loss(m, held_out, device=device).mean,
             observe=lambda m: observed(m, model.masks) if model.masks else {},
-            show=lambda _: Shown(images=samples(model, options, device)),
-            compiles=options.compile,
         )
-    model.round_to_dtype()
-    after = denoising_loss(model.denoiser, held_out, device=device)
-    model.denoiser.to("cpu")
-    losses = {"loss_before": before.mean, "loss": after.mean, "loss_se": after.standard_error}
-    return losses | processes.as_figures() | history.as_figures()
+    return {"loss_before": before.mean} | figures
 
 
 def _objective(

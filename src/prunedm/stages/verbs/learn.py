@@ -1,5 +1,6 @@
 """learn: choose which N of every M weights to keep by training mask logits."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -7,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from prunedm.data import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
 from prunedm.learning.logits import MaskLogits, groups_changed
-from prunedm.learning.trainer import learn_masks
-from prunedm.masks import Masks, Pattern
+from prunedm.learning.trainer import Learned, learn_masks
+from prunedm.masks import Masks, Pattern, save_masks
 from prunedm.networks.layer_kinds import weight_of
 from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions
@@ -31,9 +35,9 @@ from prunedm.stages.inputs import (
     score_weights,
     training_problems,
 )
-from prunedm.stages.learned import write_learned
 from prunedm.stages.masks import before_masks, masks_from, unmasked
 from prunedm.stages.shown import samples
+from prunedm.training.checkpoint import History
 from prunedm.training.loop import make_accelerator
 
 
@@ -169,7 +173,7 @@ def _learn(
     model.denoiser.to("cpu")
     save(model, folder)
     (_, before), *_ = learned.history.held_out
-    write_learned(learned, folder, dense=dense.mean, first=before)
+    _write_learned(learned, folder, dense=dense.mean, first=before)
     gap = before - dense.mean
     return {
         "loss_dense": dense.mean,
@@ -180,3 +184,57 @@ def _learn(
         "groups_changed": groups_changed(first, learned.masks),
         "compliance": learned.masks.compliance,
     } | learned.history.as_figures()
+
+
+def _write_learned(learned: Learned, folder: Path, *, dense: float, first: float) -> None:
+    """`learned/` with logits, the last masks and losses, and `training_curves.png`.
+
+    logits.safetensors: the kept logits by layer, each of its weight's shape.
+    masks_last.safetensors: the masks of the last step; the model has the kept ones.
+    loss_training.npy: the estimator's loss at every step.
+    loss_improvements.npy: (steps done, loss of the first masks minus that of the current hard masks).
+    """
+    place = folder / "learned"  # not part of the model or its hash
+    place.mkdir(exist_ok=True)
+    save_file(
+        {name: value.contiguous() for name, value in learned.logits.items()},
+        place / "logits.safetensors",
+    )
+    save_masks(learned.last, place / "masks_last.safetensors")
+    np.save(place / "loss_training.npy", np.asarray(learned.history.losses), allow_pickle=False)
+    improvements = [(step, first - loss) for step, loss in learned.history.held_out]
+    np.save(place / "loss_improvements.npy", np.asarray(improvements), allow_pickle=False)
+    _picture(learned.history, folder / "training_curves.png", dense=dense, first=first)
+
+
+def _picture(history: History, path: Path, *, dense: float, first: float) -> None:
+    """Four panels over the steps: losses, entropy, groups changed, compliance."""
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2)
+    _losses(top_left, history, dense=dense, first=first)
+    for axes, key, title, percent in (
+        (top_right, "entropy", "entropy of a group (nats)", False),
+        (low_left, "groups_changed", "groups changed (%)", True),
+        (low_right, "compliance", "groups with exactly N kept (%)", True),
+    ):
+        points = history.observed.get(key, [])
+        axes.plot(*_columns(points, 100 if percent else 1), color="tab:blue", marker=".")
+        axes.set_title(title, fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+    low_right.set_ylim(0, 105)
+    figure.savefig(path, dpi=110)
+
+
+def _losses(axes, history: History, *, dense: float, first: float) -> None:  # type: ignore[no-untyped-def]
+    axes.plot(*_columns(history.held_out), marker=".", label="hard masks, held out")
+    axes.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
+    axes.axhline(first, color="tab:red", linestyle=":", linewidth=1, label="first masks")
+    axes.set_title("loss", fontsize=10)
+    axes.set_xlabel("step")
+    axes.legend(fontsize=8)
+
+
+def _columns(points: Sequence[tuple[int, float]], factor: float = 1.0) -> tuple[list[float], ...]:
+    return [step for step, _ in points], [factor * value for _, value in points]
