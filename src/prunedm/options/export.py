@@ -14,7 +14,7 @@ ExportPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 TOLERANCES = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "int8": 0.2}
 
 
-class ExportOptions(DataOptions, ModelOptions, FeatureOptions):
+class ExportOptions(FeatureOptions, DataOptions, ModelOptions):
     """`prunedm export`: one file for another runtime, run and compared with the model."""
 
     format: Annotated[str, OneOf(FORMATS)] = Field("packed", description="output format")

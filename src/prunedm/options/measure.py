@@ -39,7 +39,7 @@ class SampleOptions(ModelOptions):
     device: Device = "auto"
 
 
-class EvaluateOptions(DataOptions, ModelOptions, FeatureOptions):
+class EvaluateOptions(FeatureOptions, DataOptions, ModelOptions):
     """`prunedm evaluate` and `compare`: quality, size, speed and sparsity, at a chosen depth."""
 
     depth: Literal["quick", "full", "compare", "comprehensive"] = Field(

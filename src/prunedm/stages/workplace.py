@@ -197,7 +197,11 @@ class Workplace:
                 remove(self.partial / name)
             if (self.partial / WHOLE).exists():
                 (self.partial / WHOLE).replace(self.partial / FILE)
-            (self._empty if self.is_within else self._set_aside)()
+            if self.is_within:
+                self._empty()
+            elif self.out.exists():
+                remove(self.replaced)
+                self.out.rename(self.replaced)
         if self.is_within:
             self._fill()
         else:
@@ -231,11 +235,6 @@ class Workplace:
         elif not self.out.exists() and self.replaced.exists():
             self.replaced.rename(self.out)
         remove(self.replaced)
-
-    def _set_aside(self) -> None:
-        if self.out.exists():
-            remove(self.replaced)
-            self.out.rename(self.replaced)
 
     def _empty(self) -> None:
         """Move the old content away, its record first, so that the rest is not taken for a result."""
