@@ -348,7 +348,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("prunedm.stages.verbs.sample.sample", stopped)
     assert call("sample", tiny_folder(), tmp_path / "out") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- what wins
@@ -533,7 +533,7 @@ def test_a_whole_run_and_again(tmp_path, capsys):
     before = files(tmp_path)
     assert call(*words, "--learn.steps", "2") == 0
     told = capsys.readouterr().out
-    assert told.count("done already") == 5
+    assert told.count("done already") == 6  # the report too
     assert files(tmp_path) == before
 
     shutil.rmtree(out / "5-finetune")

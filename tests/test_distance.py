@@ -16,8 +16,7 @@ from prunedm.errors import UserError
 from prunedm.evaluation.features import load_features
 from prunedm.options import FidOptions, StatsOptions
 from prunedm.stages import distance
-from prunedm.stages.distance import fid, stats
-from prunedm.stages.distance_lines import lines
+from prunedm.stages.distance import fid, lines, stats
 from prunedm.stages.workplace import Workplace
 
 DIM = 12

@@ -719,7 +719,7 @@ def test_a_model_without_a_record_has_no_dense_row(tmp_path):
 
 @pytest.mark.parametrize("label", ["a/b", "..", ""])
 def test_labels_are_names_of_files(tmp_path, label):
-    with pytest.raises(UserError, match="no name of a file"):
+    with pytest.raises(UserError, match="is not a file name"):
         compare({label: tiny_folder()}, tmp_path / "out", SHALLOW)
 
 

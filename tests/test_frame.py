@@ -620,7 +620,7 @@ def test_a_working_folder_that_is_not_ours_is_never_touched(tmp_path, inside):
     (partial / "thesis.txt").write_text("precious")
     before, stage = content(tmp_path), Stage(ValueError())
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"partial is in the way, and not of prunedm's making"):
+        with pytest.raises(UserError, match=r"partial is in the way and was not made by prunedm"):
             stage.run(out, overwrite=overwrite)
     assert (stage.calls, content(tmp_path)) == (0, before)
 

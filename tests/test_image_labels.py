@@ -268,9 +268,9 @@ def test_a_column_that_is_named_is_taken(tmp_path, make):
 
 def test_a_column_is_not_named_in_vain(tmp_path):
     write(tmp_path, *FOUR)
-    for name, option in (("digits", "label_column"), ("digits", "image_column")):
-        with pytest.raises(UserError, match=option.replace("_", "-")):
-            load_images(name, split="train", size=8, channels=1, **{option: "x"})
+    for kind in ("label", "image", "caption"):
+        with pytest.raises(UserError, match=f"--{kind}-column x: digits has no columns"):
+            load_images("digits", split="train", size=8, channels=1, **{f"{kind}_column": "x"})
     with pytest.raises(UserError, match=r"--label-column x: .* has no metadata file"):
         opened(tmp_path, label_column="x")
     with pytest.raises(UserError, match=r"--image-column x: .* has no columns"):

@@ -200,7 +200,7 @@ def test_a_file_is_never_overwritten_in_silence(pruned, tmp_path):
     (tmp_path / "d.safetensors").mkdir()
     with pytest.raises(UserError, match=r"d\.safetensors exists and is not a file"):
         extract_to(pruned, tmp_path / "d.safetensors", overwrite=True)
-    with pytest.raises(UserError, match=r"no name of a masks file; try m\.safetensors"):
+    with pytest.raises(UserError, match=r"is not the name of a masks file; try m\.safetensors"):
         extract_to(pruned, tmp_path / "m")
 
 

@@ -295,7 +295,7 @@ def test_the_command_prints_once_where_there_is_no_terminal(capsys):
         assert call("monitor", "--stop", "other") == 2
         assert "no run 'other'; running are" in capsys.readouterr().err
         assert call("monitor", "--every", 0) == 2
-        assert "every = 0 is no time" in capsys.readouterr().err
+        assert "every = 0: give a positive number" in capsys.readouterr().err
 
 
 def test_a_stage_tells_its_figures(tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(workers, tmp_path, capsys):
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert b"Traceback" not in errors
-    assert f"stopped; the same command goes on: prunedm finetune {tiny_folder()}" in told
+    assert f"stopped; the same command continues: prunedm finetune {tiny_folder()}" in told
     assert checkpoint.exists()
     assert not out.exists()
     assert entries() == []

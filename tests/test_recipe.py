@@ -130,7 +130,7 @@ def test_an_interrupted_redo_goes_on(out, monkeypatch):
     with pytest.raises(Killed):
         run(changed, out)
     monkeypatch.setattr(loop, "_step", step)
-    assert todo_of(changed, out)[1] == ("finetune", "goes on from its checkpoint")
+    assert todo_of(changed, out)[1] == ("finetune", "continues from its checkpoint")
     steps = []
     monkeypatch.setattr(
         loop, "_step", lambda *a, **named: steps.append(named["step"]) or step(*a, **named)
@@ -379,7 +379,7 @@ def test_the_folder_is_what_is_no_yaml_file(monkeypatch, tmp_path):
         (["a", "b"], "one recipe and one folder"),
         (["gone.yaml"], "gone.yaml: it is missing"),
         (["--set", "learn.paternn=1:4"], "did you mean 'pattern'"),
-        (["--set", "learn.pattern=3:2"], "is no N:M"),
+        (["--set", "learn.pattern=3:2"], "is not an N:M"),
     ],
 )
 def test_wrong_words_are_one_line(words, message, capsys):

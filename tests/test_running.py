@@ -273,7 +273,7 @@ def test_stop_ends_one_process_and_no_other(ignoring, tmp_path):
         stop(entry_of(goes.pid))
         _, told = goes.communicate(timeout=20)
         assert goes.returncode == 130
-        assert told == "prunedm: interrupted; the same command goes on where it can\n"
+        assert told == "prunedm: interrupted; the same command continues where it can\n"
         assert [e.out.name for e in entries()] == ["stays"]
         assert stays.poll() is None
         assert [(e.out.name, e.error) for e in finished()] == [("goes", "stopped")]
@@ -282,7 +282,7 @@ def test_stop_ends_one_process_and_no_other(ignoring, tmp_path):
         stays.terminate()
         _, told = stays.communicate(timeout=20)
     assert stays.returncode == 143  # a scheduler's SIGTERM is as clean
-    assert "the same command goes on" in told
+    assert "the same command continues" in told
     assert entries() == []
 
 

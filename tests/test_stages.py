@@ -310,7 +310,7 @@ def test_pruning_weights_removes_the_share_asked_for(tmp_path, scope):
         ({"mechanism": "nm", "targets": ("conv_in",)}, "'conv_in' is protected"),
         (
             {"mechanism": "nm", "allocation": "sensitivity", "candidates": ("half",)},
-            "candidate 'half' is no N:M pattern",
+            "candidate 'half' is neither an N:M pattern",
         ),
         ({"targets": ("mid_block",)}, "--targets narrows weights and nm"),
         ({"mechanism": "nm", "targets": ("nowhere",)}, "target 'nowhere' matches no layer"),

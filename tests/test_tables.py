@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from prunedm.folder import load
 from prunedm.options import ExportOptions, FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.record import read_record
 from prunedm.scores.score import Score
-from prunedm.stages import STAGES, export, prune
+from prunedm.stages import STAGES, export, finetune, prune
 from prunedm.stages.exporting.job import Format, Written
-from prunedm.tables import ESTIMATORS, FORMATS, MECHANISMS, SCORES, Table
+from prunedm.tables import ESTIMATORS, FORMATS, MECHANISMS, SCORES, TRACKERS, Table
+from prunedm.training.services import Service
 
 
-@pytest.mark.parametrize("table", [SCORES, MECHANISMS, ESTIMATORS, FORMATS], ids=lambda t: t.kind)
+@pytest.mark.parametrize("table", [SCORES, MECHANISMS, ESTIMATORS, FORMATS, TRACKERS], ids="+".join)
 def test_every_line_names_an_object(table):
     for name in table:
         assert table[name] is table[name]
@@ -65,6 +67,34 @@ def test_a_format_is_one_file_and_one_line(monkeypatch, tmp_path):
     export(tiny_folder(), tmp_path / "out", ExportOptions(format="text"))
     assert (tmp_path / "out" / "model.txt").read_text() == "fp16"
     assert read_record(tmp_path / "out").options["format"] == "text"
+
+
+def test_a_tracker_is_one_file_and_one_line(monkeypatch, tmp_path):
+    class Memory(Service):
+        name = "memory"
+        logged: ClassVar[list] = []
+
+        def check_usable(self, options):
+            pass
+
+        def settings(self, options, *, folder, run, done):
+            return {"title": folder.name}
+
+        def start(self, options, settings):
+            return SimpleNamespace(
+                log=lambda figures, step: self.logged.append((step, sorted(figures))),
+                store_init_configuration=lambda options: None,
+                finish=lambda: self.logged.append(settings["title"]),
+            )
+
+    with pytest.raises(ValueError, match=r"Input should be 'none'.* or 'swanlab'"):
+        FinetuneOptions(tracker="memory")
+    add(monkeypatch, TRACKERS, "memory", Memory())
+    options = FinetuneOptions(
+        steps=1, tracker="memory", track_images=0, batch_size=2, validation_problems=2
+    )
+    finetune(tiny_folder(), tmp_path / "out", options)
+    assert Memory.logged == [(1, ["loss", "lr"]), (1, ["held_out_loss"]), "out.partial"]
 
 
 # ----------------------------------------------------------------------------- options by method

@@ -18,11 +18,13 @@ from prunedm.folder import load, save
 from prunedm.options import FinetuneOptions, LearnOptions, LoopOptions, PruneOptions, TrainOptions
 from prunedm.progress import Silent
 from prunedm.stages import finetune, learn, prune, shown, train
+from prunedm.tables import TRACKERS
 from prunedm.training import loop, services
+from prunedm.training.trackers import wandb
 from prunedm.training.tracking import Shown, Tracking, distribution
 
 QUICK = {"batch_size": 4, "validation_problems": 8, "device": "cpu", "warmup": 1}
-SERVICES = ("wandb", "tensorboard", "trackio", "swanlab")
+SERVICES = tuple(name for name in TRACKERS if name != "none")
 WIDTH = 8 * 66 + 2  # of a row of 8 images, enlarged to 64 pixels
 
 
@@ -124,7 +126,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(Fake, "made", [])
     monkeypatch.setattr(Fake, "failing", ())
     monkeypatch.setattr(services, "find_spec", lambda _: True)
-    monkeypatch.setattr(services, "_limits", lambda _: {})
+    monkeypatch.setattr(wandb, "_limits", dict)
     monkeypatch.setattr(accelerates, "LOGGER_TYPE_TO_CLASS", dict.fromkeys(SERVICES, Fake))
     return Fake
 
@@ -235,8 +237,8 @@ def test_a_resumed_run_goes_on_in_the_trackers_run(name, dense, fake, tmp_path):
     ("case", "said"),
     [
         (("wandb", "online"), "wandb: offline (no route to host)"),
-        (("swanlab", "start"), "swanlab: no route to host; training goes on untracked"),
-        (("trackio", "start"), "trackio: no route to host; training goes on untracked"),
+        (("swanlab", "start"), "swanlab: no route to host; training continues untracked"),
+        (("trackio", "start"), "trackio: no route to host; training continues untracked"),
         (("wandb", "log"), "wandb failed (no route to host): no longer tracked"),
         (("wandb", "images"), "wandb failed (no route to host): no longer tracked"),
         (("wandb", "begin"), "wandb failed (no route to host): no longer tracked"),
@@ -269,10 +271,10 @@ def test_the_dashboard_and_accelerate_are_named_where_they_are_missing(fake, mon
     local = LoopOptions(tracker="swanlab", tracker_mode="local")
     monkeypatch.setattr(services, "find_spec", lambda name: name == "swanlab" or None)
     with pytest.raises(UserError, match=r"pip install 'swanlab\[dashboard\]'"):
-        services.check_usable(local)
+        TRACKERS["swanlab"].check_usable(local)
     monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {})
     with pytest.raises(UserError, match="'swanlab' needs a newer accelerate"):
-        services.check_usable(LoopOptions(tracker="swanlab"))
+        TRACKERS["swanlab"].check_usable(LoopOptions(tracker="swanlab"))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_the_dashboard_and_accelerate_are_named_where_they_are_missing(fake, mon
 )  # fmt: skip
 def test_the_mode_is_the_services_own(name, mode, wanted, tmp_path):
     options = LoopOptions(tracker=name, tracker_mode=mode)
-    settings = services.settings_for(options, folder=tmp_path, run="abc", done=0)
+    settings = TRACKERS[name].settings(options, folder=tmp_path, run="abc", done=0)
     assert settings.get("mode") == wanted
 
 
@@ -346,7 +348,7 @@ def test_the_picture_shows_every_pixel_enlarged():
 
 def test_a_silent_tracking_makes_nothing():
     made = []
-    Tracking("none", None, Silent()).show(lambda: made.append(1) or Shown(), 3)
+    Tracking(services.Service(), None, Silent()).show(lambda: made.append(1) or Shown(), 3)
     assert made == []
 
 
@@ -547,7 +549,6 @@ def test_wandb_without_an_account_works_offline(sparse, tmp_path):
 
 def test_wandb_waits_no_longer_than_it_is_told(monkeypatch):
     pytest.importorskip("wandb")
-    assert services._limits("wandb")["settings"]["init_timeout"] == 30
+    assert wandb._limits()["init_timeout"] == 30
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
-    assert "init_timeout" not in services._limits("wandb")["settings"]
-    assert services._limits("swanlab") == {}
+    assert "init_timeout" not in wandb._limits()

@@ -12,15 +12,15 @@ from prunedm.system.waiting import spin_briefly
 
 __version__ = "0.1.0"
 
-switch_off()  # before any of them is imported, and torch
+switch_off()  # before torch and the dependencies are imported
 spin_briefly()
 
-from prunedm.stages.table import STAGES  # noqa: E402
+from prunedm.stages.table import VERBS  # noqa: E402
 
 _HOME = {
     "load": "prunedm.folder",
     "save": "prunedm.folder",
-    **dict.fromkeys([*STAGES, "compare"], "prunedm.stages"),
+    **dict.fromkeys(VERBS, "prunedm.stages"),
     "run": "prunedm.recipe",
     "Recipe": "prunedm.recipe",
     "sweep": "prunedm.experiments.sweep",

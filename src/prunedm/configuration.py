@@ -14,13 +14,12 @@ from prunedm.reading import parse_yaml, read_yaml
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-def merged(kind: type[AnyOptions], path: Path | None, *above: Mapping[str, Any]) -> AnyOptions:
-    """Defaults < the file < each of the tables, in this order. Raises `UserError` naming the file."""
-    table = read_options(path) if path else {}
-    for more in above:
-        table = combined(table, more)
+def merged(
+    kind: type[AnyOptions], path: Path | None, above: Mapping[str, Any] | None = None
+) -> AnyOptions:
+    """Defaults < the file < the table `above`. Raises `UserError` naming the file."""
     try:
-        return kind.model_validate(table)
+        return kind.model_validate(combined(read_options(path) if path else {}, above or {}))
     except ValidationError as error:
         where = f"{path}: " if path else ""
         raise UserError(f"{where}{validation_message(error, kind)}") from error
@@ -53,7 +52,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preset_file(stage: str, name: str) -> Path:
-    """A packaged YAML file. Raises `UserError` naming those there are."""
+    """A packaged YAML file. Raises `UserError` naming the available ones."""
     folder = Path(str(resources.files("prunedm") / "assets" / "presets"))
     path = folder / f"{stage}-{name}.yaml"
     if not path.exists():
@@ -65,9 +64,9 @@ def preset_file(stage: str, name: str) -> Path:
 def validation_message(
     error: ValidationError, model: type[BaseModel] | None = None, within: str = ""
 ) -> str:
-    """The first thing pydantic objects to, in one line: which option, which value, the way out.
+    """Pydantic's first error in one line: which option, which value, the way out.
 
-    within: the stage that the options are of.
+    within: label of the stage that the options belong to.
     """
     first = error.errors()[0]
     name = ".".join(str(part) for part in (*filter(None, [within]), *first["loc"]))
@@ -75,15 +74,15 @@ def validation_message(
         return f"unknown option {name!r}{_suggestion(first['loc'], model)}"
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    return (
-        f"{name} = {_shown(first['input'])}: {reason}" if name else reason
-    )  # no name: of several options
+    if not name:  # about several options
+        return reason
+    return f"{name} = {_shown(first['input'])}: {reason}"
 
 
 def _shown(value: Any) -> str:
     try:
         return shortened(repr(value))
-    except ValueError:  # of over 4,300 digits
+    except ValueError:  # an integer with over 4,300 digits
         return "a number of thousands of digits"
 
 
@@ -105,7 +104,7 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def underscored(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyphens in names mean underscores, as on the command line."""
+    """Replace hyphens in names by underscores, as the command line does."""
     return {
         str(k).replace("-", "_"): underscored(v) if isinstance(v, dict) else v
         for k, v in value.items()

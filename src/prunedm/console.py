@@ -1,7 +1,7 @@
 """What the terminal shows: bars with remaining time, tables, one-line messages."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,19 @@ from prunedm.evaluation.metric import Metric
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import NONE, Cell, headers, lines, measured, warnings
 from prunedm.masks import Masks
-from prunedm.progress import Bar
+from prunedm.progress import Bar, SilentBar
 from prunedm.reading import read_json, read_text
 from prunedm.recipe import Planned
 from prunedm.record import read_record
+from prunedm.stages.evaluating.files import REPORT, SUMMARY
 from prunedm.stages.masks import Extraction
-from prunedm.stages.verbs.compare import REPORT, SUMMARY, read_comparison
+from prunedm.stages.verbs.compare import read_comparison
 from prunedm.training import processes
 
 console = Console(quiet=processes.rank() > 0)
-SLOWEST = 7 * 86_400.0  # seconds a step may take, for the remaining time to be known
+SLOWEST = 7 * 86_400.0  # seconds that a step may take and still count for the remaining time
 LONGEST_LINE = 4096
-SHOWN_LAYERS = 12  # of an analysis; all are in its JSON
+SHOWN_LAYERS = 12  # in the table of an analysis; its JSON has all
 _TONES = {"better": "green", "worse": "yellow", "": "dim"}
 
 
@@ -52,29 +53,26 @@ class Terminal:
             _Left(compact=True, elapsed_when_finished=True),
             TextColumn("[dim]{task.fields[note]}"),
         )
+        # in a file nobody knows the width: a line is never broken
+        wide = Console(width=LONGEST_LINE, quiet=console.quiet)
+        place = console if console.is_terminal else wide
         # a run of a sweep may take hours: the speed is that of the last 1000 steps, however slow
-        with Bars(*columns, console=_place_of_bars(), speed_estimate_period=SLOWEST) as bars:
+        with Bars(*columns, console=place, speed_estimate_period=SLOWEST) as bars:
             yield _Bar(bars, label, total, done)
 
     def say(self, text: str) -> None:
-        console.print(
-            masked(text), highlight=False, markup=False, soft_wrap=True
-        )  # paths stay whole
-
-
-def _place_of_bars() -> Console:
-    """The terminal; in a file nobody knows how wide it is, and a line is never broken."""
-    return console if console.is_terminal else Console(width=LONGEST_LINE, quiet=console.quiet)
+        # soft_wrap: paths stay whole
+        console.print(masked(text), highlight=False, markup=False, soft_wrap=True)
 
 
 class _Left(TimeRemainingColumn):
-    """The remaining time, or, at the end, the time it took."""
+    """The remaining time, or at the end the elapsed time."""
 
     def render(self, task: RichTask) -> Text:
         return super().render(task).append(" took" if task.finished else " left")
 
 
-class _Bar:
+class _Bar(SilentBar):  # without figures: the notes say enough
     def __init__(self, bars: Bars, label: str, total: int, done: int) -> None:
         self.bars = bars
         self.id = bars.add_task(label, total=total, completed=done, note="")
@@ -83,28 +81,21 @@ class _Bar:
         fields: dict[str, Any] = {"note": " ".join(masked(note).split())} if note else {}
         self.bars.update(self.id, advance=units, **fields)
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
-        pass  # the notes say enough
 
-
-def evaluation_table(evaluations: Sequence[Evaluation]) -> None:
-    """The comparison as a table, and what in it does not compare."""
+def comparison_tables(folder: Path) -> None:
+    """The table of a report, its warnings, failed steps, and the place of the page."""
+    evaluations = read_comparison(folder)
     console.print(rich_table(evaluations, width=console.width))
     for warning in warnings(evaluations):
         console.print(warning, style="yellow", markup=False)
-
-
-def comparison_tables(folder: Path) -> None:
-    """The table of a report, what failed or is missing, and where the page is."""
-    evaluation_table(read_comparison(folder))
     Terminal().say(read_text(folder / SUMMARY).splitlines()[-1])
     if (folder / REPORT).exists():  # its step may have failed
         Terminal().say(f"report: {(folder / REPORT).resolve()}")
 
 
 def plan_table(stages: Sequence[Planned]) -> None:
-    """Every stage of a recipe, its folder, and whether it is done or what is to be done."""
-    table = _empty_table()
+    """Every stage of a recipe, its folder, and what is still to be done."""
+    table = _table()
     for heading in ("stage", "folder", "state"):
         table.add_column(heading, overflow="fold")
     for stage in stages:
@@ -114,7 +105,7 @@ def plan_table(stages: Sequence[Planned]) -> None:
 
 
 def pruning_table(folder: Path) -> None:
-    """What pruning did to each layer: widths before and after, or the share of zeros."""
+    """Each layer's widths before and after pruning, or its share of zeros."""
     stats = read_json(folder / "pruning_stats.json")
     pattern = stats.get("requested", {}).get("pattern", "")
     title = f"pruning {pattern}".rstrip()
@@ -126,7 +117,7 @@ def pruning_table(folder: Path) -> None:
         table.add_row(name, f"dense: {reason}")
     before, after = stats["before"], stats["after"]
     for key in ("params", "nonzero", "macs"):
-        if key not in before:  # of a network that cannot be asked, MACs are not counted
+        if key not in before:  # MACs are not counted where the network cannot be run
             continue
         share = 1 - after[key] / before[key]
         change = (
@@ -146,12 +137,9 @@ def pruning_table(folder: Path) -> None:
 
 
 def analysis_table(folder: Path) -> None:
-    """The layers with most outlier channels, and what follows for the choice of a score."""
+    """The layers with the largest outlier channels, and the resulting advice on a score."""
     found = read_json(folder / "activations.json")
-    table = _empty_table()
-    table.add_column("layer", no_wrap=True)
-    for heading in ("largest", "outliers", "mean", "drift"):
-        table.add_column(heading, justify="right")
+    table = _table("layer", "largest", "outliers", "mean", "drift")
     peak = {name: max(layer["largest"]) for name, layer in found["layers"].items()}
     for name in sorted(peak, key=lambda n: -peak[n])[:SHOWN_LAYERS]:
         layer = found["layers"][name]
@@ -162,22 +150,18 @@ def analysis_table(folder: Path) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(
-        "[dim]largest channel over the median one; outlier channels; share of E\\[x^2] that is "
-        "the mean's; change of the channels' profile from clean to noisy[/]"
+        "[dim]largest channel over the median one; outlier channels; the mean's share of "
+        "E\\[x^2]; change of the channels' profile from clean to noisy[/]"
     )
     console.print(found["verdict"], markup=False, highlight=False)
     console.print(f"heat map: {(folder / 'activations.png').resolve()}", soft_wrap=True)
 
 
 def masks_table(masks: Masks) -> None:
-    """What each layer keeps, and whether its pattern holds in all groups along input channels."""
-    table = _empty_table()
-    table.add_column("layer", no_wrap=True)
-    for heading in ("shape", "kept", "pattern", "valid"):
-        table.add_column(heading, justify="right")
-    valid = {name: masks.valid_groups(name) for name, _ in masks}
+    """The share each layer keeps, and whether its pattern holds in all groups of input channels."""
+    table = _table("layer", "shape", "kept", "pattern", "valid")
     for name, mask in masks:
-        share = valid[name]
+        share = masks.valid_groups(name)
         table.add_row(
             name, "x".join(map(str, mask.shape)), _percent(int(mask.sum()), mask.numel()),
             str(masks.patterns.get(name, "unstructured")),
@@ -188,7 +172,7 @@ def masks_table(masks: Masks) -> None:
 
 
 def masks_line(masks: Masks) -> str:
-    """Layers, weights, what is kept of them, and how many layers are N:M in every group."""
+    """Layers, weights, the share kept, and the number of layers that are N:M in every group."""
     layers = len(masks.by_layer)
     holding = sum(masks.valid_groups(name) == 1 for name, _ in masks)
     text = f" ({masks.pattern_text})" if masks.patterns else ""
@@ -199,15 +183,15 @@ def masks_line(masks: Masks) -> str:
     )
 
 
-def extraction_lines(out: Path, masks: Masks, found: Extraction, *, made: bool) -> None:
-    """Where a file of masks came from, and what is in it."""
+def extraction_lines(out: Path, masks: Masks, found: Extraction, made: bool) -> None:
+    """The origin and content of a masks file."""
     for line in found.lines():
         Terminal().say(line)
     Terminal().say(f"{out}: {masks_line(masks)}{'' if made else '  (done already)'}")
 
 
 def loss_line(folder: Path) -> None:
-    """A loss with its standard error, and what it is the loss of."""
+    """A loss with its standard error, problems and masks."""
     record = read_record(folder)
     assert record is not None
     found = record.figures
@@ -220,7 +204,7 @@ def loss_line(folder: Path) -> None:
 
 
 def export_lines(folder: Path) -> None:
-    """What was written, how far it is from the model, and what to do with it."""
+    """The files written, their error relative to the model, and the next command."""
     record, about = read_record(folder), read_description(folder)
     assert record is not None
     figures, terminal = record.figures, Terminal()
@@ -229,7 +213,7 @@ def export_lines(folder: Path) -> None:
         f"{100 * figures['share_of_fp16']:.1f} % of the weights in float16"
     )
     terminal.say(
-        f"run beside the model: relative error {about.relative_error:.1e} (tolerance "
+        f"run next to the model: relative error {about.relative_error:.1e} (tolerance "
         f"{about.tolerance:g}), largest {about.largest_error:.1e}"
         + (f"; {about.pattern} found again in the file" if about.pattern else "")
     )
@@ -260,9 +244,9 @@ def _change(value: list[list[int]] | float) -> str:
 
 
 def rich_table(evaluations: Sequence[Evaluation], *, width: int | None = None) -> Group:
-    """For the terminal: models as rows, or, where `width` is too small for it, as columns.
+    """Models as rows or, where `width` is too small, as columns.
 
-    Where the columns do not fit either, they go on in further tables, each beginning with dense.
+    Columns that do not fit continue in further tables, each starting with the dense model.
     """
     width, columns = width or Console().width, measured(evaluations)
     upright = _upright(evaluations, columns)
@@ -282,12 +266,16 @@ def _measure(table: Table) -> int:
     return Console(width=10_000).measure(table).maximum
 
 
-def _empty_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+def _table(*headings: str) -> Table:
+    """A table without vertical lines; the first column is text, the others are right-aligned."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for k, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if k else "left", no_wrap=not k)
+    return table
 
 
 def _upright(evaluations: Sequence[Evaluation], columns: Sequence[Metric]) -> Table:
-    table = _empty_table()
+    table = _table()
     for k, name in enumerate(headers(evaluations, columns)):
         table.add_column(name, justify="right" if k else "left")
     for e, line in lines(evaluations, columns):
@@ -296,7 +284,7 @@ def _upright(evaluations: Sequence[Evaluation], columns: Sequence[Metric]) -> Ta
 
 
 def _transposed(evaluations: Sequence[Evaluation], columns: Sequence[Metric]) -> Table:
-    table, names = _empty_table(), headers(evaluations, columns)[1:]
+    table, names = _table(), headers(evaluations, columns)[1:]
     table.add_column("", min_width=max(len(word) for name in names for word in name.split()))
     for e in evaluations:
         table.add_column(Text(e.label), justify="right")
@@ -314,11 +302,12 @@ def _text(shown: Cell, apart: str = " ") -> Text:
     return text.append(f"\n{shown.change}", style=_TONES[shown.tone]) if shown.change else text
 
 
-# what the command line shows of a stage's folder, beyond its one line
+# verb -> what the command line shows of its folder, besides one line
 SHOWN: dict[str, Callable[[Path], None]] = {
     "prune": pruning_table,
     "export": export_lines,
     "evaluate": comparison_tables,
+    "compare": comparison_tables,
     "loss": loss_line,
     "analyze": analysis_table,
 }

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from prunedm.configuration import validation_message
 from prunedm.errors import UserError, masked, shortened
 
-# errors of the place that was to be written to, not of the program
+# faults of the place to be read or written, not of the program
 _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.ELOOP,
@@ -17,12 +17,12 @@ _UNWRITABLE = (
 
 
 def one_line(error: BaseException) -> str | None:
-    """What the user can do about it, bounded and without secrets; None where the fault is ours."""
-    text = _in_words(error)
+    """The error in one bounded line without secrets; None where the fault is the program's."""
+    text = _plain_text(error)
     return None if text is None else shortened(masked(text))
 
 
-def _in_words(error: BaseException) -> str | None:
+def _plain_text(error: BaseException) -> str | None:
     cause = error.__cause__ or error.__context__
     if isinstance(error, ValidationError):
         return validation_message(error)
@@ -30,8 +30,10 @@ def _in_words(error: BaseException) -> str | None:
         if isinstance(cause, ValidationError):
             return validation_message(cause)
         return " ".join(str(error).split()) or "wrong arguments; see --help"
-    if "No space left on device" in str(error):  # safetensors has an error type of its own
-        return "the disk is full; make room, or choose another place: the same command goes on"
+    if "No space left on device" in str(error):  # safetensors raises its own type
+        return (
+            "the disk is full; make room, or choose another place: then the same command continues"
+        )
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         where = error.filename or "the output folder"
         return f"cannot read or write {where}: {os.strerror(error.errno)}; choose another place"

@@ -1,4 +1,4 @@
-"""The presets of `learn` as the terminal shows them: a table with costs and times, or one as YAML."""
+"""The presets of `learn` for the terminal: a table with costs and times, or one as YAML."""
 
 import math
 from importlib import resources
@@ -18,7 +18,7 @@ SHOWN: tuple[EstimatorName, ...] = ("relaxed", "policy-gradient-classic")
 
 
 class StepSeconds(BaseModel):
-    """Of one step: `new` where the problems are met for the first time, `known` after that."""
+    """Seconds of one step: `new` with new problems, `known` with repeated ones."""
 
     new: float
     known: float
@@ -27,7 +27,7 @@ class StepSeconds(BaseModel):
 class Timing(BaseModel):
     """Seconds measured on one machine with one model, by `benchmarks/presets.py`.
 
-    step_s: by estimator and batch size. validation_s: of one held-out loss of `problems` problems.
+    step_s: by estimator and batch size. validation_s: for one held-out loss of `problems` problems.
     """
 
     model: str
@@ -53,21 +53,21 @@ def read_timings() -> list[Timing]:
 
 
 def expected_seconds(options: LearnOptions, timing: Timing) -> float | None:
-    """Of the whole of learning: its steps and held-out losses. None where a step was not timed."""
+    """Expected seconds of steps and held-out losses; None where no step was timed."""
     options = options.filled()
     step_s = timing.step_s.get(options.estimator, {}).get(options.batch_size)
     if step_s is None:
         return None
     cycle = -(-options.dataset_size // options.batch_size)
     new = min(options.steps, cycle)
-    # of the dense model, the first masks and the kept ones, and on the way and at the end
+    # held-out losses: of the dense model, the first and the kept masks, and during learning
     looks = 3 + math.ceil(options.steps / (options.validate_every or options.steps))
     look_s = timing.validation_s * options.validation_problems / timing.problems
     return new * step_s.new + (options.steps - new) * step_s.known + looks * look_s
 
 
 def print_table(console: Console) -> None:
-    """Every preset with its sizes, rates, cost and expected time, and what the figures are of."""
+    """Every preset with sizes, rates, cost and expected time, and notes on the figures."""
     timings = read_timings()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
@@ -115,7 +115,7 @@ def _notes(timings: list[Timing]) -> list[str]:
         if name not in SHOWN
     ]
     measured = [
-        f"{t.kind}, {t.model} ({t.parameters / 1e6:.1f}M parameters): on {t.device}; seconds a step, "
+        f"{t.kind}, {t.model} ({t.parameters / 1e6:.1f}M parameters): on {t.device}; seconds per step, "
         f"measured {t.created[:10]} by {t.command}, times steps"
         for t in timings
     ]
@@ -124,7 +124,7 @@ def _notes(timings: list[Timing]) -> list[str]:
     return [
         "classic: --estimator policy-gradient-classic. "
         f"Other estimators: {'; '.join(others)}. straight-through and sr-ste take the steps of "
-        f"relaxed; policy-gradient tries as many masks as classic, {samples} a step.",
+        f"relaxed; policy-gradient tries as many masks as classic, {samples} per step.",
         *measured,
         *(f"{kind}: not measured yet; benchmarks/presets.py does it" for kind in sorted(untimed)),
         "old guides: what they expected on their GPU, with their code. They give a limit of steps for "
@@ -134,14 +134,14 @@ def _notes(timings: list[Timing]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that leaves two digits: 45 s, 12 min, 3.4 h."""
+    """In a unit that leaves about two digits: 45 s, 12 min, 3.4 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def yaml_text(name: str, estimator: EstimatorName) -> str:
-    """What the preset sets as YAML for `--config`; all other options as comments at their defaults.
+    """The preset as YAML for `--config`, with all other options as comments at their defaults.
 
     Raises `UserError` where there is no such preset.
     """

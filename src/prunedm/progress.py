@@ -1,4 +1,4 @@
-"""How long work tells that it moves, without knowing about terminals."""
+"""How long work reports progress, independent of terminals."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -6,23 +6,26 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """One bar: `advance` by finished units, with the latest figure beside it."""
+    """One progress bar."""
 
-    def advance(self, units: int = 1, note: str = "") -> None: ...
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count finished units, with the latest figure as a note."""
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
         """Figures after `step` steps, by name; an `advance` follows."""
 
 
 class Progress(Protocol):
-    """Where bars are shown; `say` prints one line between them."""
+    """Shows bars; `say` prints one line between them."""
 
     def task(self, label: str, total: int, done: int = 0) -> AbstractContextManager[Bar]: ...
 
     def say(self, text: str) -> None: ...
 
 
-class _SilentBar:
+class SilentBar:
+    """A bar that is not shown."""
+
     def advance(self, units: int = 1, note: str = "") -> None:
         pass
 
@@ -31,11 +34,11 @@ class _SilentBar:
 
 
 class Silent:
-    """The default of every library function: no output at all."""
+    """The default of every library function: no output."""
 
     @contextmanager
     def task(self, label: str, total: int, done: int = 0) -> Iterator[Bar]:
-        yield _SilentBar()
+        yield SilentBar()
 
     def say(self, text: str) -> None:
         pass

@@ -1,6 +1,6 @@
-"""A recipe as it is written: tables of a file, and settings over them by the stages' names.
+"""A recipe as written: the tables of a file, with settings over them by the stages' names.
 
-The old form had five fields in place of the list; it reads as the list that it meant.
+The old form, five fields instead of a list, is read as the list it stands for.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from pydantic import ValidationError
 from prunedm.configuration import combined, read_options, underscored, validation_message
 from prunedm.errors import UserError, nearest
 from prunedm.options import Options
-from prunedm.recipe import DEFAULT, Recipe, RecipeStage, numbered
+from prunedm.recipe import DEFAULT, Recipe, RecipeStage, numbered, verb_of
 from prunedm.stages import STAGES
 
 Table = dict[str, Any]
 *_first, _last = (
-    (stage.name or stage.verb, (stage.verb, stage.options.model_dump(exclude_unset=True)))
+    (stage.name or stage.verb, (stage.verb, stage.options.given()))
     for stage in map(RecipeStage.model_validate, DEFAULT)
 )
-# the fields of the old form, in the order they ran: the verb, and what it set unless told. They are the
-# default stages, and `learn`, which ran only where `stages` named it
+# fields of the old form in their order: the verb and its default options. They are the default stages
+# plus `learn`, which ran only where `stages` named it
 FIELDS: dict[str, tuple[str, Table]] = dict([*_first, ("learn", ("learn", {})), _last])
 
 
 @dataclass
 class Entry:
-    """One stage as written. told: whether anything was given for it beyond its place in the list."""
+    """One stage as written. told: whether it was given any options."""
 
     name: str
     verb: str
@@ -38,20 +38,20 @@ class Entry:
     told: bool = False
 
     def set(self, table: Mapping[str, Any]) -> None:
-        """Options over those there are."""
+        """Set options over the present ones."""
         kind = STAGES[self.verb].options
         self.table = combined(kind.nested(self.table), kind.nested(underscored(table)))
         self.told = True
 
     def written(self) -> Table:
-        """The entry as a list has it."""
+        """The entry as an item of the list."""
         named = {} if self.name == self.verb else {"name": self.name}
         return {self.verb: self.table} | named
 
 
 @dataclass
 class Draft:
-    """A recipe under way. was_old: whether the file had stages as fields."""
+    """A recipe being put together. was_old: whether the file had stages as fields."""
 
     top: Table = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Draft:
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> "Draft":
-        """Raises `UserError` for what cannot be a recipe."""
+        """Raises `UserError` for a table that cannot be a recipe."""
         listed = table.get("stages")
         draft = cls({}, [Entry(n, v, dict(t), n != "learn") for n, (v, t) in FIELDS.items()])
         if _is_list(listed):
@@ -76,7 +76,7 @@ class Draft:
         return draft
 
     def set(self, settings: Mapping[str, Any]) -> None:
-        """Nested tables over what there is: `{finetune: {steps: 5}}`, `{finetune: {2: {steps: 5}}}`."""
+        """Set nested tables: `{finetune: {steps: 5}}`, `{finetune: {2: {steps: 5}}}`."""
         for key, value in settings.items():
             if key == "stages":
                 self._choose(value)
@@ -86,7 +86,7 @@ class Draft:
                 self._set(key, value)
 
     def _choose(self, value: Any) -> None:
-        """A list of entries is the stages; one of names says which of those there are run."""
+        """A list of entries replaces the stages; a list of names selects those that run."""
         if _is_list(value):
             self.entries = [_entry(part) for part in value]
             return
@@ -106,7 +106,7 @@ class Draft:
             raise UserError(f"unknown option {key!r}{self._nearest(key)}")
         value = {} if value is None else value
         if isinstance(value, Options):
-            value = value.model_dump(exclude_unset=True)
+            value = value.given()
         if not isinstance(value, dict):
             raise UserError(f"{key} = {value!r}: {key} is a stage; set an option, {key}.NAME")
         numbers = {k: v for k, v in value.items() if str(k).isdecimal()}
@@ -123,7 +123,7 @@ class Draft:
             entries[0].set(options)
 
     def _named(self, key: str) -> list[Entry]:
-        """The stages of this name, or where there are none, of this verb."""
+        """The stages of this name, or else of this verb."""
         key = key.replace("-", "_")
         by_name = [entry for entry in self.entries if entry.name.replace("-", "_") == key]
         return by_name or [entry for entry in self.entries if entry.verb == key]
@@ -133,9 +133,9 @@ class Draft:
         return nearest(key, [*Recipe.model_fields, *names])
 
     def owner(self, option: str) -> Entry | None:
-        """The stage whose option a dotted name is; None where it is the recipe's own.
+        """The stage that a dotted option belongs to; None for the recipe itself.
 
-        Raises `UserError` for an option that there is not.
+        Raises `UserError` for an unknown option.
         """
         first, *rest = option.replace("-", "_").split(".")
         kind: type[Options] = Recipe
@@ -153,7 +153,7 @@ class Draft:
         return entry
 
     def recipe(self) -> Recipe:
-        """Raises `UserError` that names the stage, the option and the way out."""
+        """Raises `UserError` naming the stage, the option and the way out."""
         labels = numbered([entry.name for entry in self.entries])
         checked = [_checked(*pair) for pair in zip(labels, self.entries, strict=True)]
         listed = [part for part, entry in zip(checked, self.entries, strict=True) if entry.runs]
@@ -167,7 +167,7 @@ class Draft:
             raise UserError(validation_message(error, Recipe)) from error
 
     def old_form(self, name: str) -> list[str]:
-        """A line that says how a file with stages as fields is written now."""
+        """For a file with stages as fields: one line with its list form."""
         if not self.was_old:
             return []
         table = {"stages": [entry.written() for entry in self.entries if entry.runs]}
@@ -175,7 +175,7 @@ class Draft:
         return [f"{name}: stages are a list now; this one is {flow.strip()[1:-1]}"]
 
     def unused(self) -> list[str]:
-        """One line for every stage that was given options and is not run."""
+        """One line for every stage that was given options but is not run."""
         runs = ", ".join(entry.name for entry in self.entries if entry.runs)
         return [
             f"{entry.name}: given options, but not among the stages ({runs})"
@@ -185,7 +185,7 @@ class Draft:
 
 
 def read_draft(file: Path | None, *settings: Mapping[str, Any]) -> Draft:
-    """A recipe's file under settings. Raises `UserError` that names the file."""
+    """A recipe's file with settings over it. Raises `UserError` naming the file."""
     try:
         draft = Draft.of(read_options(file) if file else {})
         for table in settings:
@@ -198,7 +198,7 @@ def read_draft(file: Path | None, *settings: Mapping[str, Any]) -> Draft:
 
 
 def _has_numbers(value: Any) -> bool:
-    """Whether it is options of one of several stages: {2: {steps: 5}}."""
+    """Whether it addresses one of several stages: {2: {steps: 5}}."""
     return isinstance(value, dict) and any(str(key).isdecimal() for key in value)
 
 
@@ -209,19 +209,16 @@ def _is_list(value: Any) -> bool:
 
 def _entry(part: Any) -> Entry:
     if isinstance(part, RecipeStage):
-        return Entry(part.name or part.verb, part.verb, part.options.model_dump(exclude_unset=True))
+        return Entry(part.name or part.verb, part.verb, part.options.given())
     if isinstance(part, str):
         raise UserError(f"stages: write `- {part}: {{}}` among entries with options")
-    verbs = [key for key in part if key != "name"] if isinstance(part, dict) else []
-    if len(verbs) != 1:
-        raise UserError(f"stages: {part!r} is not one verb with options, such as `- prune: {{}}`")
-    verb = str(verbs[0])
-    if verb not in STAGES:
-        raise UserError(f"stages: no verb {verb!r}{nearest(verb, list(STAGES))}")
-    entry = Entry(str(part.get("name") or verb), verb, {})
-    table = part[verb]
+    try:
+        verb = verb_of(part)
+    except ValueError as error:
+        raise UserError(f"stages: {error}") from error
+    entry, table = Entry(str(part.get("name") or verb), verb, {}), part[verb]
     if isinstance(table, Options):
-        table = table.model_dump(exclude_unset=True)
+        table = table.given()
     if table is not None and not isinstance(table, dict):
         raise UserError(f"stages: {verb} = {table!r}: give it a table of options, or nothing")
     entry.set(table or {})
@@ -230,10 +227,9 @@ def _entry(part: Any) -> Entry:
 
 def _checked(label: str, entry: Entry) -> Any:
     kind = STAGES[entry.verb].options
-    named = {} if entry.name == entry.verb else {"name": entry.name}
     try:
         options = kind.model_validate(entry.table)
-        return RecipeStage.model_validate({entry.verb: options, **named})
+        return RecipeStage.model_validate(entry.written() | {entry.verb: options})
     except ValidationError as error:
         raise UserError(validation_message(error, kind, label)) from error
 
@@ -253,7 +249,7 @@ def _check_option(kind: type[Options], parts: list[str], option: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Without tuples, which YAML has no plain form for."""
+    """With lists for tuples, which plain YAML lacks."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

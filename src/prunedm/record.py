@@ -1,4 +1,4 @@
-"""record.json: what a stage did, with what, on what, and what came out. One in every folder we write."""
+"""record.json: a stage's options, inputs, environment and figures. One in every folder we write."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _EXTRAS = ("onnx", "onnxruntime", "openvino", "nncf", "tensorrt")  # named where
 
 
 class Source(BaseModel):
-    """A model folder or dataset that went in: where it was, and the hash of what it held.
+    """A model folder or dataset used as input: its place, and the hash of its content.
 
     On disk a local path is relative to the folder of the record, in memory it is absolute.
     """
@@ -64,19 +64,19 @@ def read_record(folder: Path) -> Record | None:
 
 
 def read_record_file(path: Path, folder: Path, way_out: str = "") -> Record | None:
-    """The record in a file that stands for `folder`; None where there is no such file.
+    """The record in file `path`, about `folder`; None where there is no such file.
 
     Raises `UserError` where it is damaged.
     """
     if not path.exists():
         return None
-    way_out = way_out or f"make {folder} again, or delete this file to go on without it"
+    way_out = way_out or f"make {folder} again, or delete this file to continue without it"
     record = read_as(Record, path, way_out)
     return with_paths(record, lambda text: located(text, folder))
 
 
 def comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity in which an option that names an input is its last part: the hash decides."""
+    """An identity with only the last part of paths, whose content is compared by hash."""
     options = {
         name: bare(str(value)) if value and name in PATH_OPTIONS else finite(value)
         for name, value in identity["options"].items()
@@ -85,7 +85,7 @@ def comparable(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_paths(record: Record, change: Callable[[str], str]) -> Record:
-    """The same record, its lineage too, with every path of a source or an option changed."""
+    """A copy with every path in sources and options changed, also in its history."""
     inputs = {
         role: source.model_copy(update={"path": change(source.path)})
         for role, source in record.inputs.items()
@@ -108,28 +108,28 @@ def file_hash(path: Path) -> str:
 
 
 def bare_paths(record: Record | None) -> Record | None:
-    """With the last part alone of every local path, for files that are only looked at."""
+    """A copy with only the last part of local paths, for files that are only displayed."""
     return None if record is None else with_paths(record, bare)
 
 
 def write_record(record: Record, folder: Path, name: str = FILE) -> None:
-    """Paths become relative to the folder, or to what a working folder will be."""
+    """Write `record` with paths relative to the folder, or to the one a working folder becomes."""
     told = with_paths(record, lambda text: portable(text, folder))
     write_json(told.model_dump(mode="json"), folder / name)
 
 
 def write_json(value: Any, path: Path, aside: Path | None = None) -> None:
-    """Write aside and rename: whoever reads sees the old one or the new one.
+    """Write aside and rename: a reader sees either the old or the new file.
 
-    Numbers that are not finite become null: JSON has none. The name of `aside` is the same each
-    time, so that what a kill left is used up by the next write.
+    Numbers that are not finite become null. The name of `aside` is fixed, so that the next write
+    replaces what a kill left behind.
     """
     text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
     replace_text(path, text + "\n", aside)
 
 
 def replace_text(path: Path, text: str, aside: Path | None = None) -> None:
-    """As `write_json`, any text."""
+    """As `write_json`, for any text."""
     aside = aside or path.with_name(f"{path.name}.tmp")
     try:
         aside.write_text(text, encoding="utf-8")
@@ -141,7 +141,7 @@ def replace_text(path: Path, text: str, aside: Path | None = None) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite, within lists and tables too."""
+    """A copy with None for numbers that are not finite, also within lists and tables."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -152,7 +152,7 @@ def finite(value: Any) -> Any:
 
 
 def environment(device: str = "auto") -> dict[str, Any]:
-    """Versions, device and time of now, as the record's fields."""
+    """Current versions, device and time, as fields of a record."""
     versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     extras = {name: _version(name) for name in _EXTRAS}
     versions |= {name: version for name, version in extras.items() if version != MISSING}

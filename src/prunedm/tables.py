@@ -1,7 +1,7 @@
-"""Every method by name, and where it is: one lazy table a kind of thing.
+"""Every method by name, with the place of its object: one lazy table per kind.
 
-To add one: a file with the object, and a line here. Options take the names of a table, so that the
-command line, recipes and schemas know it; nothing is imported before it is used.
+To add one: a file with the object, and a line here. An option's choices are the names of a table, in
+the command line, recipes and schemas; an object is imported when it is first used.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,10 +12,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Table(Mapping[str, T_co]):
-    """name -> the object at "module:name", imported when it is first asked for."""
+    """name -> the object at "module:attribute", imported on first access."""
 
-    def __init__(self, kind: str, places: dict[str, str]) -> None:
-        self.kind, self.places = kind, places
+    def __init__(self, places: dict[str, str]) -> None:
+        self.places = places
 
     def __getitem__(self, name: str) -> T_co:
         module, _, attribute = self.places[name].partition(":")
@@ -33,7 +33,6 @@ class Table(Mapping[str, T_co]):
 
 
 SCORES: Table[Any] = Table(
-    "score",
     {
         "random": "prunedm.scores.random:RANDOM",
         "magnitude": "prunedm.scores.magnitude:MAGNITUDE",
@@ -43,41 +42,37 @@ SCORES: Table[Any] = Table(
         "diff-pruning": "prunedm.scores.diff_pruning:DIFF_PRUNING",
         "wanda": "prunedm.scores.wanda:WANDA",
         "fluctuation": "prunedm.scores.fluctuation:FLUCTUATION",
-    },
+    }
 )
 MECHANISMS: Table[Any] = Table(
-    "mechanism",
     {
         "channels": "prunedm.stages.pruning.mechanisms:remove_by_channels",
         "weights": "prunedm.stages.pruning.mechanisms:remove_weights",
         "nm": "prunedm.stages.pruning.mechanisms:remove_nm",
         "obs-weights": "prunedm.stages.pruning.mechanisms:remove_weights",
         "obs-nm": "prunedm.stages.pruning.mechanisms:remove_nm",
-    },
+    }
 )
 ESTIMATORS: Table[Any] = Table(
-    "estimator",
     {
         "relaxed": "prunedm.learning.relaxation:RELAXED",
         "straight-through": "prunedm.learning.straight_through:STRAIGHT_THROUGH",
         "policy-gradient": "prunedm.learning.policy_gradient:POLICY_GRADIENT",
         "policy-gradient-classic": "prunedm.learning.policy_gradient:CLASSIC",
         "sr-ste": "prunedm.learning.sr_ste:SR_STE",
-    },
+    }
 )
 FORMATS: Table[Any] = Table(
-    "format",
     {
         "packed": "prunedm.stages.exporting.packed:PACKED",
         "onnx": "prunedm.stages.exporting.onnx:ONNX",
         "openvino": "prunedm.stages.exporting.openvino:OPENVINO",
         "torch": "prunedm.stages.exporting.torch_program:TORCH",
         "tensorrt": "prunedm.stages.exporting.tensorrt:TENSORRT",
-    },
+    }
 )
-METRICS: Table[Any] = Table(  # in the order of the columns
-    "metric",
-    {
+METRICS: Table[Any] = Table(
+    {  # in the order of the columns
         "loss": "prunedm.evaluation.loss:LOSS",
         "fd": "prunedm.evaluation.fid:FD",
         "kid": "prunedm.evaluation.kid:KID",
@@ -95,5 +90,14 @@ METRICS: Table[Any] = Table(  # in the order of the columns
         "latency_ms": "prunedm.evaluation.speed:LATENCY",
         "peak_memory_mb": "prunedm.evaluation.profiling:PEAK_MEMORY",
         "nm_valid": "prunedm.evaluation.size:NM_VALID",
-    },
+    }
+)
+TRACKERS: Table[Any] = Table(
+    {
+        "none": "prunedm.training.services:NONE",
+        "tensorboard": "prunedm.training.trackers.tensorboard:TENSORBOARD",
+        "wandb": "prunedm.training.trackers.wandb:WANDB",
+        "trackio": "prunedm.training.trackers.trackio:TRACKIO",
+        "swanlab": "prunedm.training.trackers.swanlab:SWANLAB",
+    }
 )

@@ -1,34 +1,25 @@
 """The command line: parse, call a stage, print. Nothing heavy is imported before a command runs."""
 
 import sys
+from functools import partial
 from io import TextIOWrapper
 
 from cyclopts import App
 
 from prunedm import __version__
-from prunedm.cli import distances, experiments, masks, monitoring, presets, run, verbs
+from prunedm.cli import experiments, run, tools, verbs
 from prunedm.cli.frame import app
 from prunedm.errors import masked, shortened
 from prunedm.messages import one_line
-from prunedm.stages import STAGES
+from prunedm.stages.table import VERBS
 from prunedm.system.signals import Terminated, interruptible
 
-__all__ = [
-    "app",
-    "distances",
-    "experiments",
-    "main",
-    "masks",
-    "monitoring",
-    "presets",
-    "run",
-    "verbs",
-]
+__all__ = ["app", "experiments", "main", "run", "tools", "verbs"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit code 2 for what the user can mend, 130 and 143 when interrupted."""
-    if isinstance(sys.stdout, TextIOWrapper):  # a terminal of ASCII shows "?" for what it lacks
+    """Entry point. Exit code 2 for errors that the user can fix, 130 or 143 when interrupted."""
+    if isinstance(sys.stdout, TextIOWrapper):  # an ASCII terminal shows "?" for other characters
         sys.stdout.reconfigure(errors="replace")
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
@@ -41,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
             app(tokens, exit_on_error=False, print_error=False)
     except KeyboardInterrupt as stop:
         code = 143 if isinstance(stop, Terminated) else 130
-        _fail("interrupted; the same command goes on where it can", code)
+        _fail("interrupted; the same command continues where it can", code)
     except Exception as error:
         message = one_line(error)
         if debug:
@@ -52,19 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _help_all(tokens: list[str]) -> None:
-    """The help of a command with all of its options; of any other, its help."""
+    """Print a command's help with all of its options."""
     verb = next((token for token in tokens if not token.startswith("-")), "")
-    if verb in STAGES or verb in ("compare", "run"):
-        one = App(name="prunedm", version=__version__)
-        if verb in STAGES:
-            one.command(verbs.stage_command(STAGES[verb], everything=True))
-        elif verb == "compare":
-            one.command(verbs.compare_command(everything=True))
-        else:
-            one.command(run.run_command(everything=True))
-        one([verb, "--help"])
-    else:
-        app([verb, "--help"] if verb else ["--help"])
+    shown = app
+    if verb in VERBS or verb == "run":
+        shown = App(name="prunedm", version=__version__)
+        command = run.run_command if verb == "run" else partial(verbs.stage_command, VERBS[verb])
+        shown.command(command(everything=True))
+    shown([verb, "--help"] if verb else ["--help"])
 
 
 def _fail(message: str, code: int) -> None:

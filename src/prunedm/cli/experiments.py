@@ -26,25 +26,25 @@ def make(
     /,
     *,
     workers: Annotated[
-        int, Parameter(help="runs at a time; 0: one a GPU, or one on a machine without")
+        int, Parameter(help="parallel runs; 0: one per GPU, or one on a machine without")
     ] = 0,
     threads: Annotated[
-        int, Parameter(help="processor threads of each; 0: the cores, shared out evenly")
+        int, Parameter(help="processor threads of each; 0: an equal share of the cores")
     ] = 0,
     only: Annotated[
         tuple[str, ...],
-        Parameter(help="only runs with this word in their label, such as pattern=2:4; repeat it"),
+        Parameter(help="only runs with this word in their label, such as pattern=2:4; repeatable"),
     ] = (),
     retry: Annotated[bool, Parameter(help="start failed runs again", negative=())] = False,
     dry_run: Annotated[
-        bool, Parameter(help="only list the runs and how they stand", negative=())
+        bool, Parameter(help="only list the runs and their state", negative=())
     ] = False,
 ) -> None:
     """Run what is not done yet, and write OUT/sweep.html.
 
-    The same command goes on after an interruption, kill -9 included; started on several machines with
+    The same command continues after an interruption, kill -9 included; started on several machines with
     a shared OUT, they share the runs. A stage that several runs begin with is made once. Exit code 1
-    says that a run of the grid has failed.
+    means that a run of the grid has failed.
     """
     from prunedm.console import Terminal
     from prunedm.experiments.plan import draft_of, read_sweep
@@ -77,7 +77,7 @@ def show(
     out: Annotated[Path, Parameter(help="folder of a sweep, finished or not", converter=to_output)],
     /,
 ) -> None:
-    """The table of runs and the Pareto front as they stand, and OUT/sweep.html anew."""
+    """Print the current table of runs and the Pareto front, and rewrite OUT/sweep.html."""
     from prunedm.experiments.sweep import read_kept, rows_of
 
     _show(rows_of(out), read_kept(out).sweep, out)
@@ -85,7 +85,7 @@ def show(
 
 @app.command
 def schema(of: Literal["recipe", "sweep"] = "recipe", /) -> None:
-    """Print the JSON schema of a file, by which editors complete and check it."""
+    """Print the JSON schema of a file, for editors to complete and check it."""
     from prunedm.experiments.plan import Sweep
     from prunedm.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""What every command has: the app, its common parameters, and how a stage is run and reported."""
+"""What commands share: the app, common parameters, the watched terminal."""
 
 import os
 import shlex
@@ -12,11 +12,9 @@ from cyclopts import App, Parameter, Token
 
 from prunedm import __version__
 from prunedm.errors import UserError
-from prunedm.recipe import describe
 from prunedm.system.places import expanded, target
 
 if TYPE_CHECKING:
-    from prunedm.record import Record
     from prunedm.system.watching import Watched
 
 app = App(
@@ -25,13 +23,13 @@ app = App(
     "`prunedm run` does everything on the embedded digits model. Every stage takes options from "
     "`--config FILE.yaml`; the command line wins. `--debug` shows tracebacks.",
     version=__version__,
-    suppress_keyboard_interrupt=False,  # `main` says how to go on
+    suppress_keyboard_interrupt=False,  # `main` says how to continue
 )
 Flat = Parameter(name="*")
 
 
 def to_output(_: object, tokens: Sequence[Token]) -> Path:
-    """A folder or file to be made, as the user named it but for `~`; refused before any work."""
+    """A folder or file to write, with `~` expanded; refused here where it is impossible."""
     target(tokens[0].value)
     return expanded(tokens[0].value)
 
@@ -54,14 +52,8 @@ Model = Annotated[str, Parameter(help="a model folder, a hub id like owner/name,
 Out = Annotated[Path, Parameter(help="the new folder", converter=to_output)]
 
 
-def told(terminal: "Watched", out: Path, record: "Record", *, made: bool) -> None:
-    """Say in one line what came out."""
-    terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
-    terminal.result(record.figures, made=made)
-
-
 def check_names(*names: str, dataset: str = "digits") -> None:
-    """Raise `UserError` for a model or dataset that is nowhere, before PyTorch is imported."""
+    """Raise `UserError` for a model or dataset that cannot be found, before PyTorch is imported."""
     from prunedm.hub import find_locally
 
     for name in filter(None, names):
@@ -75,7 +67,7 @@ def check_names(*names: str, dataset: str = "digits") -> None:
 
 
 def watched_terminal(out: Path, stage: str = "") -> "Watched":
-    """The terminal as a progress that `prunedm monitor` sees while its context lasts."""
+    """The terminal as a progress that `prunedm monitor` sees while the context lasts."""
     from prunedm.console import Terminal
     from prunedm.system.watching import Watched
     from prunedm.training import processes
@@ -86,7 +78,7 @@ def watched_terminal(out: Path, stage: str = "") -> "Watched":
 
 
 def _command() -> str:
-    """What starts this again: of several processes, their launcher's words."""
+    """The command that starts this again; for several processes, their launcher's."""
     import psutil
 
     from prunedm.training import processes

@@ -1,4 +1,4 @@
-"""Commands whose parameters are the fields of an options class, by name and with its help."""
+"""Commands whose parameters are the fields of an options class."""
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter as Argument
@@ -9,9 +9,9 @@ from cyclopts import Group, Parameter
 
 from prunedm.options import Leaf, OneOf, Options
 
-Given = Mapping[str, Any]  # what stands on the command line, by the parameter's name
+Given = Mapping[str, Any]  # values on the command line, by parameter name
 
-# options of any verb that few commands need, under the headings of `--help-all`
+# options that few commands need, by their heading in `--help-all`
 RARE = {
     "images": (
         "label_column", "caption_column", "image_column", "flip", "convert_channels", "scheduler",
@@ -27,21 +27,21 @@ RARE = {
 
 
 def argument(name: str, annotation: Any) -> Argument:
-    """What a command needs, by place or by name."""
+    """A required parameter, by position or by name."""
     return Argument(name, Argument.POSITIONAL_OR_KEYWORD, annotation=annotation)
 
 
 def keyword(name: str, annotation: Any, default: Any) -> Argument:
-    """What may be left out."""
+    """An optional parameter, by name."""
     return Argument(name, Argument.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 def options_of(
     kind: type[Options], *, within: str = "", everything: bool = False
 ) -> list[Argument]:
-    """One keyword an option. `within` a stage it is named --STAGE.OPTION.
+    """One keyword per option, named --STAGE.OPTION `within` a stage.
 
-    everything: whether the help shows those of `RARE` and of methods too, under headings.
+    everything: whether the help also shows options in `RARE` and of methods, under headings.
     """
     flags = {leaf.flag for leaf in kind.leaves()}
     return [_option(leaf, flags, within, everything) for leaf in kind.leaves()]
@@ -62,13 +62,13 @@ def _option(leaf: Leaf, flags: set[str], within: str, everything: bool) -> Argum
 
 
 def options_in(kind: type[Options], given: Given) -> dict[str, Any]:
-    """What was given of the options."""
+    """The given values that are options of this kind."""
     flags = {leaf.flag for leaf in kind.leaves()}
     return {name: value for name, value in given.items() if name in flags}
 
 
 def section_of(leaf: Leaf) -> str:
-    """The heading under which `--help-all` lists an option; "" is in front."""
+    """The heading of an option in `--help-all`; "" comes first."""
     if len(leaf.path) > 1:
         return leaf.path[0].replace("_", "-")
     return next((section for section, flags in RARE.items() if leaf.flag in flags), "")
@@ -80,13 +80,13 @@ def sections_of(kind: type[Options]) -> list[str]:
 
 
 def _type(leaf: Leaf) -> Any:
-    """With the choices of a table in the place of its text."""
+    """The option's type, with the choices of a table as a `Literal`."""
     table = leaf.mark(OneOf)
     return Literal.__getitem__(tuple(table.table)) if table else leaf.field.annotation
 
 
 def _plain(annotation: Any) -> Any:
-    """A type without bounds within it: pydantic names the option when it refuses a value."""
+    """The type without inner bounds, which pydantic checks with the option's name."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
@@ -97,7 +97,7 @@ def _plain(annotation: Any) -> Any:
 def command(
     name: str, text: str, arguments: Sequence[Argument], run: Callable[[Given], None]
 ) -> Callable[..., None]:
-    """A function that cyclopts reads as if it had been written out; `run` gets what was given."""
+    """A function with this signature for cyclopts; it calls `run` with the given values."""
     signature = Signature(list(arguments))
 
     def function(*by_place: Any, **by_name: Any) -> None:

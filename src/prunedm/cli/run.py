@@ -44,15 +44,10 @@ def _run(given: Given) -> None:
 
 
 def _recipe_options(*, everything: bool = False) -> list[Argument]:
-    """The recipe's own, the report's, and those of stages by name or verb, which the help hides."""
-    own = [
-        option
-        for option in options_of(Recipe, everything=everything)
-        if option.name not in ("stages", "evaluate")
-    ]
+    """Options of the recipe, and of its stages and report by name or verb, which the help hides."""
+    own = options_of(Recipe, everything=everything)
     names = {name: verb for name, (verb, _) in FIELDS.items()} | {verb: verb for verb in STAGES}
-    names["evaluate"] = "evaluate"
-    return own + [
+    return [option for option in own if option.name not in ("stages", "evaluate")] + [
         option
         for name, verb in names.items()
         for option in options_of(STAGES[verb].options, within=name, everything=everything)
@@ -87,7 +82,7 @@ recipe's name, or the model's."""
 
 
 def run_command(*, everything: bool = False) -> Callable[..., None]:
-    """The command; `everything`: its help shows the options of all stages."""
+    """The command. everything: its help shows the options of all stages."""
     arguments = [
         keyword("places", _PLACES, ()).replace(kind=Argument.POSITIONAL_ONLY),
         *_recipe_options(everything=everything),
@@ -105,7 +100,7 @@ app.command(run_command())
 
 
 def _places(places: Sequence[Path], config: Path | None) -> tuple[Path | None, Path | None]:
-    """The recipe's file, by its name, and the folder, each where there is one."""
+    """The recipe file, recognized by its suffix, and the folder; None where not given."""
     files = [place for place in places if place.suffix in (".yaml", ".yml")]
     folders = [place for place in places if place not in files]
     if len(files) > 1 or len(folders) > 1 or (files and config):

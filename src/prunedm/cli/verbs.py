@@ -1,4 +1,4 @@
-"""The commands that run one stage: MODEL OUT and its options, from the table of stages; and compare."""
+"""The commands that run one stage, from the table of verbs."""
 
 from collections.abc import Callable
 from inspect import Parameter as Argument
@@ -7,16 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from prunedm.cli.frame import (
-    Config,
-    Model,
-    Out,
-    Overwrite,
-    app,
-    check_names,
-    told,
-    watched_terminal,
-)
+from prunedm.cli.frame import Config, Model, Out, Overwrite, app, check_names, watched_terminal
 from prunedm.cli.parameters import (
     Given,
     argument,
@@ -28,10 +19,10 @@ from prunedm.cli.parameters import (
 )
 from prunedm.configuration import combined, merged, preset_file, read_options
 from prunedm.errors import UserError
-from prunedm.options import EvaluateOptions, LearnOptions, Options
+from prunedm.options import LearnOptions
 from prunedm.options.presets import preset_named
-from prunedm.stages import STAGES
-from prunedm.stages.table import Stage
+from prunedm.recipe import describe
+from prunedm.stages.table import VERBS, Stage
 
 Table = dict[str, Any]
 
@@ -45,7 +36,7 @@ def _learn_preset(name: str, given: Table) -> Table:
     return combined(preset_named(name).options(estimator), LearnOptions.nested(given))
 
 
-# the help of --preset, and what was given over a preset of that name
+# verb -> the help of --preset, and a function of its name and the options given over it
 PRESETS: dict[str, tuple[str, Callable[[str, Table], Table]]] = {
     "train": ("a packaged configuration: digits", _train_preset),
     "learn": ("quick, standard, best, efficient or fine: see `prunedm presets`", _learn_preset),
@@ -59,76 +50,52 @@ def _run(stage: Stage, given: Given) -> None:
         below = read_options(config) if config else {}
         table, config = PRESETS[stage.verb][1](given["preset"], combined(below, table)), None
     options = merged(stage.options, config, table)
-    source, out = given.get("model", ""), given["out"]
-    check_names(source, dataset=getattr(options, "dataset", ""))
+    out, source = given["out"], given.get("model", "")
+    if stage.reads == "models":
+        source = _labels(given["models"])
+    names = source.values() if isinstance(source, dict) else [source]
+    check_names(*names, dataset=getattr(options, "dataset", ""))
     with watched_terminal(out, stage.verb) as terminal:
         overwrite = bool(given.get("overwrite"))
         record, made = stage(source, out, options, progress=terminal, overwrite=overwrite)
-        told(terminal, out, record, made=made)
+        terminal.say(f"{out}: {describe(record.figures, record.wall_time_s, made)}")
+        terminal.result(record.figures, made=made)
     from prunedm.console import SHOWN
 
     if stage.verb in SHOWN:
         SHOWN[stage.verb](out)
 
 
+_MODELS = Annotated[list[str], Parameter(help="models; the others are compared with the first")]
+_PLACES = {
+    "model": [argument("model", Model), argument("out", Out)],
+    "models": [
+        argument("models", _MODELS).replace(kind=Argument.POSITIONAL_ONLY),
+        keyword("out", Out, Argument.empty),
+    ],
+    "nothing": [argument("out", Out)],
+}
+
+
 def stage_command(stage: Stage, *, everything: bool = False) -> Callable[..., None]:
-    """The command of a verb; `everything`: its help shows all options."""
-    arguments = [argument("model", Model)] if stage.reads == "model" else []
-    arguments += [argument("out", Out), *options_of(stage.options, everything=everything)]
+    """The command of a verb. everything: its help shows all options."""
+    arguments = [*_PLACES[stage.reads], *options_of(stage.options, everything=everything)]
     if stage.verb in PRESETS:
         preset = Annotated[str | None, Parameter(help=PRESETS[stage.verb][0])]
         arguments.append(keyword("preset", preset, None))
     arguments += [keyword("config", Config, None), keyword("overwrite", Overwrite, False)]
-    text = stage.help + ("" if everything else more_options(stage.options))
+    text, sections = stage.help, sections_of(stage.options)
+    if sections and not everything:
+        text += f"\n\nMore options, by --help-all: {', '.join(sections)}."
     return command(stage.verb, text, arguments, lambda given: _run(stage, given))
 
 
-def more_options(kind: type[Options]) -> str:
-    """A sentence of the help about the options that it leaves out."""
-    sections = sections_of(kind)
-    return f"\n\nMore options, by --help-all: {', '.join(sections)}." if sections else ""
-
-
-for _stage in STAGES.values():
+for _stage in VERBS.values():
     app.command(stage_command(_stage))
 
 
-def _compare(given: Given) -> None:
-    models, out = _labels(given["models"]), given["out"]
-    options = merged(EvaluateOptions, given.get("config"), options_in(EvaluateOptions, given))
-    check_names(*models.values(), dataset=options.dataset)
-    from prunedm.console import comparison_tables
-    from prunedm.stages import compare
-
-    with watched_terminal(out, "compare") as terminal:
-        overwrite = bool(given.get("overwrite"))
-        record, made = compare(models, out, options, progress=terminal, overwrite=overwrite)
-        told(terminal, out, record, made=made)
-    comparison_tables(out)
-
-
-_MODELS = Annotated[list[str], Parameter(help="models; the first is the one to compare with")]
-
-
-def compare_command(*, everything: bool = False) -> Callable[..., None]:
-    """As `stage_command`; it reads several models."""
-    text = "Measure several models on the same problems and noise; table and report.html."
-    arguments = [
-        argument("models", _MODELS).replace(kind=Argument.POSITIONAL_ONLY),
-        keyword("out", Out, Argument.empty),
-        *options_of(EvaluateOptions, everything=everything),
-        keyword("config", Config, None),
-        keyword("overwrite", Overwrite, False),
-    ]
-    text += "" if everything else more_options(EvaluateOptions)
-    return command("compare", text, arguments, _compare)
-
-
-app.command(compare_command())
-
-
 def _labels(models: list[str]) -> dict[str, str]:
-    """Folder names, made different by their parents' where two are the same."""
+    """Folder names; whole paths where two names are equal."""
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
         names = [model.strip("/").replace("/", "-") for model in models]

@@ -155,7 +155,7 @@ def load_images(
     images are held out. Raises `UserError` where the name is none of them, or holds no images, and where
     captions are wanted and an image has none.
     """
-    found = _open(name, size, label_column, image_column)
+    found = _open(name, size, label_column, image_column, caption_column)
 
     def labels_of(part: str) -> Labels:
         return Labels() if labels == "none" else found.labels(part)
@@ -213,9 +213,13 @@ def _together(parts: Sequence[Sequence[Any]]) -> Any:
     return ConcatDataset(parts)  # type: ignore[arg-type]
 
 
-def _open(name: str, size: Size, label_column: str, image_column: str) -> _Source:
+def _open(
+    name: str, size: Size, label_column: str, image_column: str, caption_column: str = ""
+) -> _Source:
     if is_embedded(name):
-        _refuse_columns("digits has", label_column, image_column)
+        _refuse_columns(
+            "digits has", label=label_column, image=image_column, caption=caption_column
+        )
         return _digits(size)
     path, beside = find_dataset(name), ""
     if path is not None and path.is_dir():
@@ -223,7 +227,7 @@ def _open(name: str, size: Size, label_column: str, image_column: str) -> _Sourc
         files = table_files(path, found)
         beside = f"{len(found.files):,} image files" if found.files else ""
         if not files:
-            _refuse_columns(f"{shown(name)!r} is a folder of images and has", "", image_column)
+            _refuse_columns(f"{shown(name)!r} is a folder of images and has", image=image_column)
             return _folder(path, found, label_column)
         tables = open_folder(path, files, name)
     elif path is not None:
@@ -241,10 +245,10 @@ def is_embedded(name: str) -> bool:
     return name == "digits" and (path is None or (path / "model_index.json").exists())
 
 
-def _refuse_columns(what: str, label_column: str, image_column: str) -> None:
-    for option, value in (("--label-column", label_column), ("--image-column", image_column)):
-        if value:
-            raise UserError(f"{option} {value}: {what} no columns; leave it out")
+def _refuse_columns(what: str, **columns: str) -> None:
+    for kind, column in columns.items():
+        if column:
+            raise UserError(f"--{kind}-column {column}: {what} no columns; leave it out")
 
 
 def _folder(folder: Path, found: Found, label_column: str) -> _Source:

@@ -1,1 +1,1 @@
-"""Many recipes: which ones a sweep is made of, running them side by side, and what came out."""
+"""Sweeps: the recipes they consist of, running them in parallel, and their results."""

@@ -1,4 +1,4 @@
-"""One run of a sweep, in a process of its own: every stage that is not there yet, then the figures.
+"""One run of a sweep, in its own process: every missing stage, then the figures.
 
 python -m prunedm.experiments.chain OUT RUN
 """
@@ -36,7 +36,7 @@ _LOOK_EVERY = 0.5  # seconds
 
 
 def run_chain(store: Store, run: Run, progress: Progress) -> None:
-    """Make what is missing of a run. A stage that another run is making is waited for."""
+    """Make the missing parts of a run, waiting for stages that another run is making."""
     recipe = recipe_of(run)
     measured = partial(figures, options=recipe.evaluation(), progress=progress)
     current: str | Path = recipe.model
@@ -65,7 +65,7 @@ def _make(step: Step, source: str | Path, out: Path, *, progress: Progress) -> N
 def figures(
     source: str | Path, out: Path, *, options: EvaluateOptions, label: str, progress: Progress
 ) -> None:
-    """Quality, size and sparsity of one model; no latencies, which runs side by side would spoil.
+    """Quality, size and sparsity of one model; no latencies, which parallel runs would disturb.
 
     Raises `UserError` where a step has failed; it is measured again the next time.
     """
@@ -81,7 +81,7 @@ def figures(
 
 
 def _alone(store: Store, folder: str, progress: Progress, make: Callable[[], None]) -> None:
-    """Call `make` when no other run is at the same stage."""
+    """Call `make` once no other run is making the same stage."""
     waits = False
     while True:
         try:
@@ -96,7 +96,7 @@ def _alone(store: Store, folder: str, progress: Progress, make: Callable[[], Non
 
 
 def main(out: str, run_id: str) -> int:
-    """Exit code; what went wrong is in the run's status, and above it in the log."""
+    """Run one run; returns the exit code. Errors go to the run's status and the log."""
     from prunedm.console import Terminal
     from prunedm.system.signals import interruptible
 
@@ -115,10 +115,7 @@ def main(out: str, run_id: str) -> int:
                 return _end(store, run_id, "stopped", "", INTERRUPTED)
             except Exception as error:
                 message = one_line(error)
-                if message is None:
-                    print(masked(traceback.format_exc()), file=sys.stderr)
-                else:
-                    print(message, file=sys.stderr)
+                print(message or masked(traceback.format_exc()), file=sys.stderr)
                 reason = message or f"{type(error).__name__}: {first_line(error)}"
                 return _end(store, run_id, "failed", reason, FAILED)
     except Timeout:
@@ -136,7 +133,7 @@ def _end(store: Store, run: str, state: str, error: str, code: int) -> int:
 
 
 def _command(out: str) -> str:
-    """What goes on with the sweep: the words that the scheduler was started by."""
+    """The command that continues the sweep, as the scheduler was started."""
     with suppress(psutil.Error):
         words = psutil.Process(os.getppid()).cmdline()
         if "sweep" in words:
@@ -145,7 +142,7 @@ def _command(out: str) -> str:
 
 
 def _end_with_scheduler() -> None:
-    """Interrupt this process when the one that started it is gone, kill -9 included."""
+    """Interrupt this process when its scheduler is gone, even by kill -9."""
     scheduler = int(os.environ.get(SCHEDULER, os.getppid()))
 
     def watch() -> None:

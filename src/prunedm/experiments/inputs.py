@@ -1,8 +1,7 @@
-"""What a sweep's runs read, by the hash of its content: a changed file is another experiment."""
+"""Content hashes of a sweep's inputs: a changed file makes another experiment."""
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 from prunedm.errors import UserError
 from prunedm.experiments.plan import Sweep, case_of, draft_of
@@ -17,9 +16,9 @@ from prunedm.system.places import expanded
 
 
 def hashes_of(sweep: Sweep) -> dict[str, str]:
-    """The dense model's, and those of every dataset, model and file that an option names.
+    """Hashes of the dense model and of every dataset, model and file that an option names.
 
-    Raises `UserError` for one that cannot be read.
+    Raises `UserError` for an input that cannot be read.
     """
     base = case_of(sweep, {}).recipe
     model = load(base.model)
@@ -40,23 +39,13 @@ def _hash(name: str, model: Model, options: DataOptions) -> str:
 
 
 def _varied(sweep: Sweep) -> Iterable[str]:
-    """The same names among the values of a grid or a search."""
-    for field, value in _values(sweep):
+    """The inputs named by values of a grid or a search."""
+    for field, value in sweep.values():
         if field.rpartition(".")[2] not in PATH_OPTIONS:
             continue
-        with suppress(UserError):  # a combination that is impossible fails by itself
+        with suppress(UserError):  # an impossible combination fails on its own
             draft = draft_of(sweep, {field: value})
             recipe, owner = draft.recipe(), draft.owner(field)
             yield from [*inputs_of_stages(recipe), *inputs_of_evaluation(recipe)]
-            if owner is not None and not owner.runs:  # it is run only with another varied field
+            if owner is not None and not owner.runs:  # runs only with another varied field
                 yield from inputs_of(STAGES[owner.verb].options.model_validate(owner.table))
-
-
-def _values(sweep: Sweep) -> Iterable[tuple[str, Any]]:
-    for name, space in (sweep.search.space if sweep.search else {}).items():
-        yield from ((name, value) for value in space if isinstance(space, list))
-    for name, points in sweep.grid.items():
-        if isinstance(points, dict):
-            yield from (pair for settings in points.values() for pair in settings.items())
-        else:
-            yield from ((name, value) for value in points)

@@ -1,9 +1,9 @@
-"""A sweep's file: one recipe, and the settings that are varied in a grid or searched by Optuna."""
+"""A sweep's file: one recipe, and settings varied in a grid or searched by Optuna."""
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,12 +24,14 @@ Points = list[Any] | dict[str, Settings]  # values of one field, or named settin
 
 
 class Range(Options):
-    """Numbers that a search draws from; whole ones where both ends (and the step) are whole."""
+    """Numbers to draw from: integers where both ends (and the step) are integers."""
 
     low: int | float
     high: int | float
-    step: int | float | None = Field(None, gt=0, description="between numbers; none: any")
-    log: bool = Field(False, description="draw the logarithm evenly")
+    step: int | float | None = Field(
+        None, gt=0, description="step between numbers; none: any number"
+    )
+    log: bool = Field(False, description="draw uniformly in the logarithm")
 
     @model_validator(mode="after")
     def _possible(self) -> "Range":
@@ -50,20 +52,20 @@ Space = Annotated[
 
 
 class Search(Options):
-    """Optuna's part: it proposes settings, and learns from the figures of earlier trials."""
+    """A search by Optuna, which proposes settings from the figures of earlier trials."""
 
-    trials: int = Field(20, ge=1, description="runs in all, of all machines together")
+    trials: int = Field(20, ge=1, description="total runs of all machines")
     space: dict[str, Space] = Field(
         ..., min_length=1, description="field -> values, or {low, high, step, log}"
     )
-    sampler: Literal["tpe", "random", "nsga2", "gp"] = Field("tpe", description="who proposes")
+    sampler: Literal["tpe", "random", "nsga2", "gp"] = Field("tpe", description="Optuna sampler")
     pruner: Literal["none", "median", "halving"] = Field(
-        "none", description="ends trials whose held-out loss lags behind; for one objective"
+        "none", description="ends trials whose held-out loss lags behind; only with one objective"
     )
     pruner_patience: int = Field(
-        4, ge=1, description="whole trials before the first one is ended (median)"
+        4, ge=1, description="complete trials before the first is ended (median)"
     )
-    seed: int = Field(0, ge=0, description="of the proposals")
+    seed: int = Field(0, ge=0, description="seed of the proposals")
     storage: str = Field(
         "", description="a database URL that several machines share; none: study.db in OUT"
     )
@@ -74,7 +76,7 @@ class Sweep(Options):
     """`prunedm sweep`: a recipe, and either a grid or a search."""
 
     recipe: dict[str, Any] | str = Field(
-        default_factory=dict, description="a recipe's options, or a recipe file beside this one"
+        default_factory=dict, description="a recipe's options, or a recipe file next to this one"
     )
     grid: dict[str, Points] = Field(
         default_factory=dict,
@@ -104,18 +106,24 @@ class Sweep(Options):
         """The recipe's options. Raises `UserError` for a file that cannot be read."""
         return read_options(expanded(self.recipe)) if isinstance(self.recipe, str) else self.recipe
 
-    def fields(self) -> list[str]:
-        """Every option that is varied, in the file's order."""
-        names = list(self.search.space) if self.search else []
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """(field, value) of everything varied, in the file's order; of a range, the range."""
+        for name, space in (self.search.space if self.search else {}).items():
+            yield from ((name, value) for value in (space if isinstance(space, list) else [space]))
         for name, points in self.grid.items():
-            inner = points.values() if isinstance(points, dict) else [{name: None}]
-            names += [field for settings in inner for field in settings]
-        return list(dict.fromkeys(names))
+            if isinstance(points, dict):
+                yield from (pair for settings in points.values() for pair in settings.items())
+            else:
+                yield from ((name, value) for value in points)
+
+    def fields(self) -> list[str]:
+        """Every varied option, in the file's order."""
+        return list(dict.fromkeys(field for field, _ in self.values()))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One combination: what is varied in it, how it is called, and the whole recipe."""
+    """One combination: its settings, its label, and the whole recipe."""
 
     settings: Settings
     label: str
@@ -123,7 +131,7 @@ class Case:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Raises `UserError` for a file that is none, naming the first thing that is wrong."""
+    """Raises `UserError` naming the first error in the file."""
     table = read_options(path)
     if isinstance(table.get("recipe"), str):
         table["recipe"] = read_options(path.parent / expanded(table["recipe"]))
@@ -134,7 +142,7 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def draft_of(sweep: Sweep, settings: Settings) -> Draft:
-    """The sweep's recipe with the settings over it."""
+    """The sweep's recipe with `settings` over it."""
     draft = Draft.of(sweep.base)
     for field, value in settings.items():
         draft.set(nested({field: value}))
@@ -142,7 +150,7 @@ def draft_of(sweep: Sweep, settings: Settings) -> Draft:
 
 
 def case_of(sweep: Sweep, settings: Settings, label: str = "") -> Case:
-    """Raises `UserError` where the recipe does not take a setting."""
+    """One combination. Raises `UserError` where the recipe rejects a setting."""
     label = label or label_of(settings)
     try:
         return Case(settings, label, draft_of(sweep, settings).recipe())
@@ -151,7 +159,7 @@ def case_of(sweep: Sweep, settings: Settings, label: str = "") -> Case:
 
 
 def check_fields(sweep: Sweep) -> None:
-    """Raise `UserError` for a field that is varied and that no stage of the recipe has."""
+    """Raise `UserError` for a varied field that no stage of the recipe has."""
     varied, draft = "stages" in sweep.fields(), draft_of(sweep, {})
     ran = ", ".join(entry.name for entry in draft.entries if entry.runs)
     for field in sweep.fields():
@@ -176,14 +184,14 @@ def grid_cases(sweep: Sweep) -> list[Case]:
 
 
 def _axis(name: str, points: Points) -> list[tuple[str, Settings]]:
-    """(words, settings) of each point of one dimension."""
+    """(label, settings) of each point of one dimension."""
     if isinstance(points, Mapping):
         return [(str(label), dict(settings)) for label, settings in points.items()]
     return [(label_of({name: value}), {name: value}) for value in points]
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    """ "score=taylor finetune.lr=0.001": the last part of a name where that is unique."""
+    """A label like "score=taylor finetune.lr=0.001"; names are shortened where that is unique."""
     lasts = Counter(name.rpartition(".")[2] for name in settings)
     return " ".join(
         f"{last if lasts[last := name.rpartition('.')[2]] == 1 else name}={_words(value)}"

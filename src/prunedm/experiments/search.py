@@ -1,8 +1,8 @@
-"""Optuna proposes a sweep's runs. Its storage may be shared: every machine asks and tells there.
+"""Optuna proposes a sweep's runs. Several machines may share its storage.
 
-A trial that was cut off, by kill -9 too, is found again by the run it names, and gone on with. The
-proposals of trial k are drawn with a seed of (seed, k): so a search that was interrupted proposes
-what an uninterrupted one does, as long as one worker asks.
+A trial that was cut off, even by kill -9, is found by the run it names and continued. Trial k is
+proposed with a seed from (seed, k), so that with one worker an interrupted search proposes the same
+trials as an uninterrupted one.
 """
 
 import json
@@ -19,26 +19,26 @@ from prunedm.options import LearnOptions, LoopOptions
 from prunedm.recipe import steps_of
 from prunedm.system.running import Entry
 
-# a trial's attributes: what it runs, the folder that holds it, and when that was last heard of
+# a trial's attributes: its run, settings, folder (by name), last sign of life, and error
 RUN, SETTINGS, PLACE, ALIVE, ERROR = "run", "settings", "place", "alive", "error"
-_ASKING = 120.0  # seconds that a proposal may take before its trial counts as cut off
+_ASKING = 120.0  # seconds after which a trial without a run counts as cut off
 _BEAT = 60.0  # seconds between signs of life
 _SILENT = 600.0  # seconds after which a run in another machine's folder counts as cut off
 
 
 class Searching:
-    """The source of a search's runs."""
+    """The source of a search's runs; the interface is that of `Grid`."""
 
     def __init__(self, sweep: Sweep, store: Store, hashes: Mapping[str, str], place: str) -> None:
-        """hashes: of what the runs read, see `run_of`. place: a name of the store's folder."""
+        """hashes: of the runs' inputs, see `run_of`. place: a unique name of the store's folder."""
         assert sweep.search is not None
         self._place, self._hashes = place, hashes
         self._sweep, self._store, self._search = sweep, store, sweep.search
         self._study = open_study(sweep, store.out, hashes)
-        self._trials: dict[str, list[Any]] = {}  # run -> the trials that wait for it here
+        self._trials: dict[str, list[Any]] = {}  # run -> trials waiting for it here
         self._reported: dict[str, int] = {}  # run -> the last step reported
-        self._beaten: dict[int, float] = {}  # trial -> when it last gave a sign of life
-        self._seen: dict[int, float] = {}  # trial without a run -> when it was first seen
+        self._beaten: dict[int, float] = {}  # trial -> last sign of life
+        self._seen: dict[int, float] = {}  # trial without a run -> first seen
         self._ended: set[str] = set()
         self.total = self._search.trials
 
@@ -47,12 +47,12 @@ class Searching:
 
         try:
             return self._cut_off({run.id for run in busy}) or self._new()
-        except UpdateFinishedTrialError:  # another machine took the trial for cut off
+        except UpdateFinishedTrialError:  # another machine considered the trial cut off
             self._store.release_all(but={run.id for run in busy})
             return None
 
     def _cut_off(self, busy: set[str]) -> Run | None:
-        """The run of a trial that nobody is at any more."""
+        """The run of a trial that no process works on any more."""
         by_run: dict[str, list[Any]] = {}
         for trial in self._running():
             run = trial.user_attrs.get(RUN)
@@ -71,7 +71,7 @@ class Searching:
         return None
 
     def _new(self) -> Run | None:
-        """The run of a new trial; of one that comes to a run there is already, the next one's."""
+        """The run of a new trial, skipping trials whose run exists already."""
         while (trial := self._ask()) is not None:
             run = self._propose(trial)
             if run is None:
@@ -91,7 +91,7 @@ class Searching:
         return None
 
     def watch(self, run: Run, entry: Entry | None) -> bool:
-        """Whether the pruner gives the trial up; and a sign of life for the other machines."""
+        """Whether the pruner ends the trial; also gives other machines a sign of life."""
         from optuna.exceptions import UpdateFinishedTrialError
 
         try:
@@ -100,14 +100,16 @@ class Searching:
             if self._search.pruner == "none" or entry is None or run.id not in self._trials:
                 return False
             return self._lags(self._trials[run.id][0], run, entry)
-        except UpdateFinishedTrialError:  # another machine took it over, and was faster
+        except UpdateFinishedTrialError:  # another machine took it over
             return False
 
     def _lags(self, trial: Any, run: Run, entry: Entry) -> bool:
-        """Report the held-out losses that are new; whether the pruner gives the trial up."""
+        """Report new held-out losses; returns whether the pruner ends the trial."""
         status = self._store.status(run.id)
         names = [stage.name for stage in run.stages]
-        fresh = entry.task_started >= status.stage_started  # else they are the stage's before
+        fresh = (
+            entry.task_started >= status.stage_started
+        )  # else the losses are of an earlier stage
         if status.stage not in names or not entry.held_out or not fresh:
             return False
         before = _steps_before(run, names.index(status.stage))
@@ -123,7 +125,7 @@ class Searching:
 
         self._ended.add(run.id)
         if status.state == "stopped":
-            return  # its trials are gone on with next time
+            return  # its trials continue next time
         values: list[float] | None = None
         state = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(status.state)
         if state == TrialState.COMPLETE:
@@ -152,11 +154,11 @@ class Searching:
         return [trial for trial in self._all() if not trial.state.is_finished()]
 
     def _asked(self) -> int:
-        """Trials that count: those with settings, and those that are being proposed."""
+        """The number of trials with settings or being proposed."""
         return sum(map(_counts, self._all()))
 
     def _ask(self) -> Any:
-        """A new trial; None where all have been asked for, here or elsewhere."""
+        """A new trial; None where all have been asked for on some machine."""
         from optuna.samplers import RandomSampler
         from optuna.trial import Trial, TrialState
 
@@ -171,7 +173,7 @@ class Searching:
         return Trial(self._study, trial._trial_id)
 
     def _propose(self, trial: Any) -> Run | None:
-        """The run of a trial's settings; None where the recipe does not take them."""
+        """The run of a trial's settings; None where the recipe rejects them."""
         from optuna.trial import TrialState
 
         try:
@@ -184,13 +186,13 @@ class Searching:
         trial.set_user_attr(SETTINGS, json.dumps(settings))
         try:
             return run_of(case_of(self._sweep, settings), self._hashes)
-        except UserError as error:  # options that do not go together: one failed trial
+        except UserError as error:  # incompatible options: one failed trial
             trial.set_user_attr(ERROR, str(error))
             self._study.tell(trial, state=TrialState.FAIL)
             return None
 
     def _take(self, trial: Any, run: str) -> None:
-        """The trial waits for a run here from now on."""
+        """Let the trial wait for a run here from now on."""
         self._beat(trial)
         trial.set_user_attr(PLACE, self._place)
         trial.set_user_attr(RUN, run)
@@ -215,13 +217,13 @@ class Searching:
             trial.set_user_attr(ALIVE, time.time())
 
     def _is_alive(self, trial: Any) -> bool:
-        """Whether somebody is at it: in our folder the run's lock tells, elsewhere its signs of life."""
+        """Whether a process works on it: by the run's lock in our folder, by signs of life elsewhere."""
         if trial.user_attrs.get(PLACE) == self._place:
             return self._store.is_alive(trial.user_attrs[RUN])
         return bool(time.time() - trial.user_attrs.get(ALIVE, 0.0) <= _SILENT)
 
     def _forget_if_cut_off(self, trial: Any) -> None:
-        """A trial whose process died while it was proposed has no run to go on with."""
+        """Fail a trial whose process died while it was proposed: it has no run to continue."""
         from optuna.trial import TrialState
 
         seen = self._seen.setdefault(trial.number, time.monotonic())
@@ -234,7 +236,7 @@ def _counts(trial: Any) -> bool:
 
 
 def _steps_before(run: Run, stage: int) -> int:
-    """Optimizer steps of the stages before this one, so that a run's steps only rise."""
+    """Optimizer steps of the earlier stages, so that a run's steps only increase."""
     every = [step.options for step in steps_of(recipe_of(run))[:stage]]
     return sum((o.filled() if isinstance(o, LearnOptions) else o).steps
                for o in every if isinstance(o, LoopOptions))  # fmt: skip

@@ -1,42 +1,24 @@
-"""Where a sweep's next run comes from: a grid, or (search.py) Optuna."""
+"""The next run of a grid; search.py has the same interface for Optuna."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from prunedm.experiments.store import Run, Status, Store
 from prunedm.system.running import Entry
 
 
-class Source(Protocol):
-    """What the scheduler asks; several schedulers on one folder may share one sweep."""
-
-    total: int
-
-    def next(self, busy: Sequence[Run]) -> Run | None:
-        """A run to start now, claimed, while `busy` ones run here; None where there is none yet."""
-
-    def watch(self, run: Run, entry: Entry | None) -> bool:
-        """Whether a run that has come this far should be ended; called while it runs."""
-
-    def finished(self, run: Run, status: Status) -> None:
-        """A run that was started here has ended."""
-
-    def over(self) -> bool:
-        """Whether nothing is left to start, and no other process is at a run of ours."""
-
-    def count_over(self) -> int:
-        """How many of `total` are over."""
-
-
 class Grid:
-    """All combinations, those first that wait for no stage which another run is making."""
+    """All combinations; those that need no stage in progress elsewhere come first.
+
+    The scheduler asks it for runs. Several schedulers may share a sweep's folder.
+    """
 
     def __init__(self, runs: Sequence[Run], store: Store, *, retry: bool = False) -> None:
         self._runs, self._store, self._retry = runs, store, retry
-        self._ended: set[str] = set()  # in this session: not started twice
+        self._ended: set[str] = set()  # in this session, and not started again
         self.total = len(runs)
 
     def next(self, busy: Sequence[Run]) -> Run | None:
+        """A run to start now, claimed, while `busy` ones run here; None where there is none yet."""
         taken = {run.id for run in busy}
         open_runs = [run for run in self._runs if run.id not in taken and self._is_open(run)]
         making = {self._first_missing(run) for run in busy}
@@ -50,15 +32,19 @@ class Grid:
         return None
 
     def watch(self, run: Run, entry: Entry | None) -> bool:
+        """Whether a running run should be ended early."""
         return False
 
     def finished(self, run: Run, status: Status) -> None:
+        """Note that a run started here has ended."""
         self._ended.add(run.id)
 
     def over(self) -> bool:
+        """Whether nothing is left to start or still running elsewhere."""
         return not any(self._is_open(run) for run in self._runs)
 
     def count_over(self) -> int:
+        """How many of `total` are over."""
         return sum(not self._is_open(run) for run in self._runs)
 
     def _is_open(self, run: Run) -> bool:

@@ -1,12 +1,12 @@
-"""Where a sweep's folders are, by what they hold, and how each run stands.
+"""The folders of a sweep, named by content, and the status of each run.
 
     OUT/stages/prune-3f2a9c01d4e8/     a stage, shared by all runs that begin with it
     OUT/runs/7b01c2de99a4/run.json     a run: its settings, recipe and stages
-                          status.json  how it stands; log.txt: what it printed
+                          status.json  its state; log.txt: what it printed
 
-A folder's name is the hash of what decides its content: what the model it starts from and the datasets
-hold, and the options of every stage up to it. So nothing is computed twice, and a changed sweep file
-keeps what is done.
+A folder is named by the hash of what decides its content: the initial model, the datasets, and the
+options of every stage up to it. So nothing is computed twice, and a changed sweep file keeps finished
+work.
 """
 
 import glob
@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ class StageFolder(BaseModel):
 
 
 class Run(BaseModel):
-    """What a run is made of; the last of `stages` is evaluated, and beside it the dense model."""
+    """One run; the last of `stages` is evaluated, and so is the dense model."""
 
     id: str
     label: str
@@ -56,10 +56,10 @@ class Run(BaseModel):
 
 
 class Status(BaseModel):
-    """How a run stands; times are seconds since 1970."""
+    """State of a run; times are seconds since 1970."""
 
     state: State = "waiting"
-    stage: str = ""  # the one it is at, or was at last
+    stage: str = ""  # the current or last one
     stage_started: float = 0.0
     host: str = ""
     pid: int = 0
@@ -97,16 +97,16 @@ class Store:
         replace_json(self.folder(run) / "status.json", status.model_dump(mode="json"))
 
     def status(self, run: str) -> Status:
-        """As it was written; who says "running" may be dead, which `is_alive` knows."""
+        """As last written; a "running" process may be dead, see `is_alive`."""
         try:
             return read_as(Status, self.folder(run) / "status.json", "")
-        except UserError:  # not there yet, or damaged: then nobody knows
+        except UserError:  # missing or damaged
             return Status()
 
     def claim(self, run: str) -> bool:
-        """Take a run for this process's scheduler; False where another one has it, or it is alive.
+        """Reserve a run for this scheduler; False where another has it, or a process is at work on it.
 
-        A claim holds from before the run's own process has begun until `release`, or our end.
+        A claim holds from before the run's own process starts until `release` or our exit.
         """
         if run in self._claims:
             return False
@@ -116,7 +116,7 @@ class Store:
             claim.acquire()
         except Timeout:
             return False
-        if not self._is_free(run, "lock"):  # of a scheduler that was killed, not yet ended
+        if not self._is_free(run, "lock"):  # its scheduler was killed, the run is not
             claim.release()
             return False
         self._claims[run] = claim
@@ -130,7 +130,7 @@ class Store:
             self.release(run)
 
     def is_alive(self, run: str) -> bool:
-        """Whether a process is at it now, here or on another machine that sees the folder."""
+        """Whether a process on any machine that sees the folder is working on the run."""
         if run in self._claims:
             return True
         return not (self._is_free(run, "claim") and self._is_free(run, "lock"))
@@ -145,36 +145,31 @@ class Store:
         except Timeout:
             return False
 
-    @contextmanager
-    def lock(self, run: str) -> Iterator[None]:
-        """What a run's process holds; the system lets go of it however the process ends.
+    def lock(self, run: str) -> FileLock:
+        """Held by a run's process, and released by the system however that process ends.
 
-        Raises `Timeout` where another process has it.
+        Entering raises `Timeout` where another process holds it.
         """
         self.folder(run).mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder(run) / "lock", timeout=0):
-            yield
+        return FileLock(self.folder(run) / "lock", timeout=0)
 
-    @contextmanager
-    def stage_lock(self, name: str) -> Iterator[None]:
-        """Only one run at a time makes a stage; `Timeout` where another one is at it."""
+    def stage_lock(self, name: str) -> AbstractContextManager[None]:
+        """Lets one run at a time make a stage; entering raises `Timeout` while another does."""
         (self.out / STAGES).mkdir(parents=True, exist_ok=True)
-        with locked(self.out / STAGES / f"{name}.lock"):
-            yield
+        return locked(self.out / STAGES / f"{name}.lock")
 
 
 def inputs_of(options: Options) -> list[str]:
-    """ "option value" of everything that the options name to be read, by their types."""
-    values = {name: getattr(options, name) for name in options.inputs()}
+    """ "option value" of every input that the options name."""
     return sorted(
-        f"{name} {values[name]}"
+        f"{name} {value}"
         for name, mark in options.inputs().items()
-        if values[name] and values[name] not in mark.words
+        if (value := getattr(options, name)) and value not in mark.words
     )
 
 
 def inputs_of_stages(recipe: Recipe) -> list[str]:
-    """What the stages read beside the dense model, and the images of the evaluation."""
+    """Inputs of the stages other than the dense model, and the evaluation's images."""
     evaluate = set(inputs_of(recipe.evaluation())) - set(inputs_of_evaluation(recipe))
     every = [name for step in steps_of(recipe) for name in inputs_of(step.options)]
     return sorted({*every, *evaluate})
@@ -188,9 +183,9 @@ def inputs_of_evaluation(recipe: Recipe) -> list[str]:
 
 
 def run_of(case: Case, hashes: Mapping[str, str]) -> Run:
-    """The folders of a case. hashes: of the contents of the "model" and of all inputs."""
+    """The folders of a case. hashes: content hashes of the "model" and of all inputs."""
     contents = {name: hashes[name] for name in inputs_of_stages(case.recipe)}
-    # 0.1.0 did not know these
+    # sweeps of 0.1.0 have no hashes of these
     files = [hashes[name] for name in inputs_of_evaluation(case.recipe) if name in hashes]
     model = _digest([hashes["model"], contents])
     stages, address = list[StageFolder](), model
@@ -226,17 +221,17 @@ def _digest(content: Any) -> str:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Write aside and rename: whoever reads sees the old one or the new one."""
+    """As `write_json`, from several processes at once."""
     write_json(value, path, own_name(path))
 
 
 def own_name(path: Path) -> Path:
-    """A name beside `path` that no other process writes to."""
+    """A name next to `path` that no other process writes to."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")
 
 
 def remove_leftovers(out: Path) -> None:
-    """What processes of this machine were writing under `own_name` when they were killed."""
+    """Remove files that processes of this machine were writing under `own_name` when killed."""
     stem = f".{socket.gethostname()}-"
     for folder in (out, *out.glob(f"{RUNS}/*")):
         for path in folder.glob(f"*{glob.escape(stem)}*"):

@@ -1,8 +1,9 @@
-"""Optuna as a sweep uses it: the study in its storage, samplers, pruners, spaces."""
+"""Optuna for sweeps: the study in its storage, samplers, pruners, spaces."""
 
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ _ATTEMPTS = 4  # to open the database
 
 
 def open_study(sweep: Sweep, out: Path, hashes: Mapping[str, str]) -> Any:
-    """The Optuna study, new or gone on with.
+    """The Optuna study, new or continued.
 
-    Raises `UserError` where that is impossible, and where the study is of other objectives, another
-    recipe or model: its figures would stand beside others that do not compare.
+    Raises `UserError` where it cannot be opened, and where it has other objectives, another recipe or
+    another model: its figures would not compare.
     """
     study = _opened(sweep, out)
     basis = {"objectives": sweep.objectives, "recipe": run_of(case_of(sweep, {}), hashes).id}
@@ -40,15 +41,6 @@ def open_study(sweep: Sweep, out: Path, hashes: Mapping[str, str]) -> Any:
     return study
 
 
-def _quiet() -> None:
-    """SQLAlchemy warns of what it then raises."""
-    import warnings
-
-    from sqlalchemy.exc import SAWarning
-
-    warnings.filterwarnings("ignore", category=SAWarning)
-
-
 def _opened(sweep: Sweep, out: Path) -> Any:
     try:
         import optuna
@@ -56,16 +48,19 @@ def _opened(sweep: Sweep, out: Path) -> Any:
         raise UserError(
             "search needs Optuna, which is not installed: pip install 'prunedm[sweep]'"
         ) from error
+    from sqlalchemy.exc import SAWarning
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     assert sweep.search is not None
     search, directions = sweep.search, list(sweep.objectives.values())
     url = _storage(search) or f"sqlite:///{(out / DATABASE).resolve()}"
     out.mkdir(parents=True, exist_ok=True)
-    # several processes write to one SQLite file in turns
+    # processes take turns writing to one SQLite file
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     for attempt in range(_ATTEMPTS):
         try:
-            _quiet()
+            # SQLAlchemy warns of errors that it then raises
+            warnings.filterwarnings("ignore", category=SAWarning)
             return optuna.create_study(
                 storage=optuna.storages.RDBStorage(url, engine_kwargs=waiting),
                 study_name=search.study or out.resolve().name,
@@ -73,18 +68,18 @@ def _opened(sweep: Sweep, out: Path) -> Any:
                 pruner=_pruner(search),
                 load_if_exists=True,
             )
-        except Exception as error:  # a URL, a driver, a server, rights: whatever the database says
+        except Exception as error:  # URL, driver, server, permissions: any database error
             if attempt + 1 == _ATTEMPTS:
                 raise UserError(
-                    f"cannot open storage {masked(url)}: {first_line(error)}; mend search.storage, or "
+                    f"cannot open storage {masked(url)}: {first_line(error)}; fix search.storage, or "
                     "delete the file of a damaged database"
                 ) from None  # the cause would print the password
-            time.sleep(0.2 * (attempt + 1))  # two that make the tables at once
+            time.sleep(0.2 * (attempt + 1))  # two processes creating the tables at once
     raise AssertionError("unreachable")
 
 
 def _storage(search: Search) -> str:
-    """The URL as given; OUT remembers it without its password, which the environment may have."""
+    """The URL; OUT keeps it without the password, which the environment may provide."""
     if not is_masked(search.storage):
         return search.storage
     whole = os.environ.get(STORAGE, "")
@@ -96,7 +91,7 @@ def _storage(search: Search) -> str:
 
 
 def suggest(trial: Any, name: str, space: list[Any] | Range) -> Any:
-    """A value of the space. Raises `ValueError` where the study knows another space by this name."""
+    """A value of the space. Raises `ValueError` where the study has another space of this name."""
     if isinstance(space, Range):
         ends = [space.low, space.high] + ([] if space.step is None else [space.step])
         if all(isinstance(end, int) for end in ends):
@@ -111,7 +106,7 @@ def suggest(trial: Any, name: str, space: list[Any] | Range) -> Any:
 
 
 def sampler_for(search: Search, number: int) -> Any:
-    """Who proposes trial `number`: drawn anew for each, so that an interruption changes nothing."""
+    """The sampler of trial `number`, seeded by it, so that an interruption changes nothing."""
     from optuna import samplers
 
     seed = seed_for(search.seed, "search", number) % (1 << 32)

@@ -1,4 +1,4 @@
-"""sweep: run every case of a grid or a search, several at once, and gather what came out."""
+"""sweep: run every case of a grid or a search in parallel, and collect the results."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from prunedm.experiments.inputs import hashes_of
 from prunedm.experiments.plan import Settings, Sweep, case_of, check_fields, grid_cases, label_of
 from prunedm.experiments.results import Row, mark_best, row_of, value_of
 from prunedm.experiments.search import ERROR, RUN, SETTINGS, Searching
-from prunedm.experiments.sources import Grid, Source
+from prunedm.experiments.sources import Grid
 from prunedm.experiments.store import (
     RUNS,
     STAGES,
@@ -44,25 +44,24 @@ from prunedm.reading import read_as
 from prunedm.recipe import Recipe, steps_of
 from prunedm.stages import check_inputs
 from prunedm.system.places import expanded, target
+from prunedm.tables import METRICS
 
+Source = Grid | Searching
 Labelled = TypeVar("Labelled", Run, Row)
 FILE = "sweep.json"  # in OUT: the sweep, and the dense model's hash
-# what `measure` finds of one model by itself, and what a run took
-MEASURED = (
-    "loss", "fd", "kid", "precision", "recall", "params", "nonzero", "macs", "bytes_disk",
-    "bytes_packed", "sparsity", "nm_valid", "peak_memory_mb", "seconds",
-)  # fmt: skip
 _OF_SAMPLES = ("fd", "kid", "precision", "recall")
+# measured between models or in turns, which a sweep does not do
 _IN_TURNS = ("latency_ms", "psnr_db", "ssim", "loss_change", "compression")
+MEASURED = (*(name for name in METRICS if name not in _IN_TURNS), "seconds")
 _LOOK_EVERY = 0.5  # seconds
 
 
 class Kept(BaseModel):
-    """What OUT remembers of the sweep that it was made by."""
+    """What OUT remembers of its sweep."""
 
     sweep: Sweep
-    hashes: dict[str, str]  # of what its runs read: the dense model, datasets, teachers, masks
-    place: str  # a name of this folder that no other has
+    hashes: dict[str, str]  # of its inputs: the dense model, datasets, teachers, masks
+    place: str  # a unique name of this folder
 
 
 def sweep(
@@ -75,11 +74,11 @@ def sweep(
     retry: bool = False,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Run what is not done yet; see `Sweep`. Several of these may work on one `out` at once.
+    """Run what is not done yet; see `Sweep`. Several calls may work on one `out` at once.
 
-    A run that fails is kept with its log, and the others go on; `retry` starts failed ones again.
-    Of a grid, `only` those whose label has all of these words are run.
-    Interrupted, it ends its runs; called again, it goes on where they were.
+    A failed run is kept with its log while the others continue; `retry` starts failed ones again.
+    only: run the cases of a grid whose label has all of these words.
+    Interrupted, it ends its runs; called again, it continues them.
     """
     progress = progress or Silent()
     out = target(out)
@@ -90,19 +89,21 @@ def sweep(
     runs = [] if plan.search else _chosen(_runs(plan, hashes, progress), only)
     store = Store(out)
     with _made_or_nothing(out):
-        with FileLock(out / "lock"):  # two that begin at once
+        with FileLock(out / "lock"):  # two sweeps starting at once
             remove_leftovers(out)
             kept = _kept(plan, out, hashes)
             replace_json(out / FILE, without_secrets(kept).model_dump(mode="json"))
-        source: Source = Grid(runs, store, retry=retry)
-        if plan.search:
-            source = Searching(plan, store, kept.hashes, kept.place)
+        source: Source = (
+            Searching(plan, store, kept.hashes, kept.place)
+            if plan.search
+            else Grid(runs, store, retry=retry)
+        )
     _work(source, store, places, progress)
     return _rows(kept, store)
 
 
 def _check_place(out: Path) -> None:
-    """Raise `UserError` where something else lies, which a sweep would be mixed with."""
+    """Raise `UserError` for a file, or a folder with other content."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder")
     own = {FILE, "lock", STAGES, RUNS, DATABASE}
@@ -112,7 +113,7 @@ def _check_place(out: Path) -> None:
 
 @contextmanager
 def _made_or_nothing(out: Path) -> Iterator[None]:
-    """A new folder; what fails before the first run leaves none."""
+    """Make the folder; a failure before the first run removes a new one."""
     was_there = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -124,7 +125,7 @@ def _made_or_nothing(out: Path) -> Iterator[None]:
 
 
 def without_secrets(kept: "Kept") -> "Kept":
-    """As it may be written: a storage's URL without its password."""
+    """`kept` without the password of the storage's URL."""
     search = kept.sweep.search
     if search is None:
         return kept
@@ -133,7 +134,7 @@ def without_secrets(kept: "Kept") -> "Kept":
 
 
 def planned(plan: Sweep, out: Path, only: Sequence[str] = ()) -> list[Row]:
-    """What `sweep` would come to, as it stands; of a search, the runs there are. Nothing is made."""
+    """The rows of a sweep as they stand; of a search, the existing runs. Makes nothing."""
     _check(plan, only)
     if plan.search is not None and not (out / FILE).exists():
         return []
@@ -143,13 +144,13 @@ def planned(plan: Sweep, out: Path, only: Sequence[str] = ()) -> list[Row]:
 
 
 def rows_of(out: Path) -> list[Row]:
-    """All runs of the sweep in `out` as they stand, in order. Raises `UserError` where none is."""
+    """All runs of the sweep in `out`, in order. Raises `UserError` where there is no sweep."""
     out = expanded(out)
     return _rows(read_kept(out), Store(out))
 
 
 def _check(plan: Sweep, only: Sequence[str] = (), *, retry: bool = False) -> None:
-    """Raise `UserError` for what would fail only after hours."""
+    """Raise `UserError` for errors that would show only after hours."""
     if plan.search is not None and (only or retry):
         raise UserError("--only and --retry are for the runs of a grid; a search proposes its own")
     check_fields(plan)
@@ -159,7 +160,7 @@ def _check(plan: Sweep, only: Sequence[str] = (), *, retry: bool = False) -> Non
 
 
 def _hashes(plan: Sweep, out: Path) -> dict[str, str]:
-    """Those of now; where OUT remembers the first half of one, from before there were two, that."""
+    """Current hashes of the inputs; where OUT has only the first half of one (0.1.0), that half."""
     now = hashes_of(plan)
     before = read_kept(out).hashes if (out / FILE).exists() else {}
     known = {name: found for name, found in before.items() if name in now}
@@ -167,7 +168,7 @@ def _hashes(plan: Sweep, out: Path) -> dict[str, str]:
 
 
 def _kept(plan: Sweep, out: Path, hashes: dict[str, str]) -> Kept:
-    """What OUT is to remember; its name stays the one it has."""
+    """What OUT is to remember, with the name it already has."""
     place = read_kept(out).place if (out / FILE).exists() else uuid.uuid4().hex
     return Kept(sweep=plan, hashes=hashes, place=place)
 
@@ -184,14 +185,14 @@ def _rows(kept: Kept, store: Store) -> list[Row]:
 
 
 def read_kept(out: Path) -> Kept:
-    """Raises `UserError` where there is no sweep, or its file is damaged."""
+    """Raises `UserError` where there is no sweep or its file is damaged."""
     if not (out / FILE).exists():
         raise UserError(f"{out} holds no sweep; make one: prunedm sweep FILE.yaml {out}")
     return read_as(Kept, out / FILE, "delete it and start the sweep again: what is done stays")
 
 
 def _check_objectives(plan: Sweep, recipe: Recipe) -> None:
-    """Raise `UserError` for a name under which no run will have a figure."""
+    """Raise `UserError` for an objective that no run will have a figure for."""
     stages = [step.label for step in steps_of(recipe)]
     evaluate = recipe.evaluation()
     draws = evaluate.depth != "quick" and evaluate.samples != 0
@@ -201,8 +202,8 @@ def _check_objectives(plan: Sweep, recipe: Recipe) -> None:
             raise UserError(f"objective {name!r}: the recipe's stages are {', '.join(stages)}")
         if not dot and name in _IN_TURNS:
             raise UserError(
-                f"objective {name!r} is not measured in a sweep, where models stand alone and runs side "
-                "by side disturb timings; take loss or macs, and `prunedm compare` the best ones"
+                f"objective {name!r} is not measured in a sweep, where models are measured alone and "
+                "parallel runs disturb timings; take loss or macs, and `prunedm compare` the best ones"
             )
         if not dot and name not in MEASURED:
             raise UserError(f"objective {name!r}: no such figure{nearest(name, MEASURED)}")
@@ -214,7 +215,7 @@ def _check_objectives(plan: Sweep, recipe: Recipe) -> None:
 
 
 def _runs(plan: Sweep, hashes: Mapping[str, str], progress: Progress) -> list[Run]:
-    """Of cases that come to the same, as with a setting of a stage that is not run, the first."""
+    """Distinct runs; cases that differ only in unused settings are merged (the first is kept)."""
     runs: dict[str, Run] = {}
     for case in grid_cases(plan):
         run = run_of(case, hashes)
@@ -234,7 +235,7 @@ def _chosen(runs: Sequence[Labelled], words: Sequence[str]) -> list[Labelled]:
 
 
 def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progress) -> None:
-    """Keep every place busy until the source has nothing left."""
+    """Keep every slot busy until the source has nothing left."""
     jobs: list[Job] = []
     done = source.count_over()
     with progress.task("runs", source.total, done) as bar:
@@ -257,7 +258,7 @@ def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progre
 
 
 def _over(job: Job, source: Source, store: Store, progress: Progress) -> bool:
-    """Whether the job has ended; then the source and the user are told."""
+    """Whether the job has ended; if so, tells the source and the user."""
     if job.process.poll() is None:
         if source.watch(job.run, job.entry) and not job.ended_early:
             job.ended_early = True
@@ -282,13 +283,13 @@ def _story(store: Store, run: Run, status: Status) -> str:
 
 
 def _note(jobs: Sequence[Job]) -> str:
-    """Where the running ones are."""
+    """Progress of the running jobs."""
     entries = [job.entry for job in jobs]
     return ", ".join(f"{e.label} {e.done}/{e.total}" for e in entries if e and e.label)
 
 
 def _trial_rows(kept: Kept, store: Store) -> list[Row]:
-    """One row a run, in the order of the first trial that came to it; one for each impossible trial."""
+    """One row per run, in the order of its first trial, and one per impossible trial."""
     names = list(kept.sweep.objectives)
     rows: dict[str, Row] = {}
     for trial in open_study(kept.sweep, store.out, kept.hashes).get_trials(deepcopy=False):
@@ -306,7 +307,7 @@ def _trial_rows(kept: Kept, store: Store) -> list[Row]:
 
 
 def _trial_row(kept: Kept, store: Store, trial: Any, settings: Settings) -> Row:
-    """A trial's row as far as its own folder tells."""
+    """A trial's row, as far as this folder tells."""
     names = list(kept.sweep.objectives)
     if RUN not in trial.user_attrs:
         error = trial.user_attrs.get(ERROR, "")

@@ -15,14 +15,14 @@ from prunedm.system.running import Entry, entry_of
 from prunedm.system.watching import LOG
 
 SCHEDULER = "PRUNEDM_SWEEP"  # who started the child, by process number
-BUSY = 75  # exit code of a child whose run another process has
+BUSY = 75  # exit code of a child whose run belongs to another process
 _HOW_TO_END = {"done": (0,), "stopped": (130, 143), "failed": (2,), "pruned": (130, 143)}
-PATIENCE = 60.0  # seconds until a child that was asked to end is ended
+PATIENCE = 60.0  # seconds from asking a child to end to killing it
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one run at a time is: a GPU, or a number of threads."""
+    """Resources of one run at a time: a GPU, or a number of threads."""
 
     number: int
     gpu: str = ""  # of CUDA_VISIBLE_DEVICES; "" is none of its own
@@ -35,10 +35,10 @@ class Slot:
 
 
 def slots(workers: int, threads: int, gpus: Sequence[str]) -> list[Slot]:
-    """`workers` of them; 0 is one a GPU, or one on a machine without.
+    """`workers` slots; 0: one per GPU, or one on a machine without.
 
-    threads: of each; 0 shares the processor's cores out evenly. Raises `UserError` for more workers
-    than there are GPUs, where there are any, or than cores.
+    threads: of each; 0 divides the cores evenly. Raises `UserError` for more workers than GPUs, if
+    there are any, or than cores.
     """
     for name, number in (("workers", workers), ("threads", threads)):
         if number < 0:
@@ -67,7 +67,7 @@ def visible_gpus() -> list[str]:
 
 @dataclass
 class Job:
-    """A run that is being made by a child process of this one."""
+    """A run made by a child process of this one."""
 
     run: Run
     slot: Slot
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def entry(self) -> Entry | None:
-        """What it says about itself."""
+        """Its own entry among the running processes."""
         return entry_of(self.process.pid)
 
     def interrupt(self) -> None:
@@ -87,7 +87,7 @@ class Job:
 def start(store: Store, run: Run, slot: Slot) -> Job:
     """A child process that makes `run`; what it prints is added to the run's log."""
     store.write(run)
-    store.set_status(run.id, Status())  # what it says of an earlier session is over
+    store.set_status(run.id, Status())  # clears the status of an earlier session
     log = store.log(run.id)
     command = [sys.executable, "-m", "prunedm.experiments.chain", str(store.out), run.id]
     with log.open("ab") as file:
@@ -97,13 +97,13 @@ def start(store: Store, run: Run, slot: Slot) -> Job:
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | slot.environment | {LOG: str(log), SCHEDULER: str(os.getpid())},
-            start_new_session=True,  # Ctrl-C reaches it through us, once
+            start_new_session=True,  # Ctrl-C reaches it only through us
         )
     return Job(run, slot, process)
 
 
 def outcome(store: Store, job: Job) -> Status:
-    """How a job that has ended stands: what it said itself, or how it was ended."""
+    """The final status of an ended job: its own, or how its process ended."""
     status, code = store.status(job.run.id), job.process.returncode
     if job.ended_early:
         if status.state != "done":  # before the signal came
@@ -122,7 +122,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def end_all(jobs: Sequence[Job]) -> None:
-    """Interrupt them, and wait; what they have is kept, and gone on with."""
+    """Interrupt the jobs and wait; a later sweep continues them."""
     for job in jobs:
         job.interrupt()
     deadline = time.monotonic() + PATIENCE

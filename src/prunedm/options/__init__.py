@@ -21,36 +21,3 @@ from prunedm.options.marks import How, Input, OneOf
 from prunedm.options.measure import AnalyzeOptions, EvaluateOptions, LossOptions, SampleOptions
 from prunedm.options.prune import TARGETS, Mechanism, PruneOptions, parse_target
 from prunedm.options.train import FinetuneOptions, TrainOptions
-
-__all__ = [
-    "PATH_OPTIONS",
-    "TARGETS",
-    "AnalyzeOptions",
-    "CalibrationOptions",
-    "DataOptions",
-    "EstimatorName",
-    "EvaluateOptions",
-    "ExportOptions",
-    "FidOptions",
-    "FinetuneOptions",
-    "Group",
-    "How",
-    "Input",
-    "Leaf",
-    "LearnOptions",
-    "LoopOptions",
-    "LossOptions",
-    "Mechanism",
-    "ModelName",
-    "ModelOptions",
-    "OneOf",
-    "Options",
-    "Precision",
-    "PruneOptions",
-    "SampleOptions",
-    "ScoreName",
-    "ScoreOptions",
-    "StatsOptions",
-    "TrainOptions",
-    "parse_target",
-]

@@ -1,7 +1,9 @@
-"""What several stages' options share: data, calibration, scores, the training loop."""
+"""Options that several stages share: data, calibration, scores, the training loop."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -17,16 +19,15 @@ from pydantic.fields import FieldInfo
 
 from prunedm.options.marks import Flag, How, Input, OneOf
 from prunedm.system.places import expanded
-from prunedm.tables import SCORES
+from prunedm.tables import SCORES, TRACKERS
 
 Precision = Literal["no", "bf16", "fp16"]
-TRUST = "run a TorchScript file of features whatever is written in it: it may do all that you may"
 
 
 def _checked_pattern(text: str) -> str:
     n, colon, m = text.partition(":")
     if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 16):
-        raise ValueError(f"{text!r} is no N:M with 0 < N < M <= 16; try 2:4")
+        raise ValueError(f"{text!r} is not an N:M with 0 < N < M <= 16; try 2:4")
     return text
 
 
@@ -34,7 +35,7 @@ def _checked_time_range(text: str) -> str:
     first, dash, last = text.partition("-")
     numbers = dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last)
     if text not in TIME_RANGES and not numbers:
-        raise ValueError(f"{text!r} is none of {', '.join(TIME_RANGES)}, and no a-b; try 100-500")
+        raise ValueError(f"{text!r} is not one of {', '.join(TIME_RANGES)}, nor a-b; try 100-500")
     return text
 
 
@@ -44,7 +45,7 @@ PatternText = Annotated[str, AfterValidator(_checked_pattern)]
 ScoreName = Annotated[str, OneOf(SCORES)]
 
 
-LARGEST = 10**9  # of a whole number but a seed: beyond it, memory or patience ends first
+LARGEST = 10**9  # of an integer that is not a seed: beyond it, memory or patience ends first
 LARGEST_SEED = 2**63 - 1
 LARGEST_LR = 1e3
 
@@ -58,14 +59,16 @@ ModelName = Annotated[str, AfterValidator(_expanded), Input("model", ("auto", "n
 FileName = Annotated[
     str, AfterValidator(_expanded), Input("file", ("auto", "inception", "digits-cnn"))
 ]
+Device = Annotated[
+    Literal["auto", "cpu"], How(), Field(description="auto takes a GPU if there is one")
+]
+Seed = Annotated[int, Field(ge=0, description="decides every random draw")]
 
-
-# names of the options, of any stage, that say what is read
-PATH_OPTIONS: set[str] = set()
+PATH_OPTIONS: set[str] = set()  # options, of any stage, that name an input
 
 
 class Options(BaseModel):
-    """Options cannot be changed once made; unknown names and numbers without end are errors."""
+    """Immutable; unknown names, infinities and NaN are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -87,45 +90,58 @@ class Options(BaseModel):
 
     @classmethod
     def nested(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options under their groups that are given flat, as by records and by the command line."""
+        """`given` with flat names (as in records and on the command line) moved into their groups."""
         paths = {leaf.flag: leaf.path for leaf in cls.leaves() if len(leaf.path) > 1}
         table = {name: value for name, value in given.items() if name not in paths}
         for name in given.keys() & paths:
             group, option = paths[name]
             inner = table.get(group) or {}
             if isinstance(inner, Options):
-                inner = inner.model_dump(exclude_unset=True)
+                inner = inner.given()
             table[group] = {**inner, option: given[name]} if isinstance(inner, dict) else inner
         return table
 
     @classmethod
     def leaves(cls) -> "list[Leaf]":
-        """Every option, those of groups too."""
-        return [leaf for name, field in cls.model_fields.items() for leaf in _leaves(name, field)]
+        """Every option, including those in groups."""
+        found = []
+        for name, field in cls.model_fields.items():
+            kind, default = field.annotation, field.get_default(call_default_factory=True)
+            if isinstance(kind, type) and issubclass(kind, Group):
+                found += [
+                    Leaf((name, option), inner, getattr(default, option))
+                    for option, inner in kind.model_fields.items()
+                ]
+            else:
+                found.append(Leaf((name,), field, default))
+        return found
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set, without defaults."""
+        return self.model_dump(exclude_unset=True)
 
     @classmethod
     def inputs(cls) -> dict[str, Input]:
-        """The options that name what is read."""
-        marks = {leaf.flag: leaf.mark(Input) for leaf in cls.leaves()}
-        return {name: mark for name, mark in marks.items() if mark is not None}
+        """The options that name an input."""
+        return {leaf.flag: mark for leaf in cls.leaves() if (mark := leaf.mark(Input))}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         PATH_OPTIONS.update(cls.inputs())
 
     def flat(self) -> dict[str, Any]:
-        """Every option by its flag, as JSON has it: what records hold."""
+        """Every option as JSON, by its flag."""
         table = self.model_dump(mode="json")
-        return {leaf.flag: leaf.of(table) for leaf in self.leaves()}
+        return {leaf.flag: reduce(getitem, leaf.path, table) for leaf in self.leaves()}
 
     def identity(self) -> dict[str, Any]:
-        """As `flat`, without the options that change how a result is made but not what it is."""
+        """As `flat`, without options that change how a result is made but not what it is."""
         table = self.flat()
         return {leaf.flag: table[leaf.flag] for leaf in self.leaves() if not leaf.mark(How)}
 
 
 class Group(Options):
-    """Options of one method, nested under its name; a flag is the option's name, or its `Flag`."""
+    """Options of one method, nested under its name."""
 
 
 Mark = TypeVar("Mark")
@@ -133,36 +149,20 @@ Mark = TypeVar("Mark")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One option. flag: its name on the command line and in records. default: unless it is given."""
+    """One option. path: its name, after that of its group. default: the value where none is given."""
 
-    flag: str
     path: tuple[str, ...]
     field: FieldInfo
     default: Any
 
+    @property
+    def flag(self) -> str:
+        """Its name on the command line and in records."""
+        named = self.mark(Flag)
+        return named.name if named else self.path[-1]
+
     def mark(self, kind: type[Mark]) -> Mark | None:
         return next((mark for mark in self.field.metadata if isinstance(mark, kind)), None)
-
-    def of(self, table: Mapping[str, Any]) -> Any:
-        """Its value in nested tables."""
-        value: Any = table
-        for part in self.path:
-            value = value[part]
-        return value
-
-
-def _leaves(name: str, field: FieldInfo) -> list[Leaf]:
-    kind, default = field.annotation, field.get_default(call_default_factory=True)
-    if not (isinstance(kind, type) and issubclass(kind, Group)):
-        return [Leaf(name, (name,), field, default)]
-    return [
-        Leaf(_flag(option, inner), (name, option), inner, getattr(default, option))
-        for option, inner in kind.model_fields.items()
-    ]
-
-
-def _flag(name: str, field: FieldInfo) -> str:
-    return next((mark.name for mark in field.metadata if isinstance(mark, Flag)), name)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -180,7 +180,7 @@ class ModelOptions(Options):
 
     scheduler: FileName = Field(
         "",
-        description="noise schedule in the place of the model's: a folder or scheduler_config.json",
+        description="noise schedule to use instead of the model's: a folder or scheduler_config.json",
     )
 
 
@@ -190,57 +190,66 @@ class DataOptions(Options):
     dataset: DatasetName = Field(
         "digits", description="digits, a hub id, a dataset folder or an image folder"
     )
-    label_column: str = Field("", description="the column of classes, where several could be")
-    caption_column: str = Field(
-        "", description="the column of texts, where it is not called text or caption"
-    )
-    image_column: str = Field("", description="the column of images, where several could be")
+    label_column: str = Field("", description="class column, where several qualify")
+    caption_column: str = Field("", description="text column, unless called text or caption")
+    image_column: str = Field("", description="image column, where several qualify")
     flip: bool = Field(False, description="mirror half of the training images")
-    convert_channels: bool = Field(False, description="convert images of other channel counts")
-    seed: int = Field(0, ge=0, description="decides every random draw")
-    device: Annotated[Literal["auto", "cpu"], How()] = Field(
-        "auto", description="auto takes a GPU if there is one"
+    convert_channels: bool = Field(False, description="convert images with another channel count")
+    seed: Seed = 0
+    device: Device = "auto"
+
+
+class FeatureOptions(Options):
+    """The network whose features distances between images are taken in."""
+
+    features: FileName = Field(
+        "auto",
+        description="auto, digits-cnn, inception, or a TorchScript file (uint8 NCHW to N x D)",
     )
+    trust_features: Annotated[bool, How()] = Field(
+        False, description="run a TorchScript file unchecked: it may do anything you may"
+    )
+    inception_weights: FileName = Field("", description="local file with the Inception weights")
 
 
 class CalibrationOptions(DataOptions):
-    """The problems that statistics of layers are taken from."""
+    """The training problems on which layer statistics are measured."""
 
     calibration_problems: int = Field(512, ge=1, description="problems behind a score")
-    calibration_batch: int = Field(64, ge=1, description="problems at a time")
+    calibration_batch: int = Field(64, ge=1, description="problems per batch")
     time_range: TimeRangeText = Field(
         "all", description="their timesteps: all, early (noisiest third), middle, late, or a-b"
     )
     time_bins: int = Field(10, ge=1, description="time bins of activation statistics")
     targets: tuple[str, ...] = Field(
-        (), description="only this prefix or expression of layers; repeat it"
+        (), description="only layers with this prefix or matching this expression; repeatable"
     )
 
 
 class WandaOptions(Group):
-    """How norms of activations become one number a weight."""
+    """How activation norms are reduced over time bins and problems."""
 
     over_time: Literal["mean", "max", "median", "weighted_mean"] = Field(
-        "mean", description="of activation norms over time bins"
+        "mean", description="reduction of activation norms over time bins"
     )
     over_problems: Literal["mean", "max", "median"] = Field(
-        "mean", description="of activations over the problems of a bin"
+        "mean", description="reduction of activations over the problems of a bin"
     )
 
 
 class DiffPruningOptions(Group):
-    """The sweep over timesteps behind Taylor's gradients."""
+    """The sweep over timesteps that accumulates Taylor gradients."""
 
-    sweep_images: int = Field(16, ge=1, description="images of the sweep over t")
+    sweep_images: int = Field(16, ge=1, description="images in the sweep over timesteps")
     stop_below: float = Field(
-        0.05, ge=0, lt=1, description="share of the largest loss that ends the sweep"
+        0.05, ge=0, lt=1, description="stop the sweep below this share of the largest loss"
     )
 
 
 class ScoreOptions(CalibrationOptions):
-    """What matters, and what it is measured on."""
+    """The importance score, and the data it is measured on."""
 
-    score: ScoreName = Field("taylor", description="what matters")
+    score: ScoreName = Field("taylor", description="importance score")
     wanda: WandaOptions = WandaOptions()
     diff_pruning: DiffPruningOptions = DiffPruningOptions()
 
@@ -249,8 +258,8 @@ class LoopOptions(DataOptions):
     """One training run."""
 
     steps: int = Field(400, ge=1, description="optimizer steps")
-    batch_size: int = Field(64, ge=1, description="images a step and process")
-    accumulation: int = Field(1, ge=1, description="batches a step")
+    batch_size: int = Field(64, ge=1, description="images per step and process")
+    accumulation: int = Field(1, ge=1, description="batches per step")
     lr: float = Field(3e-4, gt=0, le=LARGEST_LR, description="peak learning rate")
     warmup: int = Field(20, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
@@ -264,18 +273,24 @@ class LoopOptions(DataOptions):
         50, ge=0, description="steps between checkpoints; 0 is none"
     )
     validate_every: int = Field(
-        100, ge=0, description="steps between held-out losses; 0 is at the end"
+        100, ge=0, description="steps between held-out losses; 0: only at the end"
     )
-    validation_problems: int = Field(500, ge=1, description="held-out problems of each of these")
-    tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio", "swanlab"], How()] = (
-        Field("none", description="where live curves go")
+    validation_problems: int = Field(500, ge=1, description="problems in each held-out loss")
+    tracker: Annotated[str, OneOf(TRACKERS), How()] = Field(
+        "none", description="where live curves go"
     )
     tracker_project: Annotated[str, How()] = Field(
         "prunedm", min_length=1, description="the tracker's project"
     )
     tracker_mode: Annotated[Literal["auto", "offline", "local"], How()] = Field(
-        "auto", description="auto: its service, or offline; local: SwanLab's own dashboard"
+        "auto", description="auto: the service, or offline; local: SwanLab's own dashboard"
     )
     track_images: Annotated[int, How()] = Field(
-        8, ge=0, description="samples shown at each held-out loss, where there is a tracker"
+        8, ge=0, description="samples sent to the tracker at each held-out loss"
     )
+
+
+def whole_steps(problems: int, options: LoopOptions, processes: int = 1) -> int:
+    """`problems` rounded up to whole steps: a cycle then repeats the same batches bit by bit."""
+    per_step = options.batch_size * options.accumulation * processes
+    return -(-problems // per_step) * per_step

@@ -29,26 +29,26 @@ class RelaxedOptions(Group):
 
 
 class PolicyGradientOptions(Group):
-    """Values of the loss alone (estimator policy-gradient)."""
+    """Masks from loss values alone (estimator policy-gradient)."""
 
-    samples: int = Field(8, ge=4, multiple_of=2, description="masks a step, in antithetic pairs")
-    explore: float = Field(0.1, gt=0, le=1, description="share of groups explored in a step")
+    samples: int = Field(8, ge=4, multiple_of=2, description="masks per step, in antithetic pairs")
+    explore: float = Field(0.1, gt=0, le=1, description="share of groups explored per step")
 
 
 class SrSteOptions(Group):
     """Masks that follow trained weights (estimator sr-ste)."""
 
     decay: Annotated[float, Flag("sr_ste_decay")] = Field(
-        2e-4, ge=0, description="of removed weights"
+        2e-4, ge=0, description="decay of removed weights"
     )
 
 
 class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
-    """`prunedm learn`: which N of every M weights to keep, with the weights frozen or trained too."""
+    """`prunedm learn`: which N of every M weights to keep, the weights frozen or trained too."""
 
     estimator: EstimatorName = Field("relaxed", description="how masks learn")
     distribution: Literal["conditional-bernoulli", "plackett-luce"] = Field(
-        "conditional-bernoulli", description="of masks, for estimators that draw hard ones"
+        "conditional-bernoulli", description="mask distribution of estimators that draw hard masks"
     )
     pattern: PatternText = Field(
         "2:4", description="N kept of every M, where the model has no masks yet"
@@ -56,28 +56,32 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
     masks: ModelName = Field(
         "", description="first masks: a masks file, or a model with masks or zeros"
     )
-    score: ScoreName = Field("magnitude", description="first masks, where there are none yet")
+    score: ScoreName = Field(
+        "magnitude", description="score of the first masks, where there are none yet"
+    )
     lr: float | None = Field(  # type: ignore[assignment]  # filled() makes it a number
         None,
         gt=0,
         le=1e9,
-        description="of logits; none: 0.3 (relaxed), 50 (classic), by estimator",
+        description="learning rate of logits; none: by estimator, 0.3 (relaxed), 50 (classic)",
     )
     logits: float | None = Field(
-        None, gt=0, description="lead of the first masks' weights; none: 1 (relaxed), 10 (classic)"
+        None, gt=0, description="initial lead of the first masks; none: 1 (relaxed), 10 (classic)"
     )
     steps: int = Field(400, ge=1, description="optimizer steps at most (max_step)")
     epochs: int = Field(0, ge=0, description="passes over --dataset-size problems; 0: --steps")
     dataset_size: int = Field(
-        8192, ge=0, description="problems that learning cycles through; 0 is always new ones"
+        8192, ge=0, description="problems to cycle through; 0: always new ones"
     )
     memo_memory: float = Field(
-        1.0, ge=0, description="GiB of dense outputs kept, which are else computed again"
+        1.0, ge=0, description="GiB of dense outputs to keep; others are computed again"
     )
     schedule: Literal["cosine", "constant"] = Field("constant", description="after the warm-up")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0 is no limit")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="averaging of what is trained; 0 is none")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="averaging of trained parameters; 0 is none"
+    )
     distill: float = Field(
         1.0, ge=0, le=1, description="share of the dense model's output in the target"
     )
@@ -85,7 +89,7 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
     weight_lr: float = Field(
         1e-5, gt=0, le=LARGEST_LR, description="peak learning rate of trained weights"
     )
-    mask_loss_weight: float = Field(1.0, ge=0, description="of the logits' gradient")
+    mask_loss_weight: float = Field(1.0, ge=0, description="weight of the logits' gradient")
     keep_magnitude: float = Field(
         0.0, ge=0, description="reward for the share of magnitude kept, falling to zero"
     )
@@ -105,8 +109,8 @@ class LearnOptions(LoopOptions, ScoreOptions, ModelOptions):
         return self
 
     def filled(self) -> "LearnOptions":
-        """With numbers for all that depends on the estimator, and steps within the epochs."""
-        usual = ESTIMATORS[self.estimator]  # what a rate and a lead mean depends on it
+        """A copy with the estimator's defaults filled in, and steps limited to the epochs."""
+        usual = ESTIMATORS[self.estimator]
         update: dict[str, float] = {
             name: getattr(usual, name) for name in ("lr", "logits") if getattr(self, name) is None
         }

@@ -1,4 +1,4 @@
-"""What stands beside an option's type: its name elsewhere, its place in the help, what it decides."""
+"""Marks in an option's annotation: what it names, what it decides, its flag, its choices."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 @dataclass(frozen=True)
 class Input:
-    """Names what is read, whose content decides the result."""
+    """Names an input, whose content decides the result."""
 
     kind: Literal["model", "dataset", "file"]
     words: tuple[str, ...] = ()  # values that name nothing on this machine
@@ -18,19 +18,19 @@ class Input:
 
 @dataclass(frozen=True)
 class How:
-    """Changes how a result is made, but not what it is."""
+    """Changes how a result is made, not what it is."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """The name, of an option in a group, on the command line and in records."""
+    """Name of a group's option on the command line and in records."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """A name in a table, as it is when the option is set."""
+    """A name in a table, looked up when the option is set."""
 
     table: Collection[str]
 

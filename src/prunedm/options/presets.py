@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunedm.errors import UserError, nearest
+from prunedm.options.base import whole_steps
 from prunedm.options.learn import EstimatorName, LearnOptions, PolicyGradientOptions
 
 POLICY_GRADIENTS = ("policy-gradient", "policy-gradient-classic")
@@ -14,10 +15,9 @@ POLICY_GRADIENTS = ("policy-gradient", "policy-gradient-classic")
 class Preset:
     """One of the old configurations.
 
-    passes: over the problems, for estimators that follow the gradient of the loss.
-    masks: that a policy gradient tries; one at each step of the classic one, whose learning rate
-    and lead of the logits are `lr` and `logits`. Other estimators have their own.
-    old_time: what the old documents expected on their GPU.
+    passes: over the problems, for estimators that use the gradient of the loss. masks: masks that a
+    policy gradient tries; the classic one tries one per step, with learning rate `lr` and initial
+    lead `logits`, which other estimators set themselves. old_time: the old documents' estimate.
     """
 
     purpose: str
@@ -31,7 +31,7 @@ class Preset:
     old_time: str
 
     def options(self, estimator: EstimatorName) -> dict[str, Any]:
-        """What the preset sets; what depends on the estimator alone is left to its defaults."""
+        """What the preset sets; the rest keeps the estimator's defaults."""
         update: dict[str, Any] = {"dataset_size": self.dataset_size, "batch_size": self.batch_size}
         if estimator not in POLICY_GRADIENTS:
             steps = self.passes * math.ceil(self.dataset_size / self.batch_size)
@@ -45,8 +45,8 @@ class Preset:
         return update | {"steps": self.masks, "lr": self.lr, "logits": self.logits} | rare
 
 
-# sizes, rates and leads are the old scripts'; so is the 15,000 of standard. The others' step limits
-# are not documented: 10,000 was the default of their --max_step
+# sizes, rates, leads and the 15,000 of standard are the old scripts'. The step limits of the others
+# are not documented: 10,000 was the default of --max_step
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "first look", "config 1", 5_000, 16, lr=0.5, logits=3.0,
@@ -72,15 +72,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_named(name: str) -> Preset:
-    """Raises `UserError` that suggests the nearest of those there are."""
+    """Raises `UserError` that suggests the nearest preset."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r} of learn{nearest(name, list(PRESETS))}")
     return PRESETS[name]
 
 
 def with_preset(given: LearnOptions, name: str) -> LearnOptions:
-    """`given` wins over the preset wherever it was set; the preset wins over the defaults."""
-    below, above = preset_named(name).options(given.estimator), given.model_dump(exclude_unset=True)
+    """Defaults < the preset < what was set in `given`."""
+    below, above = preset_named(name).options(given.estimator), given.given()
     groups = {
         key: below[key] | above[key] for key in below.keys() & above if isinstance(below[key], dict)
     }
@@ -89,7 +89,7 @@ def with_preset(given: LearnOptions, name: str) -> LearnOptions:
 
 @dataclass(frozen=True)
 class NetworkPasses:
-    """Of learning, in problems: images through the network. Held-out losses are not among them."""
+    """Cost of learning in problems through the network, held-out losses excluded."""
 
     seen: int
     forward: int
@@ -97,20 +97,19 @@ class NetworkPasses:
 
 
 def network_passes(options: LearnOptions) -> NetworkPasses:
-    """What `options` cost, with the outputs of met problems known (they fit into `memo_memory`).
+    """Cost of `options`, where outputs of repeated problems fit into `memo_memory`.
 
-    A problem met for the first time costs a pass of the dense model besides, and with the classic
-    rule one under the first masks.
+    A new problem also costs a pass of the dense model and, with the classic rule, one under the
+    first masks.
     """
     options = options.filled()
-    stride = options.batch_size * options.accumulation
-    cycle = math.ceil(options.dataset_size / stride) * stride
-    seen = options.steps * stride
+    cycle = whole_steps(options.dataset_size, options)
+    seen = options.steps * options.batch_size * options.accumulation
     distinct = min(seen, cycle) if cycle else seen
     tried = seen * (
         options.policy_gradient.samples if options.estimator == "policy-gradient" else 1
     )
-    first = {"policy-gradient-classic": distinct}.get(options.estimator, 0)
+    first = distinct if options.estimator == "policy-gradient-classic" else 0
     dense = distinct if options.distill else 0
     by_value = options.estimator in POLICY_GRADIENTS and not options.train_weights
     return NetworkPasses(seen, tried + first + dense, 0 if by_value else tried)

@@ -17,38 +17,33 @@ def parse_target(text: str) -> tuple[str, float]:
     kind, equals, number = text.rpartition("=")
     kind = kind.strip() if equals else "params"
     if kind not in TARGETS:
-        raise ValueError(f"{kind!r} is none of {', '.join(TARGETS)}")
+        raise ValueError(f"{kind!r} is not one of {', '.join(TARGETS)}")
     try:
         ratio = float(number)
     except ValueError:
-        raise ValueError(f"{number!r} is no number; write {kind}=0.3") from None
+        raise ValueError(f"{number!r} is not a number; write {kind}=0.3") from None
     if not 0 < ratio < 1:
         raise ValueError(f"{ratio:g} is not between 0 and 1; {kind}=0.3 removes 30 %")
     return kind, ratio
 
 
-def _checked_target(text: str) -> str:
-    parse_target(text)
-    return text
-
-
-TargetText = Annotated[str, AfterValidator(_checked_target)]
+TargetText = Annotated[str, AfterValidator(lambda text: parse_target(text) and text)]
 
 
 class ObsOptions(Group):
-    """Optimal brain surgeon: which weights go by the Hessian, and what the others become."""
+    """Optimal brain surgeon: removal by the Hessian, and updates of the weights that stay."""
 
     damping: Annotated[float, Flag("obs_damping")] = Field(
-        0.01, gt=0, description="of the Hessian's mean diagonal"
+        0.01, gt=0, description="damping, as a share of the Hessian's mean diagonal"
     )
     time_weights: Annotated[tuple[PositiveFloat, PositiveFloat], Flag("obs_time_weights")] = Field(
-        (1.2, 0.8), description="of problems, from the noisiest step to the cleanest"
+        (1.2, 0.8), description="weights of problems, from the noisiest step to the cleanest"
     )
     guidance: Annotated[float, Flag("obs_guidance")] = Field(
-        0.5, ge=0, description="positions count by influence^this; 0 is SparseGPT's rule"
+        0.5, ge=0, description="exponent of each position's influence; 0 is SparseGPT's rule"
     )
     swaps: Annotated[int, Flag("obs_swaps")] = Field(
-        15, ge=0, description="rounds of swaps that mend the masks after the sweep (obs-nm)"
+        15, ge=0, description="rounds of swaps that improve the masks after the sweep (obs-nm)"
     )
     memory: Annotated[float, Flag("obs_memory")] = Field(
         2.0, gt=0, description="GiB of Hessians at a time"
@@ -56,13 +51,13 @@ class ObsOptions(Group):
 
 
 class SensitivityOptions(Group):
-    """What each layer may get where the allocation goes by measured loss."""
+    """Allocation by measured loss."""
 
     candidates: tuple[str, ...] = Field(
-        (), description="a pattern or ratio that layers may get; repeat it"
+        (), description="a pattern or ratio that layers may get; repeatable"
     )
     problems: Annotated[int, Flag("sensitivity_problems")] = Field(
-        128, ge=2, description="problems behind a layer's sensitivity"
+        128, ge=2, description="problems in a layer's sensitivity"
     )
 
 
@@ -70,17 +65,19 @@ class ChannelOptions(Group):
     """How channels are narrowed."""
 
     round_to: int | None = Field(
-        None, ge=1, description="widths' multiple; none: 16, or 8 where none is over 64"
+        None,
+        ge=1,
+        description="multiple that widths are rounded to; none: 16, or 8 where no width exceeds 64",
     )
-    max_layer_ratio: float = Field(0.7, gt=0, lt=1, description="most that one layer loses")
+    max_layer_ratio: float = Field(0.7, gt=0, lt=1, description="largest share that a layer loses")
     narrow_ends: bool = Field(
-        False, description="also remove channels that conv_in makes and conv_out reads"
+        False, description="also remove output channels of conv_in and input channels of conv_out"
     )
     reduction: Literal["sum", "mean", "max", "first"] = Field(
-        "max", description="of a channel's scores over the layers that share it"
+        "max", description="reduction of a channel's scores over the layers that share it"
     )
     reinitialise: bool = Field(
-        False, description="fresh weights in the smaller network: a baseline"
+        False, description="new random weights in the smaller network, as a baseline"
     )
 
 
@@ -88,7 +85,7 @@ class PruneOptions(ScoreOptions, ModelOptions):
     """`prunedm prune`: remove channels, single weights, or N:M weights."""
 
     mechanism: Mechanism = Field(
-        "channels", description="what is removed; obs- updates the weights that stay"
+        "channels", description="what is removed; obs- updates the remaining weights"
     )
     target: TargetText = Field(
         "params=0.3",
@@ -96,7 +93,7 @@ class PruneOptions(ScoreOptions, ModelOptions):
     )
     pattern: PatternText = Field("2:4", description="N kept of every M input channels (nm)")
     allocation: Literal["uniform", "sensitivity"] = Field(
-        "uniform", description="same for all layers, or by measured loss to meet the target"
+        "uniform", description="the same for all layers, or by measured loss to meet the target"
     )
     permute: bool = Field(
         False, description="reorder channels first so that groups lose less (nm, obs-nm)"
@@ -108,7 +105,7 @@ class PruneOptions(ScoreOptions, ModelOptions):
     problems: int | None = Field(
         None,
         ge=0,
-        description="held-out, of the loss before and after; none: 16 to 64 by their cost",
+        description="held-out problems in the loss before and after; none: 16 to 64, by cost",
     )
     channels: ChannelOptions = ChannelOptions()
     obs: ObsOptions = ObsOptions()

@@ -1,42 +1,28 @@
 """The verbs: each reads a model folder, does one thing, and writes a new folder with a record.
 
-`STAGES` has one record a verb (table.py); `prunedm.stages.prune` is that of the verb. Nothing heavy is
-imported before one is called.
+`VERBS` has one record per verb (table.py), and `prunedm.stages.prune` is the record of `prune`. Nothing
+heavy is imported before a verb is called.
 """
 
-from importlib import import_module
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from prunedm.options import EvaluateOptions, TrainOptions
-from prunedm.progress import Progress
-from prunedm.record import Record
-from prunedm.stages.table import STAGES
+from prunedm.options import EvaluateOptions
+from prunedm.stages.table import STAGES, VERBS
 
-__all__ = ["STAGES", "check_inputs", "compare", "train", *(set(STAGES) - {"train"})]  # noqa: PLE0604
+__all__ = ["STAGES", "VERBS", "check_inputs", "train", *(set(VERBS) - {"train"})]  # noqa: PLE0604
+
+train = partial(VERBS["train"], "")  # reads no model: train(out, options)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compare":
-        return import_module("prunedm.stages.verbs.compare").compare
-    if name in STAGES:
-        return STAGES[name]
+    if name in VERBS:
+        return VERBS[name]
     raise AttributeError(f"module 'prunedm.stages' has no attribute {name!r}")
 
 
-def train(
-    out: str | Path,
-    options: TrainOptions,
-    *,
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
-    """Train `options.unet` on `options.dataset` and write a model folder."""
-    return STAGES["train"]("", out, options, progress=progress, overwrite=overwrite)
-
-
 def check_inputs(model: str, options: EvaluateOptions) -> None:
-    """Open everything that a long run will need at its end. Raises `UserError` where it would fail."""
+    """Open everything a long run needs at its end. Raises `UserError` where that would fail."""
     from prunedm.folder import load
     from prunedm.sampling import make_sampler
     from prunedm.stages.evaluating.quality import with_features

@@ -1,4 +1,4 @@
-"""fid and stats: distances between two sets of images, and statistics to keep of one.
+"""fid and stats: distances between two sets of images, and statistics of one set.
 
 Neither writes a folder: `fid` returns figures, `stats` writes one file.
 """
@@ -27,7 +27,6 @@ from prunedm.options import FidOptions, StatsOptions
 from prunedm.progress import Progress, Silent
 from prunedm.record import environment
 from prunedm.stages import statistics_file
-from prunedm.stages.distance_lines import comparison_notes, side_notes
 from prunedm.stages.inputs import device_for
 from prunedm.stages.workplace import Workplace
 from prunedm.system.places import target
@@ -35,7 +34,7 @@ from prunedm.system.places import target
 
 @dataclass
 class _Side:
-    """One of the two sets: statistics, and where it was given as images, its features (N, D)."""
+    """One of the two sets: its statistics and, if given as images, its features (N, D)."""
 
     name: str
     statistics: Statistics
@@ -44,7 +43,7 @@ class _Side:
     left_out: str = ""
 
     def figures(self) -> dict[str, Any]:
-        """`images` is None, and `features` "", where a file of statistics does not say."""
+        """`images` is None and `features` "" where a statistics file does not name them."""
         stats_of = self.statistics
         return {
             "name": self.name,
@@ -67,8 +66,8 @@ def fid(
 ) -> dict[str, Any]:
     """Figures of generated images `a` against real ones `b`; each may be given as statistics.
 
-    The Fréchet distance is the same the other way round; precision and recall change places.
-    Raises `UserError` for sets that cannot be read or compared, and for too few images.
+    Swapping them keeps the Fréchet distance and exchanges precision and recall. Raises `UserError`
+    for sets that cannot be read or compared, and for too few images.
     """
     found = [_open(name, options) for name in (a, b)]
     network = None
@@ -95,7 +94,7 @@ def fid(
         "biased": a_figures["biased"] or b_figures["biased"],
         "a": a_figures,
         "b": b_figures,
-        "notes": comparison_notes(a_figures, b_figures),
+        "notes": _comparison_notes(a_figures, b_figures),
         "options": options.model_dump(mode="json"),
         **environment(options.device),
     }
@@ -111,9 +110,9 @@ def stats(
 ) -> dict[str, Any]:
     """Write mean and covariance of the features of `source` to `out`, an .npz as pytorch-fid's.
 
-    The file is there when it is whole; one of the same images and options is not `made` again.
-    Raises `UserError` where it holds anything else, unless `overwrite`, and for images that are too
-    few or cannot be read.
+    The file appears only when whole; one with the same images and options is not `made` again.
+    Raises `UserError` where `out` holds anything else, unless `overwrite`, and for images that are
+    too few or cannot be read.
     """
     out = check_file(out, ".npz", overwrite=True)
     found = _open(source, options)
@@ -130,7 +129,7 @@ def stats(
         make_place(out)
         with place.held():
             if out.exists() and not overwrite:
-                raise UserError(f"{out} was made by another command meanwhile; look at that one")
+                raise UserError(f"{out} was made by another command in the meantime; use that file")
             side = _side(source, found, network, options, progress or Silent(), content=content)
             _check_enough(source, side.statistics.count, side.statistics.dim, options.force)
             statistics_file.write(side.statistics, place, basis, content)
@@ -138,21 +137,21 @@ def stats(
         place.tidy()
         side = _Side(source, kept, skipped=found.skipped)
     figures = side.figures() | {"kind": "images"}
-    return figures | {"notes": side_notes(figures), "made": kept is None}
+    return figures | {"notes": _side_notes(figures), "made": kept is None}
 
 
 def check_file(out: str | Path, suffix: str, *, overwrite: bool) -> Path:
-    """`out`, if it may be written. Raises `UserError` for another suffix, and where it exists."""
+    """`out` as a path. Raises `UserError` for another suffix, or where it may not be replaced."""
     out = target(out)
     if out.suffix != suffix:
-        raise UserError(f"{str(out)!r} is no {suffix} file; give a name that ends in {suffix}")
+        raise UserError(f"{str(out)!r} is not a {suffix} file; give a name that ends in {suffix}")
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"{out} exists; give another file, or --overwrite")
     return out
 
 
 def make_place(out: Path) -> None:
-    """The folder of `out`; `OSError` before any work where nothing can be written into it."""
+    """Make the folder of `out`; raises `OSError` where nothing can be written into it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=out.parent):
         pass
@@ -176,7 +175,7 @@ def _network(options: StatsOptions) -> FeatureNetwork:
 def _check_early(
     sides: list[Images | Statistics], network: FeatureNetwork, options: StatsOptions
 ) -> None:
-    """What would otherwise fail only when the features of all images have been computed."""
+    """Raise `UserError` for what would fail only after computing all features."""
     images = [side for side in sides if isinstance(side, Images)]
     dims = [network(next(side.batches(1))).shape[1] for side in images]
     likeness = Statistics(torch.zeros(dims[0]).numpy(), torch.empty(0).numpy(), 0, network.name)
@@ -221,7 +220,7 @@ def _check_enough(name: str, count: int, dim: int, force: bool) -> None:
 
 
 def _distance_error(left: _Side, right: _Side, options: FidOptions) -> float | None:
-    """Over the images of both sides: they are independent. A side of statistics counts as exact."""
+    """Standard error over the images of both sides; a side of statistics counts as exact."""
     squares = [
         bootstrap_error(
             side.features_ND.numpy(), other.statistics, draws=options.draws, seed=options.seed
@@ -234,7 +233,7 @@ def _distance_error(left: _Side, right: _Side, options: FidOptions) -> float | N
 
 
 def _sample_figures(left: _Side, right: _Side, options: FidOptions) -> dict[str, Any]:
-    """KID, precision and recall, or None where a side has no images or hardly any."""
+    """KID, precision and recall; None where a side has no or too few images."""
     names = ("kid", "kid_se", "precision", "precision_se", "recall", "recall_se")
     figures: dict[str, Any] = dict.fromkeys(names)
     a_ND, b_ND = left.features_ND, right.features_ND
@@ -259,3 +258,72 @@ def _sample_figures(left: _Side, right: _Side, options: FidOptions) -> dict[str,
         figures["precision_se"] = share_error(precision, len(a_ND))
         figures["recall_se"] = share_error(recall, len(b_ND))
     return figures
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The figures of `fid` for the user, each with its standard error and conditions."""
+    options, sides = figures["options"], [figures["a"], figures["b"]]
+    sets = " against ".join(_described(side) for side in sides)
+    said = [f"{figures['features']} {_with_error(figures, 'fd', '.5g')}: {sets}"]
+    if figures["kid"] is not None:
+        name = "KID" if figures["features"] == "FID" else "KD"
+        subset = min(options["kid_subset"], *(side["images"] for side in sides))
+        said.append(
+            f"{name} {_with_error(figures, 'kid', '.4g')}: "
+            f"{options['kid_subsets']} subsets of {subset:,} images"
+        )
+    if figures["precision"] is not None:
+        said.append(
+            f"precision {_with_error(figures, 'precision', '.4f')}, "
+            f"recall {_with_error(figures, 'recall', '.4f')}: {options['neighbours']} neighbours"
+        )
+    return said + figures["notes"]
+
+
+def _comparison_notes(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Remarks on a comparison, from the figures of its two sides."""
+    notes = _side_notes(a) + _side_notes(b)
+    without = [side["name"] for side in (a, b) if side["kind"] == "statistics"]
+    if not without:
+        return notes
+    holds = "holds" if len(without) == 1 else "hold"
+    error = (
+        "the standard error is over the images of the other side"
+        if len(without) == 1
+        else "no standard error either"
+    )
+    return [
+        *notes,
+        f"no KID, precision and recall: {' and '.join(without)} {holds} statistics and no images; "
+        + error,
+    ]
+
+
+def _side_notes(side: dict[str, Any]) -> list[str]:
+    """Remarks on one set: too few images, unknown origin, images left out."""
+    notes, name = [], side["name"]
+    if side["biased"]:
+        notes.append(
+            f"biased: {side['images']:,} images of {name} are too few for {side['dim']:,} features; "
+            "compare it only with distances at the same number of images"
+        )
+    if not (side["images"] and side["features"]):
+        notes.append(f"{name} does not say how many images it covers, or in which features")
+    if side["left_out"]:
+        notes.append(f"not counted of {name}: {side['left_out']}")
+    if side["skipped"]:
+        notes.append(
+            f"left out of {name}: {len(side['skipped']):,} that cannot be read, "
+            f"first {side['skipped'][0]}"
+        )
+    return notes
+
+
+def _described(side: dict[str, Any]) -> str:
+    count = f"{side['images']:,}" if side["images"] else "an unknown number of"
+    return f"{count} images of {side['name']}"
+
+
+def _with_error(figures: dict[str, Any], name: str, digits: str) -> str:
+    error = figures[f"{name}_se"]
+    return format(figures[name], digits) + ("" if error is None else f" ± {error:.2g}")

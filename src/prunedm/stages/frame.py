@@ -1,10 +1,9 @@
-"""The frame around every stage: done already, resume, or make; aside first, renamed when whole."""
+"""The frame around every stage: done already, resume, or make; written aside, renamed when whole."""
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,27 +17,29 @@ from prunedm.training import processes
 __all__ = ["RESUME", "Plan", "Request", "run_stage", "status"]
 O_co = TypeVar("O_co", bound=Options, covariant=True)
 
-Known = Callable[[dict[str, Any] | None], dict[str, Any] | None]  # an identity, completed
+Models = str | Path | Mapping[str, str | Path]  # one by name, or several by label
+Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Request(Generic[O_co]):
-    """What a verb is asked for: a model, the place of the result, and options."""
+    """A call of a verb. title: heading of the report, where the verb writes one."""
 
-    source: str | Path
+    source: Any  # Models, as the verb reads them
     out: Path
     options: O_co
     progress: Progress
     overwrite: bool = False
+    title: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What decides a result, and `make`, which writes it into a working folder.
 
-    options: as they came to be, with every default filled in. inputs: what was read, by role.
-    parent: the record of the model that this one is made from. complete: whether a result is without
-    failures; of one that is not, `overwrite` makes the same again.
+    options: with every default filled in. inputs: what was read, by role. parent: the record of the
+    model that this result is made from. complete: whether a result has no failures; `overwrite`
+    makes one with failures again.
     """
 
     options: Options
@@ -48,7 +49,7 @@ class Plan:
     complete: Callable[[Path], bool] = lambda out: True
 
     def record(self, verb: str) -> Record:
-        """The record to be, without what came out."""
+        """The record to be, without figures."""
         lineage = self.parent.lineage() if self.parent else []
         return Record(
             stage=verb,
@@ -62,100 +63,166 @@ class Plan:
 def run_stage(
     verb: str, plan: Plan, out: str | Path, *, overwrite: bool = False
 ) -> tuple[Record, bool]:
-    """Make `out` unless it is there already; returns its record and whether anything was made.
+    """Make `out` unless it is done; returns its record and whether anything was made.
 
     `plan.make` writes its result into the working folder, `<out>.partial`, and returns the figures of
-    the record. What it leaves in `resume/` survives an interruption, and is gone when the stage is
+    the record. What it leaves in `resume/` survives an interruption, and is removed when the stage is
     done; without it, a failed stage leaves nothing. Raises `Changed` where `out` holds another
     result, which `overwrite` replaces, and `UserError` for anything that is not ours, which is never
-    touched. An unfinished `<out>.partial` of what is asked for now was allowed to replace `out` when
-    it was begun; a whole one only takes its place (workplace.py).
+    touched. An unfinished `<out>.partial` of the same identity was allowed to replace `out` when it
+    was begun; a whole one only takes its place (workplace.py).
     Of several processes of one job the first writes; the others share its work. Another command
-    that makes `out` meanwhile is refused.
+    that makes `out` at the same time is refused.
     """
-    place, record = Workplace.of(out), plan.record(verb)
-    known = partial(_completed, options=plan.options, inputs=plan.inputs)
-    found = _existing(place, record, known, overwrite, plan.complete)
+    work = _Work(verb, plan, out, overwrite=overwrite)
+    found = work.existing()
     if found is not None:
         if processes.rank() == 0:
-            place.tidy()
+            work.place.tidy()
         return found, False
-    with place.held() if processes.rank() == 0 else nullcontext():
-        processes.wait_for_all()  # no other command changes anything any more
-        place = Workplace.of(out)
-        found = _existing(place, record, known, overwrite, plan.complete)
-        if found is not None:  # made meanwhile
-            return found, False
-        return _finished(place, record, known, plan, overwrite=overwrite)
-
-
-def _finished(
-    place: Workplace, record: Record, known: Known, plan: Plan, *, overwrite: bool
-) -> tuple[Record, bool]:
-    """The record of what is now in its place, and whether it was made now."""
-    whole = place.whole()
-    is_whole = whole is not None and known(whole.identity) == record.identity
-    processes.wait_for_all()  # all have looked; now the first may change what is there
-    if processes.rank() > 0:
-        return _help(place, plan, is_whole=is_whole), not is_whole
-    if not is_whole:
-        record = _made(place, record, known, plan, overwrite=overwrite)
-    place.finish()
-    processes.wait_for_all()
-    return _record_of(place.out) if is_whole else record, not is_whole
+    with work.place.held() if processes.rank() == 0 else nullcontext():
+        processes.wait_for_all()  # from here on no other command changes anything
+        work.place = Workplace.of(out)
+        found = work.existing()
+        return (found, False) if found is not None else work.finished()  # found: made meanwhile
 
 
 def status(verb: str, plan: Plan, out: str | Path) -> str:
-    """What `run_stage` would do: "" where `out` is done, else why it is not, in words.
+    """What `run_stage` would do: "" where `out` is done, else why it is not.
 
     Raises `UserError` where `out` holds no result of ours.
     """
-    place, record = Workplace.of(out), plan.record(verb)
-    known = partial(_completed, options=plan.options, inputs=plan.inputs)
-    found = _found(place)
-    before = known(found.identity if found else None)
-    if found is not None and before == record.identity:
-        return ""
-    if known(place.unfinished()) == record.identity:
-        whole = place.whole() is not None
-        return "is whole, and takes its place" if whole else "goes on from its checkpoint"
-    if before is not None:
-        return f"again: it is of {_difference(before, record.identity)}"
-    return "to do"
+    return _Work(verb, plan, out).status()
 
 
-def _made(place: Workplace, record: Record, known: Known, plan: Plan, *, overwrite: bool) -> Record:
-    """The whole record of what was written into the working folder."""
-    try:
-        _open(place, record, known, overwrite)
-        before, started = place.spent(), time.monotonic()
+class _Work:
+    """One result to be: its plan, its record, and the place where it is made."""
+
+    def __init__(self, verb: str, plan: Plan, out: str | Path, *, overwrite: bool = False) -> None:
+        self.plan, self.overwrite = plan, overwrite
+        self.place, self.record = Workplace.of(out), plan.record(verb)
+
+    def existing(self) -> Record | None:
+        """The record of a finished `out` that is what was asked for; None where it may be made."""
+        found = self._found()
+        if found is None:
+            return None
+        out, before = self.place.out, self._completed(found.identity)
+        same = before == self.record.identity
+        if same and not (self.overwrite and not self.plan.complete(out)):
+            return found
+        if self.overwrite or self._is_begun():
+            return None
+        what = _difference(before, self.record.identity)
+        raise Changed(f"{out} exists and holds {what}; give another folder, or --overwrite", what)
+
+    def status(self) -> str:
+        """See `frame.status`."""
+        found = self._found()
+        before = self._completed(found.identity) if found else None
+        if before == self.record.identity:
+            return ""
+        if self._is_begun():
+            whole = self.place.whole() is not None
+            return "is whole, and takes its place" if whole else "continues from its checkpoint"
+        if before is not None:
+            return f"again: it is of {_difference(before, self.record.identity)}"
+        return "to do"
+
+    def finished(self) -> tuple[Record, bool]:
+        """The record of the result, now in its place, and whether it was made now."""
+        whole = self.place.whole()
+        is_whole = whole is not None and self._completed(whole.identity) == self.record.identity
+        processes.wait_for_all()  # all have looked; now the first may change what they saw
+        if processes.rank() > 0:
+            self._help(is_whole=is_whole)
+        else:
+            if not is_whole:
+                self._make()
+            self.place.finish()
         processes.wait_for_all()
-        figures = plan.make(place.partial)
-        seconds = round(before + time.monotonic() - started, 2)
-        record = record.model_copy(
-            update={"figures": figures, "wall_time_s": seconds}
-            | environment(getattr(plan.options, "device", "cpu"))
-        )
-        place.set_whole(record)
-    except BaseException:
-        place.give_up()
-        raise
-    return record
+        if is_whole or processes.rank() > 0:
+            self.record = _record_of(self.place.out)
+        return self.record, not is_whole
 
+    def _make(self) -> None:
+        """Fill the working folder and complete the record."""
+        try:
+            self._open()
+            before, started = self.place.spent(), time.monotonic()
+            processes.wait_for_all()
+            figures = self.plan.make(self.place.partial)
+            seconds = round(before + time.monotonic() - started, 2)
+            self.record = self.record.model_copy(
+                update={"figures": figures, "wall_time_s": seconds}
+                | environment(getattr(self.plan.options, "device", "cpu"))
+            )
+            self.place.set_whole(self.record)
+        except BaseException:
+            self.place.give_up()
+            raise
 
-def _help(place: Workplace, plan: Plan, *, is_whole: bool) -> Record:
-    """What every process but the first does: the same work, and nothing written."""
-    if not is_whole:
+    def _help(self, *, is_whole: bool) -> None:
+        """The part of every process but the first: the same work, nothing written."""
+        if is_whole:
+            return
+        partial = self.place.partial
         processes.wait_for_all()
-        if not (place.partial / RESUME).is_dir():
+        if not (partial / RESUME).is_dir():
             raise UserError(
-                f"process {processes.rank()} does not see {place.partial}, which the first one made; "
+                f"process {processes.rank()} does not see {partial}, which the first one made; "
                 "give all machines one shared folder"
             )
-        with processes.place_to_write(place.partial, RESUME) as folder:
-            plan.make(folder)
-    processes.wait_for_all()
-    return _record_of(place.out)
+        with processes.place_to_write(partial, RESUME) as folder:
+            self.plan.make(folder)
+
+    def _open(self) -> None:
+        """The working folder: kept from an interrupted run of the same identity, else new."""
+        if self.overwrite:
+            with suppress(UserError):  # an unreadable one is begun anew
+                if self._is_begun():
+                    return
+        unfinished = None if self.overwrite else self.place.unfinished()
+        if unfinished is None:
+            self.place.begin(self.record.identity)
+        elif (known := self._completed(unfinished)) != self.record.identity:
+            difference = _difference(known, self.record.identity)
+            raise Changed(
+                f"{self.place.partial} is an unfinished run with {difference}; finish that one, "
+                "give another folder, or --overwrite",
+                difference,
+            )
+
+    def _is_begun(self) -> bool:
+        """Whether this result waits unfinished in the working folder."""
+        unfinished = self.place.unfinished()
+        return unfinished is not None and self._completed(unfinished) == self.record.identity
+
+    def _found(self) -> Record | None:
+        """The record of what `out` holds; None where it holds nothing."""
+        place = self.place
+        if not place.has_content():
+            return None
+        found = read_record(place.out) if place.out.is_dir() else None
+        if found is None and not (place.is_within and place.whole()):  # else half of it is moved
+            raise UserError(
+                f"{place.out} exists and holds no result of prunedm; give another folder"
+            )
+        return found
+
+    def _completed(self, identity: Identity) -> Identity:
+        """`identity` with what prunedm has added to identities since it was written.
+
+        These are new options, at their defaults, and the second half of a dataset's hash, which
+        covers every byte: it is taken over where the first half is the same.
+        """
+        defaults = type(self.plan.options).model_construct().identity()
+        now = {role: source.hash for role, source in self.plan.inputs.items()}
+        hashes = {
+            role: now[role] if now.get(role, "").startswith(f"{found}-") else found
+            for role, found in identity["inputs"].items()
+        }
+        return identity | {"options": defaults | identity["options"], "inputs": hashes}
 
 
 def _record_of(out: Path) -> Record:
@@ -164,83 +231,8 @@ def _record_of(out: Path) -> Record:
     return record
 
 
-def _completed(
-    identity: dict[str, Any] | None, options: Options, inputs: dict[str, Source]
-) -> dict[str, Any] | None:
-    """An identity with what came after it was written.
-
-    That is options, at their defaults, and the second part of a dataset's hash, which is of every
-    byte: where the first is of what is asked for now, so is the second.
-    """
-    if identity is None:
-        return None
-    defaults = type(options).model_construct().identity()
-    now = {role: source.hash for role, source in inputs.items()}
-    hashes = {
-        role: now[role] if now.get(role, "").startswith(f"{found}-") else found
-        for role, found in identity["inputs"].items()
-    }
-    return identity | {"options": defaults | identity["options"], "inputs": hashes}
-
-
-def _existing(
-    place: Workplace,
-    record: Record,
-    known: Known,
-    overwrite: bool,
-    complete: Callable[[Path], bool],
-) -> Record | None:
-    """The record of a finished `out` that is just what was asked for; None where it can be made."""
-    out, found = place.out, _found(place)
-    if found is None:
-        return None
-    before = known(found.identity)
-    assert before is not None
-    if before == record.identity and not (overwrite and not complete(out)):
-        return found
-    if overwrite or known(place.unfinished()) == record.identity:
-        return None
-    what = _difference(before, record.identity)
-    message = f"{out} exists and holds {what}; give another folder, or --overwrite"
-    raise Changed(message, what)
-
-
-def _found(place: Workplace) -> Record | None:
-    """The record of what `out` holds; None where there is nothing."""
-    if not place.has_content():
-        return None
-    found = read_record(place.out) if place.out.is_dir() else None
-    if found is None and not (place.is_within and place.whole()):  # else half of it is moved
-        raise UserError(f"{place.out} exists and holds no result of prunedm; give another folder")
-    return found
-
-
-def _open(place: Workplace, record: Record, known: Known, overwrite: bool) -> None:
-    """The working folder: kept from an interrupted run of the same identity, else new."""
-    unfinished = None if overwrite else known(place.unfinished())
-    if overwrite and _is_of(place, record, known):
-        return
-    if unfinished is None:
-        place.begin(record.identity)
-    elif unfinished != record.identity:
-        difference = _difference(unfinished, record.identity)
-        message = (
-            f"{place.partial} is an unfinished run with {difference}; finish that one, "
-            "give another folder, or --overwrite"
-        )
-        raise Changed(message, difference)
-
-
-def _is_of(place: Workplace, record: Record, known: Known) -> bool:
-    """Whether just this was begun there; what cannot be read was not."""
-    try:
-        return known(place.unfinished()) == record.identity
-    except UserError:
-        return False
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first thing in which two identities differ, in words."""
+def _difference(old: Identity, new: Identity) -> str:
+    """The first difference between two identities."""
     if old["stage"] != new["stage"]:
         return f"the result of {old['stage']}, not of {new['stage']}"
     for key in old["options"] | new["options"]:

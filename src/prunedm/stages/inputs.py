@@ -1,7 +1,8 @@
-"""What stages begin with: the model, its ancestors, the dataset, problems from it, and scores."""
+"""Inputs of stages: the model, its ancestors, the dataset, problems made from it, and scores."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,20 +16,21 @@ from prunedm.options import CalibrationOptions, DataOptions, ModelOptions, Score
 from prunedm.progress import Progress
 from prunedm.record import Record, Source, file_hash
 from prunedm.scores import Calibration, score_layers
+from prunedm.stages.frame import Request
 from prunedm.task import Batch
 from prunedm.task.denoising import Denoising
 from prunedm.training import processes
 
 
 def source_of(model: Model) -> Source:
-    """Where a model came from, as a record names it."""
+    """A model as an input of a record."""
     path = Path(model.name)
     local = path.is_dir() and model.name not in EMBEDDED
     return Source(path=str(path.resolve()) if local else model.name, hash=model.hash)
 
 
 def given_model(source: str | Path, options: ModelOptions, progress: Progress) -> Model:
-    """The model under the noise schedule of the options; what was chosen or assumed for it is said."""
+    """The model with the options' noise schedule; says what was chosen or assumed for it."""
     model = load(source, scheduler=options.scheduler)
     for note in model.notes:
         progress.say(note)
@@ -36,7 +38,7 @@ def given_model(source: str | Path, options: ModelOptions, progress: Progress) -
 
 
 def model_sources(model: Model) -> dict[str, Source]:
-    """The model as an input, and the noise schedule where another one was given."""
+    """The model as an input, and the noise schedule file if one was given."""
     given = model.scheduler_file
     return {"model": source_of(model)} | ({"scheduler": file_source(given)} if given else {})
 
@@ -50,9 +52,9 @@ def data_source(images: ImageSet) -> Source:
 
 
 def reload(source: Source, *, like: Model | None = None) -> Model:
-    """The model that a record names. Raises `UserError` if it is gone or is no longer the same.
+    """The model that a record names. Raises `UserError` if it is gone or has changed.
 
-    like: the model made from it, whose noise schedule is its own where none lies beside it.
+    like: a model made from it, whose noise schedule it gets where it has none of its own.
     """
     model = load(source.path)
     if like is not None and model.scheduler_assumed:
@@ -63,15 +65,25 @@ def reload(source: Source, *, like: Model | None = None) -> Model:
 
 
 def dense_source(record: Record | None) -> Source | None:
-    """The model that the first stage of the lineage was given, or None where no record tells."""
+    """The input model of the lineage's first stage, or None where no record names one."""
     for stage in record.lineage() if record else []:
         if "model" in stage.inputs:
             return stage.inputs["model"]
     return None
 
 
+def read_inputs(
+    request: Request[Any], split: str = "train"
+) -> tuple[Model, ImageSet, dict[str, Source]]:
+    """The model and the images of a split that a request names, and both as inputs of a record."""
+    options, progress = request.options, request.progress
+    model = given_model(request.source, options, progress)
+    images = images_for(model, options, split, progress)
+    return model, images, {**model_sources(model), "dataset": data_source(images)}
+
+
 def device_for(wanted: str) -> torch.device:
-    """ "auto" is a GPU where there is one; of several processes on a machine each takes its own."""
+    """ "auto" is a GPU if there is one; several processes on a machine each take their own."""
     if wanted != "auto" or not torch.cuda.is_available():
         return torch.device("cpu")
     if processes.count() == 1:
@@ -82,9 +94,9 @@ def device_for(wanted: str) -> torch.device:
 def images_for(
     model: Model, options: DataOptions, split: str, progress: Progress | None = None
 ) -> ImageSet:
-    """The options' images in the shape that the model takes; what is not among them is said.
+    """The options' images in the model's shape; says which are left out.
 
-    Raises `UserError` where the model takes none.
+    Raises `UserError` where the model takes no images.
     """
     if model.unasked:
         raise UserError(model.unasked)
@@ -124,12 +136,10 @@ def training_problems(
     time_range: tuple[int, int] | None = None,
     cycle: int = 0,
 ) -> Denoising:
-    """The stream that training, learning and calibration read: endless, or the first `cycle`."""
-    return Denoising(
+    """The stream for training, learning and calibration: endless, or repeating after `cycle`."""
+    return _problems(
         images,
-        model.process,
-        codec=model.codec,
-        condition=model.condition,
+        model,
         seed=options.seed,
         purpose="train",
         shuffle=True,
@@ -140,26 +150,23 @@ def training_problems(
 
 
 def held_out_problems(model: Model, options: DataOptions, count: int) -> list[Batch]:
-    """Fixed problems on the test images, the same for every model and stage of one seed."""
+    """Fixed problems on the test images: the same for every model and stage with one seed."""
     problems = problems_on(images_for(model, options, "test"), model, options.seed)
     return fixed_batches(problems, count)
 
 
 def problems_on(images: ImageSet, model: Model, seed: int) -> Denoising:
-    """The endless stream whose first are the held-out problems."""
+    """The endless stream that begins with the held-out problems."""
     model.condition.check(images)
-    return Denoising(
-        images,
-        model.process,
-        codec=model.codec,
-        condition=model.condition,
-        seed=seed,
-        purpose="held out",
-    )
+    return _problems(images, model, seed=seed, purpose="held out")
+
+
+def _problems(images: ImageSet, model: Model, **how: Any) -> Denoising:
+    return Denoising(images, model.process, codec=model.codec, condition=model.condition, **how)
 
 
 def calibration_problems(model: Model, options: CalibrationOptions, images: ImageSet) -> Denoising:
-    """The training stream, narrowed to the options' timesteps."""
+    """The training stream, restricted to the options' timesteps."""
     return training_problems(
         model, options, images, time_range=model.process.time_range(options.time_range)
     )
@@ -173,9 +180,9 @@ def score_weights(
     *,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Scores of these layers by the options' score, on the options' device.
+    """The options' score of these layers, on the options' device.
 
-    images: what problems are made of, where the score wants any.
+    images: to make problems from, if the score needs them.
     """
     device = device_for(options.device)
     calibration = None

@@ -1,4 +1,4 @@
-"""Masks from a file, from a model that has them, or from the zeros of one that has not."""
+"""Masks from a file, from a model that has them, or from the zeros of one without."""
 
 import filecmp
 from collections.abc import Iterable, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunedm.errors import UserError
@@ -15,19 +16,17 @@ from prunedm.networks.layer_kinds import weight_of
 from prunedm.networks.layers import prunable_layers
 from prunedm.record import Source
 from prunedm.removal.nm import LARGEST_M, eligible_layers, exact_pattern, project
-from prunedm.stages.inputs import file_source, source_of
+from prunedm.stages.inputs import file_source, reload, source_of
 from prunedm.stages.workplace import Workplace
 from prunedm.system.places import target
 
 SUFFIX = ".safetensors"
-STRAY = (
-    0.01  # zeros below this share of a layer are chance: half precision rounds some weights to 0
-)
+STRAY = 0.01  # a smaller share of zeros is chance: half precision rounds some weights to 0
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Groups of one layer that kept more than N, and fewer; the others stayed as they were."""
+    """Numbers of groups in one layer that kept more than N, and fewer; others are unchanged."""
 
     over: int
     under: int
@@ -35,13 +34,13 @@ class Projected:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What masks were made from, and what was changed to give them one pattern."""
+    """The origin of masks, and the changes that gave them one pattern."""
 
     origin: str
     source: Source
     without_zeros: tuple[str, ...] = ()  # layers with nothing to take a mask from
-    stray: tuple[str, ...] = ()  # layers whose few zeros are taken for chance
-    pattern: Pattern | None = None  # that was asked for
+    stray: tuple[str, ...] = ()  # layers whose few zeros count as chance
+    pattern: Pattern | None = None  # the one asked for
     projected: Mapping[str, Projected] = field(default_factory=dict)  # layers with changed groups
     ineligible: Mapping[str, str] = field(default_factory=dict)  # masked layers left out, and why
 
@@ -50,7 +49,7 @@ class Extraction:
         return sum(change.over + change.under for change in self.projected.values())
 
     def lines(self) -> list[str]:
-        """All of it in sentences, for the user."""
+        """The same as sentences for the user."""
         said = [f"masks from {self.origin}"]
         for names, what in (
             (self.without_zeros, "without zeros"),
@@ -83,11 +82,11 @@ class Extraction:
 def extract_masks(
     model: Model, *, targets: Iterable[str] = (), pattern: Pattern | None = None
 ) -> tuple[Masks, Extraction]:
-    """The model's own masks, or those of the zeros in its prunable layers; and what was done.
+    """The model's own masks, or those of the zeros in its prunable layers, with their origin.
 
-    Layers without zeros, or with a few by chance, have no mask. Without `pattern`, a layer gets the
-    N:M that its zeros have exactly, or an unstructured mask. With it, every masked layer that can
-    take it is projected to it, and the others are left out. Raises `UserError` where there is
+    Layers without zeros, or with a few by chance, get no mask. Without `pattern`, a layer gets the
+    N:M that its zeros satisfy exactly, or an unstructured mask. With it, every masked layer that
+    allows it is projected to it, and the others are left out. Raises `UserError` where there is
     nothing to extract.
     """
     targets = tuple(targets)
@@ -104,12 +103,13 @@ def masks_from(
 ) -> tuple[Masks, Extraction]:
     """Masks for `denoiser` from a masks file or, as `extract_masks`, from another model.
 
-    A projection to `pattern` goes by the size of the weights of `denoiser`. Raises `UserError`
-    where the masks are of another model, naming the first layer that does not fit.
+    A projection to `pattern` goes by the magnitude of the weights of `denoiser`. Raises `UserError`
+    naming the first layer that does not fit.
     """
     targets, path = tuple(targets), Path(source).expanduser()
     if path.is_file() or path.suffix == SUFFIX:
-        masks, found = _read(path), Extraction(str(source), file_source(path))
+        masks, found = load_masks(path), Extraction(str(source), file_source(path))
+        masks.check_pattern()
     else:
         masks, found = _given(load(source), targets)
     masks.check_fits(denoiser)
@@ -124,18 +124,23 @@ def extract_to(
     pattern: str | None = None,
     overwrite: bool = False,
 ) -> tuple[Masks, Extraction, bool]:
-    """`extract_masks` of the model at `source`, written to the file `out`; and whether it was.
+    """`extract_masks` of the model at `source` into the file `out`; also whether it was written.
 
-    It is not where `out` holds just these masks. Raises `UserError` where it holds anything else,
-    unless `overwrite`, or has no .safetensors name.
+    It is not where `out` holds the same masks. Raises `UserError` where it holds anything else,
+    unless `overwrite`, or its name does not end in .safetensors.
     """
     out = target(out)
     if out.suffix != SUFFIX:
-        raise UserError(f"{out} is no name of a masks file; try {out.name}{SUFFIX}")
+        raise UserError(f"{out} is not the name of a masks file; try {out.name}{SUFFIX}")
     if out.exists() and not out.is_file():
         raise UserError(f"{out} exists and is not a file; give another name")
-    if out.exists() and not overwrite:
-        _refuse_foreign(out)
+    if out.exists() and not overwrite:  # refuse another kind of file before any work
+        try:
+            load_masks(out)
+        except UserError:
+            raise UserError(
+                f"{out} exists and holds other things; give another file, or --overwrite"
+            ) from None
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.m > LARGEST_M:
         raise UserError(f"pattern {pattern!r} has M over {LARGEST_M}; try 2:4")
@@ -146,7 +151,7 @@ def extract_to(
 
 
 def _write(masks: Masks, out: Path, *, overwrite: bool) -> bool:
-    """Whether `out` did not hold just these."""
+    """Whether `out` was written, since it did not hold the same masks."""
     partial = Workplace.of(out).file
     try:
         save_masks(masks, partial)
@@ -162,32 +167,49 @@ def _write(masks: Masks, out: Path, *, overwrite: bool) -> bool:
     return True
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise `UserError` for a file that holds no masks, before any work."""
-    try:
-        load_masks(out)
-    except UserError:
-        raise UserError(
-            f"{out} exists and holds other things; give another file, or --overwrite"
-        ) from None
-
-
 def read_masks(source: str | Path) -> Masks:
-    """Masks to look at: of a file, whether their patterns hold or not, or of a model."""
+    """Masks of a file, with patterns unchecked, or of a model."""
     path = Path(source).expanduser()
     if path.is_file() or path.suffix == SUFFIX:
         return load_masks(path)
     return extract_masks(load(source))[0]
 
 
-def _read(path: Path) -> Masks:
-    masks = load_masks(path)
-    masks.check_pattern()
-    return masks
+def unmasked(given: Model, before: Model) -> Model:
+    """`given` with its removed weights from `before`; the kept ones are its own."""
+    if given.masks is None:
+        return given
+    with torch.no_grad():
+        for name, mask in given.masks:
+            now, then = (weight_of(m.denoiser.get_submodule(name)) for m in (given, before))
+            now.copy_(torch.where(mask, now, then))
+    return given
+
+
+def before_masks(given: Model) -> Model:
+    """The nearest ancestor without masks by the records; `given` itself if it has none.
+
+    Raises `UserError` where there is no such model, or it has changed.
+    """
+    ancestor = given
+    while ancestor.masks is not None:
+        record = ancestor.record
+        if record is None or "model" not in record.inputs:
+            raise UserError(
+                f"{ancestor.name} does not say which model its masks were applied to: give learn the "
+                f"model before masking, with --masks {given.name}"
+            )
+        if record.options.get("permute"):
+            raise UserError(
+                f"{ancestor.name} had its channels reordered when it was pruned, so no model on disk "
+                "has the weights under its masks; give learn one that was pruned without --permute"
+            )
+        ancestor = reload(record.inputs["model"])
+    return ancestor
 
 
 def _given(model: Model, targets: tuple[str, ...]) -> tuple[Masks, Extraction]:
-    """Masks as they are in the model or its zeros."""
+    """The model's masks, or those of its zeros."""
     name = model.name or "the model"
     if model.masks is not None:
         return model.masks, Extraction(name, source_of(model))
@@ -218,7 +240,7 @@ def _finish(
     pattern: Pattern | None,
     targets: tuple[str, ...],
 ) -> tuple[Masks, Extraction]:
-    """Narrowed to the targets, and projected to the pattern by the size of the weights."""
+    """The masks of the targets, projected to the pattern by the magnitude of the weights."""
     if targets:
         masks = masks.only(prunable_layers(denoiser, targets))
     if not masks.by_layer:
@@ -232,7 +254,7 @@ def _finish(
     for name, layer in eligible.items():
         mask, score = masks.by_layer[name], _weight(layer).abs()
         if not bool(score.isfinite().all()):
-            raise UserError(f"weights of {name} are not all finite, so none can be said to go")
+            raise UserError(f"weights of {name} are not all finite, so they cannot be ranked")
         kept_G = pattern.kept_in(mask)
         change = Projected(int((kept_G > pattern.n).sum()), int((kept_G < pattern.n).sum()))
         by_layer[name], changed = project(mask, score, pattern)
@@ -244,7 +266,7 @@ def _finish(
 
 
 def _weight(layer: nn.Module) -> Any:
-    """The weight, on the CPU as masks are."""
+    """The weight on the CPU, where masks are."""
     return weight_of(layer).detach().cpu()
 
 

@@ -1,4 +1,4 @@
-"""What trackers are shown of a model in training: a few of its samples in one picture."""
+"""The picture that trackers show of a model in training: a few of its samples."""
 
 import numpy as np
 import torch
@@ -9,15 +9,15 @@ from prunedm.options import LoopOptions
 from prunedm.sampling import draw_images
 
 STEPS = 20  # of DDIM
-SIDE = 64  # pixels that an image has at least in the picture
+SIDE = 64  # least side of an image in the picture, in pixels
 COLUMNS = 8
 
 
 def samples(model: Model, options: LoopOptions, device: torch.device) -> dict[str, np.ndarray]:
-    """{"samples": picture} of `options.track_images` images of the denoiser as it is now.
+    """{"samples": picture} of `options.track_images` images of the current denoiser.
 
-    The picture is uint8 HWC, RGB. Noise follows from the seed: it shows the same images again and
-    again, as they change. {} where no images are wanted, or channels are no colours.
+    The picture is uint8 HWC, RGB. The noise follows from the seed, so the same images are shown each
+    time. {} where no images are wanted, or channels are not colours.
     """
     channels, count = model.codec.image_shape[0], options.track_images
     if not count or channels not in (1, 3):

@@ -1,4 +1,4 @@
-"""The file that `stats` writes, and by which it knows its own result again."""
+"""The file that `stats` writes, with a record by which it recognizes its own result."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ _NOT_IDENTITY = {"device", "force", "features", "inception_weights"}
 
 
 class Content:
-    """The hash of images that pass by."""
+    """The hash of a stream of images."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def of(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The same batches (uint8 NCHW)."""
+        """Yield the same batches (uint8 NCHW), hashing them."""
         for batch_NCHW in batches:
             for image_CHW in batch_NCHW:
                 self._digest.update(str(tuple(image_CHW.shape)).encode())
@@ -40,7 +40,7 @@ class Content:
 
 
 def made_of(options: StatsOptions, features: str) -> dict[str, Any]:
-    """What decides the statistics beside the images."""
+    """What decides the statistics besides the images."""
     files = feature_files(options.features, options.inception_weights)
     return {
         "features": features,
@@ -52,7 +52,7 @@ def made_of(options: StatsOptions, features: str) -> dict[str, Any]:
 def done_already(
     out: Path, images: Images, basis: dict[str, Any], *, batch_size: int, overwrite: bool
 ) -> Statistics | None:
-    """The statistics in `out` where they are of just this; None where they are to be made.
+    """The statistics in `out` if they are the wanted ones; None where they must be computed.
 
     Raises `UserError` where `out` holds anything else, unless `overwrite`.
     """
@@ -73,7 +73,7 @@ def done_already(
 
 
 def write(stats: Statistics, place: Workplace, basis: dict[str, Any], content: Content) -> None:
-    """Aside first: the file is there when it is whole."""
+    """Write aside, then rename: the file appears only when whole."""
     partial = place.file
     record = json.dumps(basis | {"images": content.hash}, sort_keys=True)
     try:
@@ -84,8 +84,8 @@ def write(stats: Statistics, place: Workplace, basis: dict[str, Any], content: C
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """What the file says that it was made of; None where it does not."""
-    with suppress(Exception):  # whatever a foreign file makes numpy raise
+    """The file's record of its origin; None where it has none."""
+    with suppress(Exception):  # numpy raises many types for a foreign file
         with path.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as file:
             found = json.loads(str(file["record"]))
         return found if isinstance(found, dict) else None

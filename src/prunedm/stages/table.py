@@ -1,13 +1,13 @@
-"""The verbs: one record each. Commands, recipes, sweeps, schemas and public names come from them.
+"""The verbs: one record each, from which commands, recipes, schemas and public names are made.
 
-To add one: its options (a class in `options/`), its function (verbs/NAME.py, NAME), a line in `STAGES`.
+To add one: its options (a class in `options/`), its function (verbs/NAME.py, NAME), a record here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from prunedm.errors import Changed
 from prunedm.options import (
@@ -24,7 +24,7 @@ from prunedm.options import (
 )
 from prunedm.progress import Progress, Silent
 from prunedm.record import Record
-from prunedm.stages.frame import Plan, Request, run_stage, status
+from prunedm.stages.frame import Models, Plan, Request, run_stage, status
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 
@@ -33,60 +33,52 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 class Stage(Generic[O]):
     """A verb: it reads a model folder, does one thing, and writes a new folder with a record.
 
-    help: its sentence on the command line. makes: a model, which the next stage of a recipe goes on
-    from, or a leaf. masks: whether the model has masks afterwards, by its options; `bare`: whether
-    it takes only a model without them.
+    help: its sentence on the command line. makes: a model, from which the next stage of a recipe
+    continues, or a leaf. reads: one model, several by label, or nothing. masks: whether the model has
+    masks afterwards, by the options. bare: whether the verb refuses a model with masks.
     """
 
     verb: str
     options: type[O]
     help: str
     makes: Literal["model", "leaf"] = "model"
-    reads: Literal["model", "nothing"] = "model"
+    reads: Literal["model", "models", "nothing"] = "model"
     masks: Callable[[O], bool] = lambda options: False
     bare: bool = False
 
     def __call__(
         self,
-        source: str | Path,
+        source: Models,
         out: str | Path,
         options: O | None = None,
         *,
         progress: Progress | None = None,
         overwrite: bool = False,
+        title: str = "",
     ) -> tuple[Record, bool]:
-        """The record of `out`, and whether it was made now; see `run_stage`."""
-        request = self._request(source, out, options, progress, overwrite=overwrite)
-        return run_stage(self.verb, self._plan(request), request.out, overwrite=overwrite)
+        """The record of `out`, and whether it was made now; see `run_stage`.
 
-    def again(
-        self, source: str | Path, out: Path, options: O, *, progress: Progress, overwrite: bool
-    ) -> tuple[Record, bool]:
-        """As called, but what options or inputs that have changed since made is replaced."""
-        try:
-            return self(source, out, options, progress=progress, overwrite=overwrite)
-        except Changed as error:
-            progress.say(f"{out.name}: made again, for it held {error.difference}")
-            return self(source, out, options, progress=progress, overwrite=True)
-
-    def status(self, source: str | Path, out: Path, options: O | None = None) -> str:
-        """What a call would do: "" where `out` is done; see `frame.status`. Nothing is made."""
-        request = self._request(source, out, options, None)
-        return status(self.verb, self._plan(request), request.out)
-
-    def _request(
-        self,
-        source: str | Path,
-        out: str | Path,
-        options: O | None,
-        progress: Progress | None,
-        *,
-        overwrite: bool = False,
-    ) -> Request[O]:
+        title: the heading of the report, for verbs that write one.
+        """
         options = self.options() if options is None else options
         if not isinstance(options, self.options):
             raise TypeError(f"{self.verb} takes {self.options.__name__}, not {options!r}")
-        return Request(source, Path(out), options, progress or Silent(), overwrite)
+        request = Request(source, Path(out), options, progress or Silent(), overwrite, title)
+        return run_stage(self.verb, self._plan(request), out, overwrite=overwrite)
+
+    def again(
+        self, source: Models, out: Path, options: O, *, progress: Progress, **named: Any
+    ) -> tuple[Record, bool]:
+        """As a call, but replaces a result whose options or inputs have changed."""
+        try:
+            return self(source, out, options, progress=progress, **named)
+        except Changed as error:
+            progress.say(f"{out.name}: made again, for it held {error.difference}")
+            return self(source, out, options, progress=progress, **named | {"overwrite": True})
+
+    def status(self, source: Models, out: Path, options: O) -> str:
+        """What a call would do: "" where `out` is done; see `frame.status`. Makes nothing."""
+        return status(self.verb, self._plan(Request(source, out, options, Silent())), out)
 
     def _plan(self, request: Request[O]) -> Plan:
         module = import_module(f"prunedm.stages.verbs.{self.verb}")
@@ -111,13 +103,13 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "learn",
         LearnOptions,
-        "Learn which N of every M weights to keep; the weights stay as they are.",
+        "Learn which N of every M weights to keep; the weights themselves stay unchanged.",
         masks=lambda options: True,
     ),
     Stage(
         "finetune",
         FinetuneOptions,
-        "Train the weights that are left, masks held exactly; distils from the dense model.",
+        "Train the remaining weights; masks hold exactly; distils from the dense model.",
     ),
     Stage(
         "export",
@@ -129,7 +121,7 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "sample",
         SampleOptions,
-        "Draw images; image i depends on the seed and i alone. An interrupted run continues.",
+        "Draw images; image i depends only on the seed and i. An interrupted run continues.",
         makes="leaf",
     ),
     Stage(
@@ -141,14 +133,22 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "loss",
         LossOptions,
-        "Measure the denoising loss batch by batch, with other masks put on first if wanted.",
+        "Measure the denoising loss batch by batch, optionally under other masks.",
         makes="leaf",
     ),
     Stage(
         "analyze",
         AnalyzeOptions,
-        "Measure what layers see at each noise level: JSON, heat map, and which score to try.",
+        "Measure activations at each noise level: JSON, heat map, and which score to try.",
         makes="leaf",
     ),
+    Stage(
+        "compare",
+        EvaluateOptions,
+        "Measure several models on the same problems and noise; table and report.html.",
+        makes="leaf",
+        reads="models",
+    ),
 )
-STAGES = {stage.verb: stage for stage in _ALL}
+VERBS = {stage.verb: stage for stage in _ALL}
+STAGES = {verb: stage for verb, stage in VERBS.items() if stage.reads != "models"}  # of a recipe

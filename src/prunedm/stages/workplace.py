@@ -1,10 +1,10 @@
-"""Where a stage works until its result is whole, and how that takes its place; no kill loses either.
+"""The working folder of a stage, and how its result takes its place; a kill loses neither.
 
-Beside the result, in `<out>.partial`, which is renamed to `<out>`; or within `<out>`, in `.partial`,
-from which all is moved up: where the folder is there and empty, is the current one, or cannot be
-renamed (a mount, a parent that is not ours). In both, `identity.json` says whose the work is; it is
-whole as soon as `whole.json`, the record to be, is there, and only tidied up from then on. What does
-not look like that is not ours, and never touched. One process at a time works for a result: it holds
+Work happens next to the result, in `<out>.partial`, which is renamed to `<out>`; or within `<out>`, in
+`.partial`, whose content is moved up: where the folder exists and is empty, is the current one, or
+cannot be renamed (a mount, a parent that is not ours). In both, `identity.json` names the result in
+the making. Once `whole.json`, the record to be, exists, the result is whole and only tidied up. Other
+content is not ours and is never touched. One process at a time works on a result: it holds
 `<out>.prunedm-lock`.
 """
 
@@ -31,20 +31,20 @@ from prunedm.record import (
 from prunedm.system.locks import Timeout, locked
 from prunedm.system.places import PARTIAL, target
 
-RESUME = "resume"  # in there: what an interrupted stage goes on from
+RESUME = "resume"  # in the working folder: the state from which an interrupted stage continues
 WHOLE = "whole.json"
 IDENTITY = "identity.json"
-CLOCK = "clock.json"  # when this session began, whose it is, and the seconds of those before it
-_REPLACED = ".prunedm-replaced"  # what was in `out`, until it is removed
-_FILLING = ".prunedm-filling"  # a whole result that is being moved up from within `out`
-_DROPPED = ".prunedm-dropped"  # a working folder that is being removed
+CLOCK = "clock.json"  # start and process of this session, and seconds of earlier sessions
+_REPLACED = ".prunedm-replaced"  # former content of `out`, until it is removed
+_FILLING = ".prunedm-filling"  # a whole result being moved up within `out`
+_DROPPED = ".prunedm-dropped"  # a working folder being removed
 _LOCK = ".prunedm-lock"
-_FILE = ".prunedm-partial"  # nobody's but ours
+_FILE = ".prunedm-partial"
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """out: where the result will lie, links followed. partial: the working folder."""
+    """out: place of the result, links resolved. partial: the working folder."""
 
     out: Path
     partial: Path
@@ -52,7 +52,7 @@ class Workplace:
 
     @classmethod
     def of(cls, out: str | Path) -> "Workplace":
-        """Raises `UserError` where nothing can be called that."""
+        """Raises `UserError` for an impossible name."""
         out = target(out)
         within = cls(out, out / PARTIAL, out / _REPLACED)
         beside = cls(out, out.with_name(out.name + PARTIAL), out.with_name(out.name + _REPLACED))
@@ -71,7 +71,7 @@ class Workplace:
         return self.out / _FILLING
 
     def has_content(self) -> bool:
-        """Whether something lies in `out` that is not our own work on it."""
+        """Whether `out` holds anything but our own working files."""
         if not self.out.is_dir():
             return self.out.exists()
         own = {PARTIAL, _REPLACED, _FILLING, _DROPPED, _LOCK}
@@ -79,21 +79,18 @@ class Workplace:
 
     @property
     def _lock(self) -> Path:
-        """Beside `out`, or within it where nothing can be beside or that is another file system."""
+        """Next to `out`, or within it where the parent is not writable or another file system."""
         within = self.out.is_dir() and (self.out.is_mount() or not _is_writable(self.out.parent))
         return self.out / _LOCK if within else self.out.with_name(self.out.name + _LOCK)
 
     @property
     def file(self) -> Path:
-        """Where a result that is one file is written until it is whole."""
+        """Temporary path for a result that is one file."""
         return self.out.with_name(self.out.name + _FILE)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other command makes this result while the context lasts.
-
-        Raises `UserError` where one does.
-        """
+        """Lock the result; raises `UserError` where another command is making it."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with locked(self._lock):
@@ -104,7 +101,7 @@ class Workplace:
             ) from None
 
     def _maker(self) -> str:
-        """The process whose session the clock is of."""
+        """The process that is making the result, by its clock file."""
         with suppress(UserError, KeyError, TypeError, ValueError):
             clock = read_object(self.partial / CLOCK)
             there = "" if clock["host"] == socket.gethostname() else f" on {clock['host']}"
@@ -112,13 +109,13 @@ class Workplace:
         return "another process"
 
     def whole(self) -> Record | None:
-        """The record of a whole result that only has to take its place."""
+        """The record of a whole result that has yet to take its place, or None."""
         if self.is_within and self._filling.exists():
             return self._record(self._filling / FILE)
         record = self._record(self.partial / WHOLE)
         if record is not None or (self.partial / IDENTITY).exists():
             return record
-        return self._record(self.partial / FILE)  # all but renamed
+        return self._record(self.partial / FILE)  # complete except for the rename
 
     def _record(self, path: Path) -> Record | None:
         return read_record_file(path, self.out, f"delete {path.parent} to start again")
@@ -127,7 +124,7 @@ class Workplace:
         return any(path.is_file() for path in (self.partial / RESUME).rglob("*"))
 
     def unfinished(self) -> dict[str, Any] | None:
-        """The identity of what waits in the working folder to be gone on with."""
+        """Identity of the unfinished run in the working folder, or None."""
         whole = self.whole()
         if whole is not None:
             return whole.identity
@@ -144,7 +141,7 @@ class Workplace:
             ) from error
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """A new working folder."""
+        """Make a new working folder."""
         self._check_ours()
         self._restore()
         self._drop()
@@ -152,7 +149,7 @@ class Workplace:
         write_json(identity, self.partial / IDENTITY)
 
     def _is_ours(self) -> bool:
-        """Whether a working folder is one of ours: it says so, or is still to say so."""
+        """Whether the working folder is ours: it is marked, or still empty."""
         if self.partial.is_symlink() or not self.partial.is_dir():
             return False
         marked = any((self.partial / name).is_file() for name in (IDENTITY, WHOLE, FILE))
@@ -162,12 +159,12 @@ class Workplace:
     def _check_ours(self) -> None:
         if os.path.lexists(self.partial) and not self._is_ours():
             raise UserError(
-                f"{self.partial} is in the way, and not of prunedm's making; move it, or give "
+                f"{self.partial} is in the way and was not made by prunedm; move it, or give "
                 "another folder"
             )
 
     def _drop(self) -> None:
-        """Remove the working folder; half of one that was killed at this is never gone on with."""
+        """Remove the working folder; renamed first, so that a half-removed one is never resumed."""
         dropped = self.partial.with_name(self.out.name * (not self.is_within) + _DROPPED)
         remove(dropped)
         if self._is_ours():
@@ -175,10 +172,9 @@ class Workplace:
             remove(dropped)
 
     def spent(self) -> float:
-        """Seconds of the sessions before this one, which begins now.
+        """Seconds of earlier sessions; starts the clock of this one.
 
-        A session that was killed lasted until it last wrote what can be gone on with. A clock that
-        cannot be read counts nothing.
+        A killed session counts until its last write to `resume`. An unreadable clock counts as zero.
         """
         clock, spent = self.partial / CLOCK, 0.0
         with suppress(UserError, KeyError, TypeError, ValueError):
@@ -191,17 +187,21 @@ class Workplace:
         return spent
 
     def set_whole(self, record: Record) -> None:
-        """From here on the result is never made again."""
+        """Mark the result as whole: it is never made again."""
         write_record(record, self.partial, WHOLE)
 
     def finish(self) -> None:
-        """Tidy up, and put the whole result into its place. A kill at any step is gone on from."""
+        """Tidy up and put the whole result into its place. Can be resumed after a kill at any step."""
         if not (self.is_within and self._filling.exists()):
             for name in (RESUME, IDENTITY, CLOCK):
                 remove(self.partial / name)
             if (self.partial / WHOLE).exists():
                 (self.partial / WHOLE).replace(self.partial / FILE)
-            (self._empty if self.is_within else self._set_aside)()
+            if self.is_within:
+                self._empty()
+            elif self.out.exists():
+                remove(self.replaced)
+                self.out.rename(self.replaced)
         if self.is_within:
             self._fill()
         else:
@@ -209,24 +209,24 @@ class Workplace:
         remove(self.replaced)
 
     def tidy(self) -> None:
-        """Remove what a kill has left beside or within a finished result."""
+        """Remove leftovers of a kill next to or within a finished result."""
         names = (_REPLACED, _DROPPED)
         left = [self.out.with_name(self.out.name + name) for name in names]
         left += [self.out / name for name in (*names, _FILLING)]
         if self.is_within and not self.is_resumable() and self._is_ours():
             left.append(self.partial)
         if any(os.path.lexists(path) for path in (*left, self._lock)):
-            with suppress(UserError), self.held():  # whoever is at it tidies up himself
+            with suppress(UserError), self.held():  # another process at work tidies up itself
                 for path in left:
                     remove(path)
 
     def give_up(self) -> None:
-        """After a failure: keep what can be gone on from, and nothing else."""
+        """After a failure: remove the working folder unless it can be resumed."""
         if not self.is_resumable() and not (self.partial / WHOLE).exists():
             self._drop()
 
     def _restore(self) -> None:
-        """Undo or end an exchange that was cut off, and is not to be gone on with."""
+        """Undo or complete an interrupted exchange whose result is not wanted any more."""
         if self.is_within and self._filling.exists():
             self._fill()
         elif self.is_within and self.replaced.exists() and not (self.out / FILE).exists():
@@ -236,13 +236,8 @@ class Workplace:
             self.replaced.rename(self.out)
         remove(self.replaced)
 
-    def _set_aside(self) -> None:
-        if self.out.exists():
-            remove(self.replaced)
-            self.out.rename(self.replaced)
-
     def _empty(self) -> None:
-        """Move the old content away, its record first: then nobody takes the rest for a result."""
+        """Move the old content away, its record first, so that the rest is not taken for a result."""
         self.replaced.mkdir(exist_ok=True)
         own = {self.partial.name, self.replaced.name, _DROPPED, _LOCK}
         for path in _record_first(self.out):
@@ -258,7 +253,7 @@ class Workplace:
 
 
 def remove(path: Path) -> None:
-    """Whatever it is; of a link, the link."""
+    """Remove a file, a folder, or a link (not its target)."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

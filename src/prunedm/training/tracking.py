@@ -1,6 +1,6 @@
-"""Live curves, pictures and distributions in a tracking service that the user has asked for.
+"""Live curves, pictures and distributions in the tracking service that the user chose.
 
-A tracker is a guest: without a network it works offline, and when it fails the training goes on.
+Without a network the tracker works offline; when it fails, training continues without it.
 """
 
 import uuid
@@ -17,23 +17,15 @@ import torch
 from prunedm.errors import first_line
 from prunedm.options import LoopOptions
 from prunedm.progress import Progress
-from prunedm.training.services import (
-    OFFLINE,
-    Histogram,
-    check_usable,
-    finish,
-    log_histogram,
-    log_image,
-    settings_for,
-    start,
-)
+from prunedm.tables import TRACKERS
+from prunedm.training.services import NONE, Histogram, Service
 
 QUANTILES = (5, 25, 50, 75, 95)  # percent
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is made for trackers only, by name; images are uint8 HWC, RGB."""
+    """Things made only for trackers, by name; images are uint8 HWC, RGB."""
 
     figures: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
@@ -41,7 +33,7 @@ class Shown:
 
 
 def distribution(name: str, values: torch.Tensor) -> Shown:
-    """Quantiles of finite values, which every service draws as curves, and their histogram."""
+    """Quantiles of finite values, which every service draws as curves, and a histogram."""
     values = values.detach().flatten()
     count = len(values)
     ranks = {percent: max(1, -(-percent * count // 100)) for percent in QUANTILES}
@@ -50,15 +42,15 @@ def distribution(name: str, values: torch.Tensor) -> Shown:
 
 
 def new_run() -> str:
-    """An identifier that every service takes: 21 lower-case letters and digits."""
+    """An identifier that every service accepts: 21 lower-case letters and digits."""
     return uuid.uuid4().hex[:21]
 
 
 class Tracking:
-    """Where a run's figures go; silent without a tracker, and after its first failure."""
+    """Sends a run's figures to its tracker, if any, until the tracker fails."""
 
-    def __init__(self, name: str, tracker: Any, progress: Progress) -> None:
-        self._name, self._tracker, self._progress = name, tracker, progress
+    def __init__(self, service: Service, tracker: Any, progress: Progress) -> None:
+        self._service, self._tracker, self._progress = service, tracker, progress
         self._shows = True
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -66,29 +58,29 @@ class Tracking:
         self._try(lambda tracker: tracker.log(dict(figures), step=step))
 
     def show(self, make: Callable[[], Shown], step: int) -> None:
-        """What `make` gives, which is called only where there is a tracker; never after it failed."""
+        """Show what `make` returns. It is called only for a tracker, and never again once it failed."""
         if self._tracker is None or not self._shows:
             return
         try:
             shown = make()
-        except Exception as error:  # no memory, images that are not finite: training goes on
+        except Exception as error:  # no memory, images that are not finite: training continues
             self._shows = False
-            self._progress.say(f"{self._name}: no more pictures ({first_line(error)})")
+            self._progress.say(f"{self._service.name}: no more pictures ({first_line(error)})")
             return
         if shown.figures:
             self.log(shown.figures, step)
         for tag, histogram in shown.histograms.items():
-            self._try(partial(log_histogram, self._name, tag, histogram, step))
+            self._try(partial(self._service.log_histogram, tag=tag, histogram=histogram, step=step))
         for tag, image_HWC in shown.images.items():
-            self._try(partial(log_image, self._name, tag, image_HWC, step))
+            self._try(partial(self._service.log_image, tag=tag, image_HWC=image_HWC, step=step))
 
     def begin(self, options: Mapping[str, Any]) -> None:
-        """What the run is made with; once a run."""
+        """Store the run's options, once per run."""
         kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str))}
         self._try(lambda tracker: tracker.store_init_configuration(kept))
 
     def finish(self) -> None:
-        self._try(partial(finish, self._name))
+        self._try(self._service.finish)
 
     def _try(self, act: Callable[[Any], object]) -> None:
         if self._tracker is None:
@@ -97,7 +89,9 @@ class Tracking:
             act(self._tracker)
         except Exception as error:  # whatever a service raises, hours of training matter more
             self._tracker = None
-            self._progress.say(f"{self._name} failed ({first_line(error)}): no longer tracked")
+            self._progress.say(
+                f"{self._service.name} failed ({first_line(error)}): no longer tracked"
+            )
 
 
 @contextmanager
@@ -106,15 +100,16 @@ def tracked(
 ) -> Iterator[Tracking]:
     """The options' tracker, finished at the end; `run` is continued if the service knows it.
 
-    folder: the stage's; its name is the run's, and local files lie in it. done: steps before now.
-    here: whether this is the process that tracks. Raises `UserError` where the tracker's package is
-    not installed.
+    folder: the stage's, which names the run and holds local files. done: steps before now. here:
+    whether this process tracks. Raises `UserError` where the tracker's package is not installed.
     """
+    service: Service = TRACKERS[options.tracker]
     tracker = None
-    if options.tracker != "none" and here:
-        check_usable(options)
-        tracker = _open(options, settings_for(options, folder=folder, run=run, done=done), progress)
-    tracking = Tracking(options.tracker, tracker, progress)
+    if service is not NONE and here:
+        service.check_usable(options)
+        settings = service.settings(options, folder=folder, run=run, done=done)
+        tracker = _open(service, options, settings, progress)
+    tracking = Tracking(service, tracker, progress)
     try:
         if done == 0:
             tracking.begin(options.model_dump())
@@ -123,19 +118,20 @@ def tracked(
         tracking.finish()
 
 
-def _open(options: LoopOptions, settings: dict[str, Any], progress: Progress) -> Any:
-    """The tracker, offline where it cannot be reached, None where that fails too."""
-    name = options.tracker
+def _open(
+    service: Service, options: LoopOptions, settings: dict[str, Any], progress: Progress
+) -> Any:
+    """The tracker, offline where the service cannot be reached; None where that fails too."""
     try:
-        return start(options, settings)
+        return service.start(options, settings)
     except Exception as error:  # no network, no account, no answer
         reason = first_line(error)
-    if name in OFFLINE and "mode" not in settings:
+    if service.can_be_offline and "mode" not in settings:
         try:
-            tracker = start(options, settings | {"mode": "offline"})
-            progress.say(f"{name}: offline ({reason})")
+            tracker = service.start(options, settings | {"mode": "offline"})
+            progress.say(f"{service.name}: offline ({reason})")
             return tracker
         except Exception as error:
             reason = first_line(error)
-    progress.say(f"{name}: {reason}; training goes on untracked")
+    progress.say(f"{service.name}: {reason}; training continues untracked")
     return None

@@ -20,8 +20,7 @@ from prunedm.progress import Progress
 from prunedm.record import Record
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import images_for, reload, score_weights
-from prunedm.stages.masks import masks_from
-from prunedm.stages.unmasked import before_masks, unmasked
+from prunedm.stages.masks import before_masks, masks_from, unmasked
 
 
 def is_learned(model: Model) -> bool:

@@ -1,1 +1,1 @@
-"""What `prune` is made of: the job, and one function for each mechanism."""
+"""Parts of `prune`: the job, and one function per mechanism."""

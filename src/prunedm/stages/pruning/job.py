@@ -1,4 +1,4 @@
-"""What a pruning mechanism is given, and what a target means for it: asked for, reached, and why."""
+"""The job that a pruning mechanism is given, and its target: asked for, reached, and why."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +27,11 @@ Details = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a mechanism is given."""
+    """The input of a mechanism."""
 
     model: Model
     options: PruneOptions
-    images: ImageSet | None  # None where the network cannot be asked, and nothing asks it
+    images: ImageSet | None  # None where the network cannot be run, and need not be
     progress: Progress
 
     @cached_property
@@ -40,7 +40,7 @@ class Job:
 
     @cached_property
     def roundings(self) -> list[int]:
-        """Multiples that widths may be rounded to, best first: the one asked for, or all that do.
+        """Multiples to round widths to, best first: the one asked for, or all candidates.
 
         Kernels work in blocks of 16 channels; narrow models need finer steps, odd widths the finest.
         """
@@ -51,7 +51,7 @@ class Job:
 
     @cached_property
     def macs(self) -> int:
-        """Of the whole model, for one image."""
+        """MACs of the whole model, for one image."""
         return count_macs(self.model.denoiser, self.model.example())
 
     @cached_property
@@ -59,7 +59,7 @@ class Job:
         return layer_positions(self.model.denoiser.cpu(), self.model.example())
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """Of the model as it is now; it ends on the CPU."""
+        """Scores of the current model, which ends on the CPU."""
         scores = score_weights(
             self.model, self.layers, self.options, self.images, progress=self.progress
         )
@@ -77,7 +77,7 @@ def share_to_remove(job: Job, kind: str, ratio: float) -> float:
 
 
 def removed_share(job: Job, kind: str) -> float:
-    """The share of the target's kind that the masks remove."""
+    """The share that the masks remove, in the kind of the target."""
     masks = job.model.masks
     assert masks is not None
     gone = {name: int((~mask).sum()) for name, mask in masks}
@@ -89,7 +89,7 @@ def removed_share(job: Job, kind: str) -> float:
 
 
 def requested(kind: str, ratio: float, achieved: float, why: str) -> Details:
-    """What was asked for and what was reached, with the reason where they differ by over 1 %."""
+    """The share asked for and the share reached, with the reason where they differ by over 1 %."""
     details: Details = {"requested": {kind: ratio}, "achieved": {kind: achieved}}
     if abs(achieved - ratio) > 0.01 * ratio:
         details["reason"] = f"{kind}={achieved:.4f} is the nearest: {why}"
@@ -102,11 +102,11 @@ def widths(layer: nn.Module) -> list[int]:
 
 
 def check_options(options: PruneOptions, model: Model) -> None:
-    """Raise `UserError` for what a mechanism cannot do with this model, before any work."""
+    """Raise `UserError` for options that the mechanism or the model does not support."""
     kind, ratio = parse_target(options.target)
     if model.unasked and asks(options):
         raise UserError(
-            f"{model.unasked}. Masks that ask nothing work: --mechanism nm or weights, --score "
+            f"{model.unasked}. Masks that need no run work: --mechanism nm or weights, --score "
             "magnitude or random"
         )
     if model.scheduler is not None:
@@ -141,7 +141,7 @@ def check_options(options: PruneOptions, model: Model) -> None:
 
 
 def asks(options: PruneOptions) -> bool:
-    """Whether the network is run on problems, or on examples."""
+    """Whether the network is run, on problems or on examples."""
     kind, _ = parse_target(options.target)
     return (
         options.mechanism not in ("nm", "weights")
@@ -163,7 +163,7 @@ def choice_of(text: str) -> Choice:
         ratio = float(text)
     except ValueError:
         raise UserError(
-            f"candidate {text!r} is no N:M pattern and no ratio; try 2:4 or 0.5"
+            f"candidate {text!r} is neither an N:M pattern nor a ratio; try 2:4 or 0.5"
         ) from None
     if not 0 < ratio < 1:
         raise UserError(f"candidate {text} is not between 0 and 1; dense is always among them")

@@ -1,4 +1,4 @@
-"""The mechanisms behind `prune`: each changes the model in place, and says what it did.
+"""The mechanisms of `prune`: each changes the model in place and returns details.
 
 To add one: such a function, and a line in `tables.MECHANISMS`.
 """
@@ -44,13 +44,13 @@ from prunedm.stages.pruning.job import (
 
 RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
 PATTERNS = ("2:4", "1:4")  # and of N:M
-SHORT = 0.9  # of the target: less is tried with finer steps
+SHORT = 0.9  # below this share of the target, finer steps are tried
 TIED = "its channels are tied to protected layers, or form one block that cannot be split"
 STEPS = "layers take only the candidates; more --candidates make finer steps"
 
 
 def remove_by_channels(job: Job) -> Details:
-    """Narrow the model: its class becomes the narrowed one."""
+    """Remove channels; the model's class becomes its narrowed one."""
     options, denoiser = job.options, job.model.denoiser
     if not job.model.architecture.channels:
         raise UserError(
@@ -68,7 +68,11 @@ def remove_by_channels(job: Job) -> Details:
     changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
     free = {coupling.layer for group in groups for coupling in group.couplings}
     achieved = float(plan.figures[f"{kind}_removed"])
-    return requested(kind, ratio, achieved, _why_channels(round_to)) | {
+    why = (
+        f"channels go in whole norm groups or heads, in multiples of {round_to}; "
+        "a smaller --round-to makes finer steps"
+    )
+    return requested(kind, ratio, achieved, why) | {
         "round_to": round_to,
         "norms_regrouped": len(plan.regrouped),
         "layers": changes,
@@ -77,9 +81,9 @@ def remove_by_channels(job: Job) -> Details:
 
 
 def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[ChannelGroup], int]:
-    """The plan at the coarsest of the job's roundings that reaches the target, and that rounding.
+    """The plan at the coarsest rounding that reaches the target, its groups, and that rounding.
 
-    Raises `OutOfReach` where none does.
+    Raises `OutOfReach` where no rounding does.
     """
     options, denoiser, scores = job.options, job.model.denoiser, None
     known = job.model.architecture
@@ -108,7 +112,7 @@ def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[
             if round_to == job.roundings[-1]:
                 raise
             continue
-        # channels= takes what there is and raises nothing
+        # the target channels= never raises
         if plan.figures[f"{kind}_removed"] >= SHORT * ratio or round_to == job.roundings[-1]:
             break
     if round_to != job.roundings[0]:
@@ -158,7 +162,11 @@ def remove_nm(job: Job) -> Details:
         choices = dict.fromkeys(eligible, pattern)
     patterns = {name: choice for name, choice in choices.items() if isinstance(choice, Pattern)}
     if options.permute:
-        scores, details["permutation"] = _permute(job, scores, patterns)
+        denoiser = job.model.denoiser
+        permutation = find_permutation(denoiser, job.model.example(), scores, patterns)
+        permute_(denoiser, permutation)
+        # by coupled set: the share of scores that the patterns keep, before and after
+        scores, details["permutation"] = permuted(scores, permutation), permutation.kept
     masks = _obs(job, patterns) if obs else _masks(scores, patterns)
     job.model.masks = Masks(masks, patterns)
     if by_layer:
@@ -173,7 +181,7 @@ def remove_nm(job: Job) -> Details:
 def _allocated(
     job: Job, scores: dict[str, torch.Tensor], texts: tuple[str, ...]
 ) -> dict[str, Choice]:
-    """Each layer's choice, from measured losses, under the budget that the target leaves."""
+    """Each layer's choice, from measured losses, within the target's budget."""
     options = job.options
     kind, ratio = parse_target(options.target)
     candidates = fitting(job.layers, [None, *map(choice_of, texts)])
@@ -192,7 +200,7 @@ def _allocated(
             f"{', '.join(texts)}; add sparser ones"
         )
     device = device_for(options.device)
-    assert job.images is not None  # `check_options` has refused
+    assert job.images is not None  # refused by `check_options`
     problems = calibration_problems(job.model, options, job.images)
     denoiser = job.model.denoiser.to(device)
     batches = fixed_batches(problems, options.sensitivity.problems)
@@ -221,10 +229,10 @@ def _masks(scores: dict[str, torch.Tensor], choices: Any) -> dict[str, torch.Ten
 
 
 def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
-    """Masks by OBS; the weights that stay are changed."""
+    """Masks by OBS, which also updates the remaining weights."""
     options, device = job.options, device_for(job.options.device)
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
-    assert job.images is not None  # `check_options` has refused
+    assert job.images is not None  # refused by `check_options`
     problems = calibration_problems(job.model, options, job.images)
     masks = obs_prune(
         job.model.denoiser.to(device),
@@ -242,28 +250,8 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
     return masks
 
 
-def _permute(
-    job: Job, scores: dict[str, torch.Tensor], patterns: dict[str, Pattern]
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
-    """Reorder channels so that groups lose less.
-
-    Returns the scores in the new order, and what the patterns keep of them before and after, by
-    coupled set.
-    """
-    permutation = find_permutation(job.model.denoiser, job.model.example(), scores, patterns)
-    permute_(job.model.denoiser, permutation)
-    return permuted(scores, permutation), permutation.kept
-
-
-def _why_channels(round_to: int) -> str:
-    return (
-        f"channels go in whole norm groups or heads, in multiples of {round_to}; "
-        "a smaller --round-to makes finer steps"
-    )
-
-
 def _left_dense(job: Job, choices: Mapping[str, Choice]) -> dict[str, str]:
-    """Layers that got no pattern or ratio, and whether they could have taken one."""
+    """Layers without a pattern or ratio, and whether they could have one."""
     nm = job.options.mechanism.endswith("nm")
     candidates = job.options.sensitivity.candidates or PATTERNS
     sizes = [Pattern.parse(text).m for text in candidates] if nm else []

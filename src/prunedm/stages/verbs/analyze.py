@@ -1,4 +1,4 @@
-"""analyze: what layers see at each noise level, and whether a score that looks at it would help."""
+"""analyze: activations at each noise level, and whether a score that uses them would help."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -27,51 +27,32 @@ from prunedm.removal.nm import eligible_layers, nm_masks
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
     calibration_problems,
-    data_source,
     device_for,
-    given_model,
     held_out_problems,
-    images_for,
-    model_sources,
+    read_inputs,
     score_weights,
 )
 
-STATISTICS = "activations.json"
-PICTURE = "activations.png"
 TRIED = ("magnitude", "wanda", "fluctuation")
 
 
 def analyze(request: Request[AnalyzeOptions]) -> Plan:
     """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
     options, progress = request.options, request.progress
-    model = given_model(request.source, options, progress)
-    images = images_for(model, options, "train", progress)
-    eligible_layers(
+    model, images, inputs = read_inputs(request)
+    eligible_layers(  # raises where none is, before any work
         prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
     )
 
     def make(folder: Path) -> dict[str, Any]:
         found = _activations(model, images, options, progress)
         trial = _trial(model, images, options, progress)
-        sentence = verdict(found, trial)
-        write_json(
-            {"verdict": sentence, "trial": trial.model_dump()} | found.model_dump(),
-            folder / STATISTICS,
-        )
-        heat_map(found, folder / PICTURE)
-        return {
-            "verdict": sentence,
-            "outlier_ratio": found.outlier_ratio,
-            "mean_share": found.mean_share,
-            "trial": trial.model_dump(),
-        }
+        figures = {"verdict": verdict(found, trial), "trial": trial.model_dump()}
+        write_json(figures | found.model_dump(), folder / "activations.json")
+        heat_map(found, folder / "activations.png")
+        return figures | {"outlier_ratio": found.outlier_ratio, "mean_share": found.mean_share}
 
-    return Plan(
-        options=options,
-        inputs={**model_sources(model), "dataset": data_source(images)},
-        parent=model.record,
-        make=make,
-    )
+    return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
 def _activations(
@@ -96,13 +77,11 @@ def _activations(
 
 
 def _trial(model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress) -> Trial:
-    """Prune a copy by each score, and see."""
+    """The loss of copies pruned by each score, against the dense model's."""
     device = device_for(options.device)
     held_out = held_out_problems(model, options, options.problems)
     dense = denoising_loss(model.denoiser.to(device), held_out, device=device)
-    shared = {
-        k: getattr(options, k) for k in type(options).model_fields if k in ScoreOptions.model_fields
-    }
+    shared = {k: v for k, v in options if k in ScoreOptions.model_fields}
     pattern, losses = Pattern.parse(options.pattern), dict[str, LossEstimate]()
     for score in TRIED:
         layers = prunable_layers(model.denoiser, options.targets)

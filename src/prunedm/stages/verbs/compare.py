@@ -1,4 +1,4 @@
-"""compare: several models on the same problems and the same noise; one table, one report."""
+"""compare: several models on the same problems and noise; one table, one report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,18 +13,11 @@ from prunedm.evaluation.results import Evaluation
 from prunedm.folder import Model
 from prunedm.learning.logits import groups_changed
 from prunedm.options import EvaluateOptions
-from prunedm.progress import Progress, Silent
+from prunedm.progress import Progress
 from prunedm.reading import check_regular, validated
-from prunedm.record import Record, Source
+from prunedm.record import Source
 from prunedm.sampling import make_sampler, set_steps
-from prunedm.stages.evaluating.files import (
-    REPORT,
-    ROWS,
-    SUMMARY,
-    Comparison,
-    without_failures,
-    write_comparison,
-)
+from prunedm.stages.evaluating.files import ROWS, Comparison, without_failures, write_comparison
 from prunedm.stages.evaluating.first_masks import masks_comparison
 from prunedm.stages.evaluating.measure import (
     SAMPLES,
@@ -37,55 +30,24 @@ from prunedm.stages.evaluating.measure import (
 from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Candidate, pair_with_dense, set_beside, time_in_turns
-from prunedm.stages.frame import RESUME, Plan, run_stage
+from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
 from prunedm.system.places import bare
 from prunedm.training import processes
 
-__all__ = [
-    "REPORT",
-    "SUMMARY",
-    "Candidate",
-    "check_labels",
-    "compare",
-    "comparison",
-    "read_comparison",
-    "study",
-    "yardstick",
-]
 _Rows = TypeAdapter(list[Evaluation])
 
 
-def compare(
-    models: Mapping[str, str | Path],
-    out: str | Path,
-    options: EvaluateOptions = EvaluateOptions(),
-    *,
-    title: str = "",
-    progress: Progress | None = None,
-    overwrite: bool = False,
-) -> tuple[Record, bool]:
-    """Evaluate `models` (label -> folder, the first is the dense one) and write the report.
+def compare(request: Request[EvaluateOptions]) -> Plan:
+    """Evaluate models (label -> folder, the first is the dense one) and write the report.
 
-    Files: see `write_comparison`. Depth "compare" is "full" here: all models are given.
+    Files: see `write_comparison`. Depth "compare" means "full" here, since all models are given.
     Where a step has failed, `overwrite` measures again.
     """
-    plan = comparison(models, options, title=title, progress=progress)
-    return run_stage("compare", plan, out, overwrite=overwrite)
-
-
-def comparison(
-    models: Mapping[str, str | Path],
-    options: EvaluateOptions,
-    *,
-    title: str = "",
-    progress: Progress | None = None,
-) -> Plan:
-    """What `compare` does: it reads several models, so it is not one of `STAGES`."""
+    models, options, progress = request.source, request.options, request.progress
     if not models:
         raise UserError("compare needs at least one model; the first is the one to compare with")
     check_labels(models)
-    progress = progress or Silent()
     loaded = {label: given_model(path, options, progress) for label, path in models.items()}
     _check_shapes(loaded)
     inputs: dict[str, Source] = {label: source_of(model) for label, model in loaded.items()}
@@ -99,9 +61,9 @@ def comparison(
             Candidate(label, model, yard.lighter() if label in middle else yard)
             for label, model in loaded.items()
         ]
-        name = title or "prunedm: dense and pruned models"
+        title = request.title or "prunedm: dense and pruned models"
         paths = ", ".join(bare(str(path)) for path in models.values())
-        rows = study(entries, folder, Steps(), title=name, checkpoint=paths)
+        rows = study(entries, folder, Steps(), title=title, checkpoint=paths)
         return {"models": list(models), "failed": {r.label: r.failed for r in rows if r.failed}}
 
     return Plan(options=yard.options, inputs=inputs, make=make, complete=without_failures)
@@ -113,7 +75,7 @@ def read_comparison(folder: Path) -> list[Evaluation]:
 
 
 def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yardstick:
-    """Raises `UserError` for what would fail only after the samples are drawn."""
+    """The common measure of all models. Raises `UserError` for what would fail only after sampling."""
     reference = images_for(model, options, "test", progress)
     options, network, files = with_features(options, reference)
     sampler = make_sampler(model.scheduler, options.sampler)
@@ -123,14 +85,14 @@ def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yar
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a label that is no name of a file."""
+    """Raise `UserError` for a label that cannot be a file name."""
     for label in labels:
         if not label or label in (".", "..") or set(label) & set("/\\\0"):
-            raise UserError(f"label {label!r} is no name of a file; give one without slashes")
+            raise UserError(f"label {label!r} is not a file name; give one without slashes")
 
 
 def _check_shapes(models: Mapping[str, Model]) -> None:
-    """Raise `UserError` where images differ: neither problems, noise nor times would compare."""
+    """Raise `UserError` where image shapes differ: problems, noise and times would not compare."""
     first, *others = models
     wanted = models[first].sample_shape
     for label in others:
@@ -150,10 +112,10 @@ def study(
     checkpoint: str,
     dense: bool = True,
 ) -> list[Evaluation]:
-    """Measure every entry, then all together, and write the files; the first is the dense one.
+    """Measure every entry, then all together, and write the files.
 
-    Without `dense` it is another one, and nothing is paired with it. A model that was measured
-    before an interruption is not measured again.
+    dense: whether the first entry is the dense model, with which the others are paired. A model that
+    was measured before an interruption is not measured again.
     """
     progress = entries[-1].yard.progress
     done = folder / RESUME / "evaluations"
@@ -201,7 +163,7 @@ def _masks(
     losses: Mapping[str, np.ndarray | None],
     steps: Steps,
 ) -> dict[str, Any]:
-    """The learned masks against the first ones, where both are there."""
+    """The learned masks compared with the first ones, if both are entries."""
     number = next((k for k, entry in enumerate(entries) if entry.first_masks), None)
     if number is None:
         return {}

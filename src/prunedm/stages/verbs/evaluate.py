@@ -1,4 +1,4 @@
-"""evaluate: one model with its relatives of the record, to the depth asked for."""
+"""evaluate: one model with its relatives on record, at a chosen depth."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from prunedm.record import Source, write_json
 from prunedm.stages.evaluating.files import SAMPLES_FOLDER, without_failures
 from prunedm.stages.evaluating.first_masks import is_learned, under_first_masks
 from prunedm.stages.evaluating.measure import RESULTS, Yardstick, read_evaluation, read_images
-from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, reload
@@ -19,16 +18,15 @@ from prunedm.stages.verbs.compare import Candidate, check_labels, study, yardsti
 from prunedm.system.places import bare
 from prunedm.training import processes
 
-__all__ = ["evaluate", "read_evaluation", "read_samples", "with_features"]
 DENSE, FIRST = "dense", "first-masks"
 
 
 def evaluate(request: Request[EvaluateOptions]) -> Plan:
-    """Measure a model, and beside it the dense model of its record.
+    """Measure a model and the dense model of its record.
 
-    Files: `evaluation_results.json` (this model, the dense one's figures and the changes to them), and
-    those of `compare`. Where the dense model is gone, or no record names one, nothing is measured
-    against it, and the steps say so. Where a step has failed, `overwrite` measures again.
+    Files: `evaluation_results.json` (this model's figures, the dense one's, and the changes), and
+    those of `compare`. Where the dense model is gone or no record names one, the steps say so and
+    nothing is compared with it. Where a step has failed, `overwrite` measures again.
     """
     source, options, progress = request.source, request.options, request.progress
     model = given_model(source, options, progress)
@@ -71,12 +69,11 @@ def read_samples(folder: Path, label: str = "") -> np.ndarray | None:
 def _relatives(
     model: Model, label: str, yard: Yardstick, folder: Path, steps: Steps
 ) -> list[Candidate]:
-    """The dense model first; with depth, what came between, and the first masks of a learned model.
+    """The dense model; at greater depths also the models between, and a learned model's first masks.
 
-    All are measured alike, on the same problems and noise: figures stand beside their equals.
+    All are measured on the same problems and noise, so that their figures compare.
     """
-    depth = yard.options.depth
-    sources = _ancestors(model)
+    depth, sources = yard.options.depth, _ancestors(model)
     if not sources:
         steps.skip("dense model", "no record says which model this one was made from")
     entries: list[Candidate] = []
@@ -84,20 +81,18 @@ def _relatives(
         name = "earlier model" if number else "dense model"
         found = steps.take(name, lambda source=source: reload(source, like=model))  # type: ignore[misc]
         if found is not None:
-            taken = {label, *(entry.label for entry in entries)}
             wanted = Path(source.path).name if number else DENSE
-            entries.append(Candidate(_free(wanted, taken), found, yard))
+            entries.append(Candidate(_free(wanted, label, entries), found, yard))
     if depth in ("compare", "comprehensive") and is_learned(model):
         first = steps.take("first masks", lambda: _first(model, yard, folder))
         if first is not None:
-            taken = {label, *(entry.label for entry in entries)}
-            shown = f"{bare(model.name)}, under the first masks"
-            entries.append(Candidate(_free(FIRST, taken), first, yard, shown, first_masks=True))
+            shown, name = f"{bare(model.name)}, under the first masks", _free(FIRST, label, entries)
+            entries.append(Candidate(name, first, yard, shown, first_masks=True))
     return entries
 
 
 def _ancestors(model: Model) -> list[Source]:
-    """The models that the stages of the lineage were given, the dense one first."""
+    """The input models of the lineage's stages, the dense one first."""
     found: dict[str, Source] = {}
     for stage in model.record.lineage() if model.record else []:
         if "model" in stage.inputs and stage.inputs["model"].hash != model.hash:
@@ -106,7 +101,7 @@ def _ancestors(model: Model) -> list[Source]:
 
 
 def _first(model: Model, yard: Yardstick, folder: Path) -> Model:
-    """The model under its first masks as a folder, so that it is measured like any other."""
+    """The model under its first masks, from a folder like any other model."""
     place = folder / RESUME / FIRST
     try:
         if processes.rank() == 0 and not place.exists():
@@ -119,8 +114,9 @@ def _first(model: Model, yard: Yardstick, folder: Path) -> Model:
     return load(place)
 
 
-def _free(wanted: str, taken: set[str]) -> str:
-    """`wanted`, or with a number behind it where there is such a label already."""
+def _free(wanted: str, label: str, entries: list[Candidate]) -> str:
+    """`wanted`, with a number appended if `label` or an entry has that label."""
+    taken = {label, *(entry.label for entry in entries)}
     name, number = wanted, 2
     while name in taken:
         name, number = f"{wanted}-{number}", number + 1

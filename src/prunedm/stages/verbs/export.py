@@ -1,4 +1,4 @@
-"""export: one file for another runtime, checked by running it beside the model it was made from."""
+"""export: one file for another runtime, checked by running it next to the model."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from prunedm.deployment.description import Description, write_description
 from prunedm.folder import Model, save_config
 from prunedm.options import ExportOptions
-from prunedm.record import Source, file_hash
+from prunedm.record import file_hash
 from prunedm.stages.exporting.data import Data
 from prunedm.stages.exporting.job import Format, Job, Written
 from prunedm.stages.exporting.quality import before_and_after
@@ -17,11 +17,11 @@ from prunedm.tables import FORMATS
 
 
 def export(request: Request[ExportOptions]) -> Plan:
-    """Write `source` as `options.format` into folder `out`, with export.json beside it.
+    """Write `source` as `options.format` into folder `out`, with export.json next to it.
 
-    The file is opened again and run on fixed noise at timesteps from the first to the last; its
-    zeros are looked up in it. Raises `UserError` where it differs by more than the tolerance, has
-    lost zeros, or where a package is missing (before any work).
+    The file is opened again, run on fixed noise at timesteps from the first to the last, and
+    searched for the zeros of the masks. Raises `UserError` where the result differs by more than the
+    tolerance, zeros are lost, or (before any work) a package is missing.
     """
     options, progress = request.options.filled(), request.progress
     kind: Format = FORMATS[options.format]
@@ -38,11 +38,12 @@ def export(request: Request[ExportOptions]) -> Plan:
     def make(folder: Path) -> dict[str, Any]:
         return _make(Job(model, options, folder, progress, data))
 
-    return Plan(options=options, inputs=_inputs(model, data), parent=model.record, make=make)
+    inputs = model_sources(model) | (data.sources if data else {})
+    return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
 def _make(job: Job) -> dict[str, Any]:
-    """Write, check and describe; returns the record's figures."""
+    """Write, check and describe the file; returns the record's figures."""
     model, options, folder = job.model, job.options, job.folder
     save_config(model, folder)
     job.progress.say(f"writing {options.format} in {options.precision}, and running it")
@@ -67,12 +68,8 @@ def _make(job: Job) -> dict[str, Any]:
     return sizes | written.figures() | quality
 
 
-def _inputs(model: Model, data: Data | None) -> dict[str, Source]:
-    return model_sources(model) | (data.sources if data else {})
-
-
 def _sizes(model: Model, files: list[Path]) -> dict[str, Any]:
-    """Bytes written, and those of the model's parameters in half precision."""
+    """Bytes written, and the bytes of the parameters in half precision."""
     parameters = sum(p.numel() for p in model.denoiser.parameters())
     written = sum(file.stat().st_size for file in files)
     return {

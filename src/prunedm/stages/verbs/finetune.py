@@ -1,4 +1,4 @@
-"""finetune: train the weights that are left; masks hold exactly, in weights and EMA."""
+"""finetune: train the remaining weights; masks hold exactly, in weights and EMA."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,26 +18,21 @@ from prunedm.hub import find
 from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import FinetuneOptions
+from prunedm.options.base import whole_steps
 from prunedm.progress import Progress
 from prunedm.record import Source, read_record
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import (
-    data_source,
     dense_source,
-    given_model,
     held_out_problems,
-    images_for,
-    model_sources,
+    read_inputs,
     reload,
     source_of,
-    training_problems,
 )
-from prunedm.stages.shown import samples
+from prunedm.stages.verbs.train import fit_weights
 from prunedm.system.places import target
-from prunedm.training import processes
-from prunedm.training.loop import Objective, fit, make_accelerator
-from prunedm.training.tracking import Shown
+from prunedm.training.loop import Objective, make_accelerator
 
 GIB = 1 << 30
 
@@ -45,33 +40,25 @@ GIB = 1 << 30
 def finetune(request: Request[FinetuneOptions]) -> Plan:
     """Train `source`'s weights and write a model folder of the same shape and masks."""
     options, progress = request.options, request.progress
-    model = given_model(request.source, options, progress)
+    model, images, inputs = read_inputs(request)
     _check_dropout(model, options)
-    images = images_for(model, options, "train", progress)
-    inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
-    teacher, known = (
-        None,
-        None if request.overwrite else _teacher_of_result(target(request.out), model, options),
-    )
+    teacher = known = None
+    if not request.overwrite:
+        known = _teacher_of_result(target(request.out), model, options)
     if known is None:
         teacher = find_teacher(model, options.teacher, progress)
-        known = source_of(teacher) if teacher else None
-    if teacher is not None:
-        _check_teacher(model, teacher)
+        if teacher is not None:
+            _check_teacher(model, teacher)
+            known = source_of(teacher)
     if known is not None:
         inputs["teacher"] = known
 
     def make(folder: Path) -> dict[str, Any]:
         network = teacher
-        if network is None and known is not None:  # of `out`, which an unfinished redo will replace
+        if network is None and known is not None:  # that of an `out` to be replaced
             network = reload(known, like=model)
         figures = _finetune(
-            model,
-            teacher=network,
-            images=images,
-            options=options,
-            resume=folder / RESUME,
-            progress=progress,
+            model, network, images, options, resume=folder / RESUME, progress=progress
         )
         save(model, folder)
         return figures
@@ -80,9 +67,9 @@ def finetune(request: Request[FinetuneOptions]) -> Plan:
 
 
 def _teacher_of_result(out: Path, model: Model, options: FinetuneOptions) -> Source | None:
-    """The teacher of a finished `out`, if it is the one that is asked for, by what records say.
+    """The teacher on record of a finished `out`, if it is the one asked for.
 
-    So a finished stage is known as such when its teacher is gone.
+    A finished stage is thus recognized even when its teacher is gone.
     """
     found = read_record(out) if out.is_dir() else None
     if found is None or found.stage != "finetune" or "teacher" not in found.inputs:
@@ -105,7 +92,7 @@ def _is_there(model: str) -> bool:
 
 
 def _check_teacher(model: Model, teacher: Model) -> None:
-    """Raise `UserError` where the teacher's outputs are no targets for the model."""
+    """Raise `UserError` where the model cannot be trained towards the teacher's outputs."""
     for what, own, other in (
         ("images of", model.sample_shape, teacher.sample_shape),
         ("output channels:", *(m.denoiser.config.out_channels for m in (model, teacher))),
@@ -122,7 +109,7 @@ def _check_teacher(model: Model, teacher: Model) -> None:
 
 
 def _reorderings(model: Model) -> list[str]:
-    """Hashes of the ancestors whose channels were reordered when they were pruned."""
+    """Hashes of the ancestors whose channels were reordered by pruning."""
     stages = model.record.lineage() if model.record else []
     return [s.inputs["model"].hash for s in stages if s.options.get("permute")]
 
@@ -137,7 +124,7 @@ def _check_dropout(model: Model, options: FinetuneOptions) -> None:
 
 
 def find_teacher(model: Model, wanted: str, progress: Progress) -> Model | None:
-    """The teacher: a model by name, or ("auto") the dense one of the lineage if it is still there."""
+    """The teacher: a model by name, or for "auto" the lineage's dense model if it still exists."""
     if wanted == "none":
         return None
     if wanted != "auto":
@@ -158,10 +145,10 @@ def find_teacher(model: Model, wanted: str, progress: Progress) -> Model | None:
 
 def _finetune(
     model: Model,
-    *,
     teacher: Model | None,
     images: ImageSet,
     options: FinetuneOptions,
+    *,
     resume: Path,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -175,35 +162,21 @@ def _finetune(
         dropout(model.denoiser, options.dropout),
         _objective(model, teacher, options, device) as objective,
     ):
-        history = fit(
-            model.denoiser,
-            objective,
-            problems=training_problems(
-                model, options, images, cycle=_cycle(options, accelerator.num_processes)
-            ),
-            options=options,
+        figures = fit_weights(
+            model,
+            images,
+            options,
+            resume,
             accelerator=accelerator,
-            checkpoint=resume / "checkpoint.safetensors",
+            held_out=held_out,
+            objective=objective,
+            cycle=whole_steps(options.dataset_size, options, accelerator.num_processes),
             progress=progress,
             label="fine-tuning",
             after_step=lambda _: hold(),
-            validate=lambda m: denoising_loss(m, held_out, device=device).mean,
             observe=lambda m: observed(m, model.masks) if model.masks else {},
-            show=lambda _: Shown(images=samples(model, options, device)),
-            compiles=options.compile,
         )
-    model.round_to_dtype()
-    after = denoising_loss(model.denoiser, held_out, device=device)
-    model.denoiser.to("cpu")
-    return (
-        {
-            "loss_before": before.mean,
-            "loss": after.mean,
-            "loss_se": after.standard_error,
-        }
-        | processes.as_figures()
-        | history.as_figures()
-    )
+    return {"loss_before": before.mean} | figures
 
 
 def _objective(
@@ -229,15 +202,9 @@ def _objective(
     )
 
 
-def _cycle(options: FinetuneOptions, processes: int) -> int:
-    """Problems of a cycle, in whole steps: then the same batches come again, to the same bits."""
-    stride = options.batch_size * options.accumulation * processes
-    return -(-options.dataset_size // stride) * stride
-
-
 @contextmanager
 def dropout(denoiser: nn.Module, p: float | None) -> Iterator[None]:
-    """The residual blocks' dropout at `p`, afterwards as it was; None leaves it."""
+    """Set the residual blocks' dropout to `p` while the context lasts; None leaves it."""
     layers = [m.dropout for m in denoiser.modules() if isinstance(m, ResnetBlock2D)]
     before = [layer.p for layer in layers]
     for layer in layers:
@@ -250,7 +217,7 @@ def dropout(denoiser: nn.Module, p: float | None) -> Iterator[None]:
 
 
 def observed(denoiser: nn.Module, masks: Masks) -> dict[str, float]:
-    """The share of zeros in the masked layers, and of N:M groups in which at most N are not zero."""
+    """The share of zeros in masked layers, and of N:M groups with at most N nonzeros."""
     weights = [denoiser.get_parameter(f"{name}.weight") for name, _ in masks]
     figures = {"sparsity": 1 - sum(int(torch.count_nonzero(w)) for w in weights) / masks.total}
     if (valid := masks.validity(denoiser)) is not None:

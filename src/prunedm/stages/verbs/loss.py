@@ -1,6 +1,5 @@
 """loss: the denoising loss of a model, or of its weights under other masks, batch by batch."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,20 @@ from prunedm.folder import Model
 from prunedm.masks import Masks
 from prunedm.options import LossOptions
 from prunedm.progress import Progress
-from prunedm.record import Source
+from prunedm.record import finite
 from prunedm.stages.frame import Plan, Request
-from prunedm.stages.inputs import (
-    data_source,
-    device_for,
-    given_model,
-    images_for,
-    model_sources,
-    problems_on,
-)
+from prunedm.stages.inputs import device_for, problems_on, read_inputs
 from prunedm.stages.masks import masks_from
-from prunedm.task import Stream, Task
-
-BATCHES = "losses.npy"
-PROBLEMS = "per_problem.npy"
 
 
 def loss(request: Request[LossOptions]) -> Plan:
     """Write the losses of batches and of problems; the model stays as it is.
 
-    Problem p is a function of (seed, p) alone, and on the test split the one that `evaluate` has.
+    Problem p depends only on (seed, p); on the test split it is that of `evaluate`.
     Raises `UserError` where the masks are of another model.
     """
     options, progress = request.options, request.progress
-    model = given_model(request.source, options, progress)
-    images = images_for(model, options, options.split, progress)
-    inputs: dict[str, Source] = {**model_sources(model), "dataset": data_source(images)}
+    model, images, inputs = read_inputs(request, options.split)
     masks = model.masks
     if options.masks:
         masks, found = masks_from(options.masks, model.denoiser, targets=options.targets)
@@ -53,8 +39,8 @@ def loss(request: Request[LossOptions]) -> Plan:
         per_batch = _losses(model, images, options, progress)
         means_B = np.array([float(losses_N.double().mean()) for losses_N in per_batch])
         losses_N = torch.cat(per_batch)
-        np.save(folder / BATCHES, means_B, allow_pickle=False)
-        np.save(folder / PROBLEMS, losses_N.numpy(), allow_pickle=False)
+        np.save(folder / "losses.npy", means_B, allow_pickle=False)
+        np.save(folder / "per_problem.npy", losses_N.numpy(), allow_pickle=False)
         return _figures(LossEstimate.of(losses_N), len(per_batch), masks)
 
     return Plan(options=options, inputs=inputs, parent=model.record, make=make)
@@ -64,11 +50,13 @@ def _losses(
     model: Model, images: ImageSet, options: LossOptions, progress: Progress
 ) -> list[torch.Tensor]:
     """Losses of each batch's problems (N,)."""
-    # those of every held-out loss: they compare problem by problem
-    problems = problems_on(images, model, options.seed)
+    size, count = options.batch_size, options.problems
+    if options.max_batches is not None:
+        count = min(count, options.max_batches * size)
+    # the problems of every held-out loss, so that losses compare problem by problem
+    stream = problems_on(images, model, options.seed).stream(count, size=size)
     device = device_for(options.device)
     denoiser = model.denoiser.to(device)
-    stream = _stream(problems, options)
     losses = []
     with progress.task("denoising loss", len(stream)) as bar:
         for batch in stream:
@@ -78,17 +66,10 @@ def _losses(
     return losses
 
 
-def _stream(problems: Task, options: LossOptions) -> Stream:
-    size = options.batch_size
-    most = options.problems if options.max_batches is None else options.max_batches * size
-    return problems.stream(min(options.problems, most), size=size)
-
-
 def _figures(found: LossEstimate, batches: int, masks: Masks | None) -> dict[str, Any]:
-    error = found.standard_error
     return {
         "loss": found.mean,
-        "loss_se": None if math.isnan(error) else error,  # of fewer than two pairs of problems
+        "loss_se": finite(found.standard_error),  # NaN with fewer than two pairs of problems
         "batches": batches,
         "problems": len(found.per_problem_N),
         "masked_layers": len(masks.by_layer) if masks else 0,

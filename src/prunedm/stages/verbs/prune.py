@@ -1,6 +1,5 @@
 """prune: score the weights, remove the lowest by a mechanism, write a smaller or sparser model."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from prunedm.evaluation.size import count_macs, count_nonzero, count_parameters
 from prunedm.folder import Model, save
 from prunedm.options import PruneOptions
 from prunedm.progress import Progress
-from prunedm.record import write_json
+from prunedm.record import finite, write_json
 from prunedm.sampling import images_of
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
@@ -27,10 +26,10 @@ from prunedm.stages.pruning.job import Details, Job, asks, check_options
 from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
-_LONG = ("layers", "dense", "patterns", "permutation")  # per layer: in pruning_stats.json only
+_LONG = ("layers", "dense", "patterns", "permutation")  # per layer: only in pruning_stats.json
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
-PROBLEMS = range(16, 65)  # behind the loss before and after, where options name no number
-PROBLEMS_MACS = 6e11  # what one pass over them may cost
+PROBLEMS = range(16, 65)  # in the loss before and after, unless an option says how many
+PROBLEMS_MACS = 6e11  # most MACs of one pass over them
 
 
 def prune(request: Request[PruneOptions]) -> Plan:
@@ -46,7 +45,7 @@ def prune(request: Request[PruneOptions]) -> Plan:
     inputs = model_sources(model) | ({"dataset": data_source(images)} if images else {})
 
     def make(folder: Path) -> dict[str, Any]:
-        figures = _prune(model, images, options, folder, progress=progress)
+        figures = _prune(model, images, options, folder, progress)
         save(model, folder)
         return figures
 
@@ -54,7 +53,7 @@ def prune(request: Request[PruneOptions]) -> Plan:
 
 
 def _images(model: Model, options: PruneOptions, progress: Progress) -> ImageSet | None:
-    """The training images; None where nobody named any, they do not fit, and nothing asks for them."""
+    """The training images; None where the default ones do not fit and are not needed."""
     try:
         return images_for(model, options, "train", progress)
     except UserError as error:
@@ -66,12 +65,7 @@ def _images(model: Model, options: PruneOptions, progress: Progress) -> ImageSet
 
 
 def _prune(
-    model: Model,
-    images: ImageSet | None,
-    options: PruneOptions,
-    folder: Path,
-    *,
-    progress: Progress,
+    model: Model, images: ImageSet | None, options: PruneOptions, folder: Path, progress: Progress
 ) -> dict[str, Any]:
     held_out = [] if images is None else _held_out(model, options)
     before = _summary(model, held_out, options)
@@ -95,7 +89,7 @@ def _prune(
 
 
 def _held_out(model: Model, options: PruneOptions) -> list[Batch]:
-    """As many problems as asked for, or as are cheap: the loss has its standard error beside it."""
+    """As many problems as asked for, or as are cheap."""
     count = options.problems
     if count is None:
         cheap = int(PROBLEMS_MACS / count_macs(model.denoiser, model.example()))
@@ -104,7 +98,7 @@ def _held_out(model: Model, options: PruneOptions) -> list[Batch]:
 
 
 def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict[str, Any]:
-    """Sizes; and the loss with its standard error and number of problems, where there are any."""
+    """Sizes, and the loss with its standard error, if there are problems."""
     sizes = {
         "params": count_parameters(model.denoiser),
         "nonzero": count_nonzero(model.denoiser),
@@ -116,9 +110,11 @@ def _summary(model: Model, held_out: list[Batch], options: PruneOptions) -> dict
     device = device_for(options.device)
     loss = denoising_loss(model.denoiser.to(device), held_out, device=device)
     model.denoiser.cpu()
-    error = None if math.isnan(loss.standard_error) else loss.standard_error  # of fewer than 4
-    problems = len(loss.per_problem_N)
-    return sizes | {"loss": loss.mean, "loss_se": error, "problems": problems}
+    return sizes | {
+        "loss": loss.mean,
+        "loss_se": finite(loss.standard_error),  # NaN with fewer than 4 problems
+        "problems": len(loss.per_problem_N),
+    }
 
 
 def _picture(model: Model, options: PruneOptions, path: Path) -> None:

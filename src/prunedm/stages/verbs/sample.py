@@ -36,10 +36,8 @@ def sample(request: Request[SampleOptions]) -> Plan:
     for note in model.notes:
         progress.say(note)
     _check_speed(model, options)
-    # what is impossible fails before any work
-    set_steps(
-        make_sampler(model.scheduler, options.sampler, options.spacing), options.sampling_steps
-    )
+    sampler = make_sampler(model.scheduler, options.sampler, options.spacing)
+    set_steps(sampler, options.sampling_steps)  # both raise before any work
     condition_of(model, options)
 
     def make(folder: Path) -> dict[str, Any]:
@@ -57,14 +55,14 @@ def sample(request: Request[SampleOptions]) -> Plan:
 def sample_resumably(
     model: Model, options: SampleOptions, resume: Path, progress: Progress
 ) -> np.ndarray:
-    """All images, uint8 NHWC; each finished batch waits in `resume`, and is not drawn again."""
+    """All images, uint8 NHWC; finished batches are kept in `resume` and not drawn again."""
     images = np.concatenate(list(_read_all(_draw(model, options, resume, progress))))
-    processes.wait_for_all()  # the first may clear `resume` only when all have read it
+    processes.wait_for_all()  # `resume` is cleared only when all have read it
     return images
 
 
 def condition_of(model: Model, options: SampleOptions) -> Condition:
-    """What the images are told. Raises `UserError` for a class that the model does not have."""
+    """The images' condition. Raises `UserError` for a class that the model does not have."""
     if options.label is None:
         return model.condition
     if not model.conditional:
@@ -81,7 +79,7 @@ def _check_speed(model: Model, options: SampleOptions) -> None:
 
 
 def _how(used: list[FastDenoiser]) -> dict[str, Any]:
-    """What the fast path came to on this machine, for the record; the first process's."""
+    """What the fast path did on this machine, in the first process."""
     if not used:
         return {}
     return {
@@ -97,7 +95,7 @@ def _draw(
     progress: Progress,
     made: Callable[[FastDenoiser], object] = lambda call: None,
 ) -> list[Path]:
-    """The files of all batches, in order; of several processes each draws its share."""
+    """The files of all batches, in order; several processes share the drawing."""
     starts = range(0, options.count, options.batch_size)
     files = [resume / f"batch-{k:06d}.npz" for k in range(len(starts))]
     channels, height, width = model.codec.image_shape
@@ -122,13 +120,13 @@ def _draw(
     for k, batch_NCHW in zip(missing, batches, strict=True):
         aside = resume / f"writing-{processes.rank()}.npz"
         np.savez(aside, images=batch_NCHW.permute(0, 2, 3, 1).numpy())
-        aside.replace(files[k])  # one that is harmed may be there
+        aside.replace(files[k])  # may replace a damaged one
     processes.wait_for_all()
     return files
 
 
 def _is_whole(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the file holds such images, unharmed; an npz carries checksums."""
+    """Whether the file holds images of this shape, undamaged; an npz carries checksums."""
     try:
         images = _read(file)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
@@ -156,12 +154,13 @@ def _assemble(files: list[Path], folder: Path, options: SampleOptions) -> None:
     index = 0
     for batch_NHWC in batches:
         for image_HWC in batch_NHWC:
-            Image.fromarray(_drop_gray(image_HWC)).save(folder / f"{index:06d}.png")
+            plain = image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC
+            Image.fromarray(plain).save(folder / f"{index:06d}.png")
             index += 1
 
 
 def _shown(batches: Iterable[np.ndarray], picture: Path) -> Iterator[np.ndarray]:
-    """The batches as they are; the first images of them go into `picture`."""
+    """The same batches; their first images go into `picture`."""
     first: list[np.ndarray] = []
     for batch_NHWC in batches:
         first += [image.copy() for image in batch_NHWC[: GRID - len(first)]]
@@ -187,7 +186,3 @@ def _write_npz(path: Path, batches: Iterable[np.ndarray], count: int) -> None:
             file.write(np.ascontiguousarray(batch_NHWC).data)
             written += len(batch_NHWC)
     assert written == count, (written, count)
-
-
-def _drop_gray(image_HWC: np.ndarray) -> np.ndarray:
-    return image_HWC[:, :, 0] if image_HWC.shape[2] == 1 else image_HWC

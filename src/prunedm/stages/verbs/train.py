@@ -1,10 +1,12 @@
 """train: a dense denoising diffusion model from scratch (Ho et al. 2020), with EMA."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
 from prunedm.data import ImageSet
@@ -19,14 +21,15 @@ from prunedm.model_files.configs import (
     describe_network,
 )
 from prunedm.options import TrainOptions
-from prunedm.progress import Progress
+from prunedm.options.train import WeightOptions
 from prunedm.randomness import seed_for
 from prunedm.recovery.objective import data_objective
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
 from prunedm.stages.shown import samples
+from prunedm.task import Batch
 from prunedm.training import processes
-from prunedm.training.loop import fit, make_accelerator
+from prunedm.training.loop import Objective, fit, make_accelerator
 from prunedm.training.tracking import Shown
 
 
@@ -37,7 +40,16 @@ def train(request: Request[TrainOptions]) -> Plan:
     images = images_for(model, options, "train", progress)
 
     def make(folder: Path) -> dict[str, Any]:
-        figures = _train(model, images, options, folder / RESUME, request.progress)
+        figures = fit_weights(
+            model,
+            images,
+            options,
+            folder / RESUME,
+            accelerator=make_accelerator(options),
+            held_out=held_out_problems(model, options, options.validation_problems),
+            progress=progress,
+            label="training",
+        )
         save(model, folder)
         return figures
 
@@ -63,7 +75,7 @@ def _new_model(options: TrainOptions) -> Model:
 
 
 def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
-    """diffusers would skip an option that it does not know, and a class that it is not."""
+    """diffusers would ignore an unknown option or another class; these are errors here."""
     wanted = config.get("_class_name", cls.__name__)
     if wanted != cls.__name__:
         raise UserError(
@@ -84,26 +96,38 @@ def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
         raise UserError(f"diffusers refuses this {what}: {str(error).splitlines()[0]}") from error
 
 
-def _train(
-    model: Model, images: ImageSet, options: TrainOptions, resume: Path, progress: Progress
+def fit_weights(
+    model: Model,
+    images: ImageSet,
+    options: WeightOptions,
+    resume: Path,
+    *,
+    accelerator: Accelerator,
+    held_out: Sequence[Batch],
+    objective: Objective = data_objective,
+    cycle: int = 0,
+    **named: Any,
 ) -> dict[str, Any]:
-    held_out = held_out_problems(model, options, options.validation_problems)
-    accelerator = make_accelerator(options)
+    """Train the model's weights; returns the held-out loss and curves as a record's figures.
+
+    cycle: problems after which the training stream repeats; 0: never. named: further arguments of
+    `fit`.
+    """
+    device = accelerator.device
     history = fit(
         model.denoiser,
-        data_objective,
-        problems=training_problems(model, options, images),
+        objective,
+        problems=training_problems(model, options, images, cycle=cycle),
         options=options,
         accelerator=accelerator,
         checkpoint=resume / "checkpoint.safetensors",
-        progress=progress,
-        label="training",
-        validate=lambda m: denoising_loss(m, held_out, device=accelerator.device).mean,
-        show=lambda _: Shown(images=samples(model, options, accelerator.device)),
+        validate=lambda m: denoising_loss(m, held_out, device=device).mean,
+        show=lambda _: Shown(images=samples(model, options, device)),
         compiles=options.compile,
+        **named,
     )
     model.round_to_dtype()
-    final = denoising_loss(model.denoiser, held_out, device=accelerator.device)
+    final = denoising_loss(model.denoiser, held_out, device=device)
     model.denoiser.to("cpu")
     figures = {"loss": final.mean, "loss_se": final.standard_error}
     return figures | processes.as_figures() | history.as_figures()

@@ -1,0 +1,1 @@
+"""Tracking services by name (`tables.TRACKERS`): each is a `Service` (services.py)."""
