@@ -196,7 +196,6 @@ def measured(score: str, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         time_bins=1,
         over_time="mean",
         over_problems="mean",
-        device="cpu",
     )
     network = OneLayer(layer)
     return score_layers(network, {"layer": layer}, score, calibration=calibration)["layer"]

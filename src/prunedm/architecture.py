@@ -220,6 +220,11 @@ def _random_inputs(
     return inputs | dict(record.more(network, count, generator))
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's weights are."""
+    return next(network.parameters()).device
+
+
 def like_weights(network: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
     """`inputs` where the network's weights are; floating ones but times in the weights' type."""
     weight = next(network.parameters())
