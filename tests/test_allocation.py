@@ -12,7 +12,7 @@ from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.layers import prunable_layers
+from prunedm.networks.layers import layer_positions, prunable_layers
 from prunedm.removal import allocation
 from prunedm.removal.allocation import (
     allocate,
@@ -22,7 +22,7 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
-from prunedm.removal.channel_costs import layer_positions, planned_macs
+from prunedm.removal.channels.target import planned_macs
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import score_layers

@@ -34,8 +34,8 @@ from prunedm.networks.layers import prunable_layers
 from prunedm.networks.narrowed import as_narrowed
 from prunedm.packed import save_packed
 from prunedm.record import Record
-from prunedm.removal.channel_groups import channel_groups
-from prunedm.removal.channels import plan_channels, remove_channels
+from prunedm.removal.channels.groups import channel_groups
+from prunedm.removal.channels.plan import plan_channels, remove_channels
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.evaluating.reload import check_reload
 

@@ -34,12 +34,11 @@ from prunedm.networks.layer_kinds import (
     weight_of,
     width_of,
 )
-from prunedm.networks.layers import prunable_layers, why_not_nm
+from prunedm.networks.layers import layer_positions, prunable_layers, why_not_nm
 from prunedm.options import LearnOptions
 from prunedm.packed import load_packed, save_packed
-from prunedm.removal.channel_costs import count_params, layer_positions, planned_macs
-from prunedm.removal.influence import influence
-from prunedm.removal.input_grams import input_grams
+from prunedm.removal.channels.target import count_params, planned_macs
+from prunedm.removal.input_grams import influence, input_grams
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import Permutation, permute_

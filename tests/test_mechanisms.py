@@ -12,10 +12,10 @@ from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model, load, save
 from prunedm.masks import Pattern
-from prunedm.networks.layers import is_under, prunable_layers, to_groups
+from prunedm.networks.layers import is_under, layer_positions, prunable_layers, to_groups
 from prunedm.options import PruneOptions
 from prunedm.progress import Silent
-from prunedm.removal.channel_costs import layer_positions, planned_macs
+from prunedm.removal.channels.target import planned_macs
 from prunedm.scores import SCORES
 from prunedm.stages.pruning.job import Job
 from prunedm.tables import MECHANISMS

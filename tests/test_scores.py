@@ -20,8 +20,8 @@ from prunedm.calibration import (
 from prunedm.errors import UserError
 from prunedm.masks import Pattern
 from prunedm.networks.layers import prunable_layers
-from prunedm.removal.channel_groups import channel_groups
-from prunedm.removal.channels import block_importance
+from prunedm.removal.channels.groups import channel_groups
+from prunedm.removal.channels.plan import block_importance
 from prunedm.removal.nm import nm_masks
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import SCORES, Calibration, score_layers

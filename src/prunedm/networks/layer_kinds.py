@@ -100,7 +100,9 @@ def from_matrix(matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def width_of(layer: nn.Module, side: Side) -> int:
-    """Channels that the layer reads or makes, those of all its groups."""
+    """Channels that a layer reads or makes, over all its groups; a GroupNorm's on both sides."""
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
     kind = kind_of(layer)
     size: int = getattr(layer, kind.inputs if side == "in" else kind.outputs)
     return size

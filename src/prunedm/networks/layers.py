@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.architecture import architecture_of
+from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import UserError
 from prunedm.networks.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, width_of
 
@@ -62,6 +62,20 @@ def prunable_layers(
     if not wanted:
         return layers
     return {n: m for n, m in layers.items() if any(_matches(n, t) for t in wanted)}
+
+
+@torch.no_grad()
+def layer_positions(network: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """Output positions (pixels, tokens) of each layer, per row of `inputs`."""
+    positions: dict[str, int] = {}
+    rows = len(next(iter(inputs.values())))  # a layer may see more: tokens folded into its batch
+
+    def record(name: str, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        positions[name] = output.numel() // (rows * width_of(layer, "out"))
+
+    with hooked(prunable_layers(network, protect=()), record):
+        answer(network, inputs)
+    return positions
 
 
 def why_not_nm(layer: nn.Module, m: int) -> str | None:

@@ -32,10 +32,9 @@ from torch import nn
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.masks import Pattern
-from prunedm.networks.layer_kinds import find_kind, oriented, weight_of
+from prunedm.networks.layer_kinds import Side, find_kind, oriented, weight_of, width_of
 from prunedm.networks.layers import to_groups, why_not_nm
-from prunedm.removal.channel_costs import Side, width
-from prunedm.removal.channel_groups import ChannelGroup, free_groups
+from prunedm.removal.channels.groups import ChannelGroup, free_groups
 from prunedm.removal.stripes import View, best_content, kept_score, stripe_homes
 
 
@@ -80,7 +79,7 @@ def find_permutation(
         kept[group.name] = (kept_score(views, start_C), kept_score(views, content_C))
         if not torch.equal(content_C, start_C):
             for (name, side), place_KC in places.items():
-                whole = torch.arange(width(denoiser.get_submodule(name), side))
+                whole = torch.arange(width_of(denoiser.get_submodule(name), side))
                 whole = order.setdefault((name, side), whole)
                 whole[place_KC] = place_KC[:, content_C]
     return Permutation(order, kept)
@@ -91,7 +90,7 @@ def permute_(denoiser: nn.Module, permutation: Permutation) -> None:
     """Reorder the parameters in place. Raises `UserError` where the model is of other widths."""
     for (name, side), order in permutation.order.items():
         module = dict(denoiser.named_modules()).get(name)
-        if module is None or width(module, side) != len(order):
+        if module is None or width_of(module, side) != len(order):
             raise UserError(f"permutation of another model: {name} has no {len(order)} {side}puts")
     for name in dict.fromkeys(layer for layer, _ in permutation.order):
         module = denoiser.get_submodule(name)
@@ -205,5 +204,5 @@ def _indivisible(denoiser: nn.Module, name: str, side: Side) -> int:
     parent = denoiser.get_submodule(name.rpartition(".")[0])
     projects = name.rpartition(".")[2] in ("to_q", "to_k", "to_v") and side == "out"
     if isinstance(parent, Attention) and projects:
-        return width(module, "out") // parent.heads
+        return width_of(module, "out") // parent.heads
     return 0
