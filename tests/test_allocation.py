@@ -185,7 +185,7 @@ def test_layers_that_cannot_take_a_pattern_stay_dense():
     layers = {"six": nn.Linear(6, 2), "eight": nn.Linear(8, 2)}
     assert fitting(layers, [P24, P48]) == {"six": (None,), "eight": (P24, P48)}
     assert fitting(layers, [None, P24, 0.5])["six"] == (None, 0.5)
-    with pytest.raises(UserError, match="six cannot take 2:4: 6 input channels are no multiple"):
+    with pytest.raises(UserError, match="six cannot take 2:4: 6 input channels are not a multiple"):
         weight_costs(layers, {"six": [P24]})
 
 

@@ -363,7 +363,7 @@ def test_groups_of_a_transposed_weight_run_along_its_inputs():
     stored_IO = network.square.weight  # [inputs, outputs], as transformers keeps it
     assert ((stored_IO.unflatten(0, (-1, 4)) != 0).sum(1) == 2).all()
     assert not ((stored_IO.unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
-    assert why_not_nm(network.turned, 8) == "12 input channels are no multiple of 8"
+    assert why_not_nm(network.turned, 8) == "12 input channels are not a multiple of 8"
 
 
 @pytest.mark.parametrize("swaps", [0, 2])

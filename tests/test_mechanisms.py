@@ -243,7 +243,7 @@ def test_reinitialised_weights_are_seeded_and_new():
 def test_a_pattern_that_some_layers_cannot_take_names_them():
     _, details = pruned(mechanism="nm", score="magnitude", pattern="5:12")
     assert details["dense"]
-    assert all("no multiple of 12" in reason for reason in details["dense"].values())
+    assert all("not a multiple of 12" in reason for reason in details["dense"].values())
     with pytest.raises(UserError, match="5:7 fits no layer"):
         pruned(mechanism="nm", score="magnitude", pattern="5:7")
 

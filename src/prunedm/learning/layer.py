@@ -17,8 +17,8 @@ from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.relaxation import relaxed
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.layer_kinds import NAMES, find_kind, oriented, weight_of
-from prunedm.networks.layers import from_groups, prunable_layers, why_not_nm
+from prunedm.networks.layer_kinds import NAMES, find_kind, from_matrix, oriented, weight_of
+from prunedm.networks.layers import prunable_layers, why_not_nm
 from prunedm.removal.nm import eligible_layers, nm_mask
 
 
@@ -112,7 +112,7 @@ class MaskProLayer(nn.Module):
 
     def _of_weight(self, values_GM: torch.Tensor) -> torch.Tensor:
         # contiguous, or the product takes the mask's memory format, and a convolution other bits
-        return from_groups(values_GM, self.weight_oriented.shape).contiguous()
+        return from_matrix(values_GM, self.weight_oriented.shape).contiguous()
 
 
 def wrap_model_with_maskpro(

@@ -7,7 +7,8 @@ from torch import nn
 
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.layers import from_groups, to_groups
+from prunedm.networks.layer_kinds import from_matrix
+from prunedm.networks.layers import to_groups
 
 
 class MaskLogits(nn.Module):
@@ -59,7 +60,7 @@ class MaskLogits(nn.Module):
             sizes = [self.shapes[name].numel() // pattern.m for name in names]
             for name, part in zip(names, values_GM.split(sizes), strict=True):
                 if name in chosen:
-                    found[name] = from_groups(part, self.shapes[name])
+                    found[name] = from_matrix(part, self.shapes[name])
         return {name: found[name] for name in self.shapes if name in chosen}
 
     def layers_of(self, groups: Sequence[torch.Tensor]) -> list[str]:

@@ -9,7 +9,7 @@ from prunedm.errors import UserError, first_line
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, shown
 from prunedm.reading import read_object
 from prunedm.system.places import expanded
-from prunedm.task.process import check_scheduler, process_of, scheduler_class
+from prunedm.task.process import process_of, scheduler_class
 
 FILE = "scheduler_config.json"
 ABOVE = 2  # folders: run/checkpoint-500/unet_ema
@@ -63,7 +63,7 @@ def read_scheduler(path: Path) -> Any:
     check_config(config, cls, path, SCHEDULER_RANGES)
     try:
         scheduler = cls.from_config(config)
-        check_scheduler(scheduler)
+        process_of(scheduler).check()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # diffusers raises whatever it likes

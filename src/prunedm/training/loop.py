@@ -31,7 +31,6 @@ from prunedm.training.checkpoint import (
 )
 from prunedm.training.compiling import compiled
 from prunedm.training.ema import Ema
-from prunedm.training.optimizer import adamw, learning_rate_share
 from prunedm.training.tracking import Shown, Tracking, new_run, tracked
 
 Objective = Callable[[nn.Module, Batch, int], torch.Tensor]  # (module, batch, step) -> loss
@@ -141,6 +140,24 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
         # weights' memory (masks) would go on with what the network no longer uses
         accelerator.state.device = torch.device("cpu")
     return accelerator
+
+
+def adamw(module: nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters, with the options' learning rate, decay and beta2."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, options.beta2)
+    )
+
+
+def learning_rate_share(options: LoopOptions, step: int) -> float:
+    """Share of the peak rate: linear warm-up, then constant or cosine to zero."""
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    if options.schedule == "constant":
+        return 1.0
+    share = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
 def _compare_threads(state: TrainingState, label: str, progress: Progress) -> None:
