@@ -432,8 +432,8 @@ def test_dropout_acts_on_the_student_while_it_trains_and_no_longer(narrow, tmp_p
 
     from prunedm.recovery import objective
 
-    plain = objective._plain
-    monkeypatch.setattr(objective, "_plain", spied)
+    plain = objective._mixed
+    monkeypatch.setattr(objective, "_mixed", spied)
     for p in (None, 0.0, 0.4):
         out = tmp_path / str(p)
         record, _ = finetune(narrow, out, FinetuneOptions(steps=2, dropout=p, **QUICK))
