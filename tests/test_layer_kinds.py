@@ -29,12 +29,12 @@ from prunedm.networks.layer_kinds import (
     groups_of,
     kind_of,
     patches,
-    set_widths,
     to_matrix,
     weight_of,
     width_of,
 )
 from prunedm.networks.layers import layer_positions, prunable_layers, why_not_nm
+from prunedm.networks.widths import set_layer_widths
 from prunedm.options import LearnOptions
 from prunedm.packed import load_packed, save_packed
 from prunedm.removal.channels.target import count_params, planned_macs
@@ -214,7 +214,7 @@ def test_every_kind_says_its_widths_and_takes_others():
     for make in LAYERS.values():
         layer = make()
         assert (width_of(layer, "in"), width_of(layer, "out")) == (4, len(weight_of(layer)))
-        set_widths(layer, 12, 20)
+        set_layer_widths(layer, 12, 20)
         assert (width_of(layer, "in"), width_of(layer, "out")) == (12, 20)
 
 
