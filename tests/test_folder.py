@@ -508,7 +508,7 @@ def test_weights_of_another_model_are_refused(folder, change):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    refused(tmp_path, str(tmp_path), "no model folder", "model_index.json")
+    refused(tmp_path, str(tmp_path), "not a model folder", "model_index.json")
     refused(tmp_path / "gone", str(tmp_path / "gone"), "give a folder, a hub id")
     refused("nothing", "'nothing'")
 

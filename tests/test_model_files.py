@@ -196,8 +196,8 @@ def test_a_config_of_many_gigabytes_is_refused_before_any_is_allocated(tmp_path)
         ({"beta_schedule": "steep"}, "is not"),
         ({"variance_type": "wide"}, "is not"),
         ({"prediction_type": "flow"}, "is not"),
-        ({"_class_name": "SchedulerMixin"}, "names no diffusers scheduler"),
-        ({"_class_name": ["os"]}, "names no diffusers scheduler"),
+        ({"_class_name": "SchedulerMixin"}, "does not name a diffusers scheduler"),
+        ({"_class_name": ["os"]}, "does not name a diffusers scheduler"),
         (
             {"_class_name": "EDMEulerScheduler"},
             "variance-preserving noise (DDPM) and flow matching",
