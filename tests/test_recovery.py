@@ -578,7 +578,7 @@ def test_without_a_compiler_the_reason_is_told_and_nothing_else_changes(
     finetune(narrow, tmp_path / "eager", FinetuneOptions(steps=2, **QUICK))
     (line,) = listener.said
     assert line == (
-        "compile: not possible here (no working C++ compiler); training goes on uncompiled"
+        "compile: not possible here (no working C++ compiler); training continues uncompiled"
     )
     assert load(tmp_path / "compiled").hash == load(tmp_path / "eager").hash
 

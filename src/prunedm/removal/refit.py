@@ -1,4 +1,4 @@
-"""The kept weights of a layer, fitted together: conjugate gradients on all rows at once.
+"""Fitting the kept weights of a layer together: conjugate gradients on all rows at once.
 
 Letters: O output channels; K columns, ordered (kh, kw, I).
 """
@@ -14,11 +14,11 @@ def refit(
     *,
     steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower tr((W - dense) H (W - dense)^T) over the kept weights, from `w_OK` on.
+    """Minimise tr((W - dense) H (W - dense)^T) over the kept weights, starting at `w_OK`.
 
-    `residual_OK` is (dense - w) H; both come back for the new weights. Preconditioned by the
-    diagonal of H. One product with H a step serves all rows, where a direct solution needs a
-    factorisation for every row's mask.
+    `residual_OK` is (dense - w) H; returns both for the new weights. Preconditioned by the diagonal
+    of H. Each step needs one product with H for all rows, where a direct solution would need a
+    factorisation per row.
     """
     tiny = torch.finfo(w_OK.dtype).tiny
     inverse_K = keep_OK / h_KK.diagonal()  # preconditioner and mask in one
