@@ -63,9 +63,9 @@ def told_by_signature(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
     ]
     if unknown or missing:
         raise UserError(
-            f"how to ask a {type(network).__name__} is not known (it wants "
+            f"how to call a {type(network).__name__} is not known (it wants "
             f"{', '.join(missing) or 'no ' + ', '.join(unknown)}): masks by --score magnitude or random "
-            "work on it as it is; losses, other scores, OBS and learning take one file, see "
+            "work without calls; losses, other scores, OBS and learning need a family file, see "
             "docs/guides/add-a-family.md"
         )
     return told

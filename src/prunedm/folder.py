@@ -93,10 +93,10 @@ class Model:
         """Why the network cannot be run, so that only methods without runs work; "" if it can."""
         name = type(self.denoiser).__name__
         if self.scheduler is None:
-            return f"{self.name} is a language model, whose losses take text, which is not read yet"
+            return f"{self.name} is a language model, whose losses need text, which is not read yet"
         if architecture_named(name) is None:
             return (
-                f"how to ask a {name} is not known; docs/guides/add-a-family.md says what it takes"
+                f"how to call a {name} is not known; docs/guides/add-a-family.md says what to add"
             )
         try:
             assert self.codec
@@ -116,7 +116,7 @@ class Model:
         if channels != shape[0]:
             raise UserError(
                 f"{self.name} takes samples of {shape[0]} channels, and its autoencoder makes "
-                f"{channels}: a model that is told images too, which are not read yet"
+                f"{channels}: image-conditioned models are not supported yet"
             )
         return Latents(autoencoder, shape, key=companions.key(companions.autoencoder))
 
@@ -132,7 +132,7 @@ class Model:
             encoders = [n for n in names if n.startswith(("text_encoder", "tokenizer"))]
             if companions is None or not encoders:
                 raise UserError(
-                    f"{self.name} is told prompts, and has no text encoders beside it; give the folder "
+                    f"{self.name} needs prompts, and has no text encoders beside it; give the folder "
                     "of its whole pipeline"
                 )
             others = [n for n in companions.names if n not in encoders]

@@ -22,8 +22,7 @@ from prunedm.networks.layers import why_not_nm
 from prunedm.progress import Progress, Silent
 from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
 from prunedm.removal.nm import nm_mask
-from prunedm.removal.refit import refit
-from prunedm.removal.swaps import swap_search
+from prunedm.removal.swaps import refit, swap_search
 from prunedm.task import Batch
 
 Choice = Pattern | float | torch.Tensor

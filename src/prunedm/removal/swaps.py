@@ -8,13 +8,14 @@ mask, a round exchanges in some groups of every row a kept weight i for a remove
 which is the change of E(w) = (w - dense) H (w - dense)^T when the other weights are fixed and w_j is
 optimal. Then the kept weights are refitted. A row keeps its new mask where E has decreased.
 
-Letters: O rows; K columns; G groups of M in a row; i, j members of a group.
+`refit` fits the kept weights of a layer together; OBS ends with it too.
+
+Letters: O rows; K columns, ordered (*taps, I); G groups of M in a row; i, j members of a group.
 """
 
 import torch
 
 from prunedm.masks import Pattern
-from prunedm.removal.refit import refit
 
 REFIT_STEPS = 3  # after each round; the last fit is the caller's
 FIRST_SHARE = 0.25  # of a row's groups changed per round; halved where a row did not improve
@@ -37,6 +38,35 @@ def swap_search(
         for part in zip(dense_OK.split(rows), w_OK.split(rows), keep_OK.split(rows), strict=True)
     ]
     return torch.cat([w for w, _ in parts]), torch.cat([keep for _, keep in parts])
+
+
+def refit(
+    w_OK: torch.Tensor,
+    residual_OK: torch.Tensor,
+    keep_OK: torch.Tensor,
+    h_KK: torch.Tensor,
+    *,
+    steps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimise tr((W - dense) H (W - dense)^T) over the kept weights, starting at `w_OK`.
+
+    `residual_OK` is (dense - w) H; returns both for the new weights. Preconditioned by the diagonal
+    of H. Each step needs one product with H for all rows, where a direct solution would need a
+    factorisation per row.
+    """
+    tiny = torch.finfo(w_OK.dtype).tiny
+    inverse_K = keep_OK / h_KK.diagonal()  # preconditioner and mask in one
+    scaled_OK = residual_OK * inverse_K
+    direction_OK, size_O = scaled_OK, (residual_OK * scaled_OK).sum(1)
+    for _ in range(steps):
+        image_OK = direction_OK @ h_KK
+        step_O = size_O / (direction_OK * image_OK).sum(1).clamp_min(tiny)
+        w_OK = w_OK + step_O[:, None] * direction_OK
+        residual_OK = residual_OK - step_O[:, None] * image_OK
+        scaled_OK = residual_OK * inverse_K
+        last_O, size_O = size_O, (residual_OK * scaled_OK).sum(1)
+        direction_OK = scaled_OK + (size_O / last_O.clamp_min(tiny))[:, None] * direction_OK
+    return w_OK, residual_OK
 
 
 def _search(

@@ -118,14 +118,19 @@ class Times:
 class Task(ABC):
     """A seeded, endless stream of problems over a set of items.
 
-    `shuffle` draws a new order of the items each epoch.
+    `shuffle` draws a new order of the items each epoch. With `cycle`, problem p is problem p mod cycle:
+    a fixed set that repeats.
     """
 
     times = Times()
 
-    def __init__(self, *, seed: int, purpose: str, shuffle: bool = False) -> None:
-        self.seed, self.purpose, self.shuffle = seed, purpose, shuffle
+    def __init__(self, *, seed: int, purpose: str, shuffle: bool = False, cycle: int = 0) -> None:
+        self.seed, self.purpose, self.shuffle, self.cycle = seed, purpose, shuffle, cycle
         self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
+
+    def number(self, p: int) -> int:
+        """The number of problem p within the cycle, if there is one."""
+        return p % self.cycle if self.cycle else p
 
     def item(self, p: int, count: int) -> int:
         """The item, 0..count-1, of problem p."""

@@ -107,7 +107,7 @@ class Prompts(Condition):
         """Raise `UserError` where there are no captions."""
         if images.captions is None:
             raise UserError(
-                f"the model is told prompts, and {shown(images.name)!r} has no captions: a column "
+                f"the model needs prompts, and {shown(images.name)!r} has no captions: a column "
                 "`text` or `caption` of metadata.jsonl, metadata.csv or a table gives them, and "
                 "--caption-column names another"
             )

@@ -20,10 +20,9 @@ from prunedm.task.process import Process
 class Denoising(Task, Dataset[dict[str, Any]]):
     """A seeded, endless stream of denoising problems over a set of images.
 
-    `shuffle` draws a new order of the images each epoch; `flip` mirrors half of them. Noise levels are
-    antithetic: problem 2k draws step t, problem 2k+1 takes T-1-t, which halves their variance over a
-    batch. With `cycle`, problem p is problem p mod cycle: a fixed set that repeats. `time_range`: the
-    first and last drawn step, in 0..T-1.
+    `shuffle` and `cycle` as in `Task`; `flip` mirrors half of the images. Noise levels are antithetic:
+    problem 2k draws step t, problem 2k+1 takes T-1-t, which halves their variance over a batch.
+    `time_range`: the first and last drawn step, in 0..T-1.
     """
 
     def __init__(
@@ -40,14 +39,14 @@ class Denoising(Task, Dataset[dict[str, Any]]):
         time_range: tuple[int, int] | None = None,
         cycle: int = 0,
     ) -> None:
-        super().__init__(seed=seed, purpose=purpose, shuffle=shuffle)
+        super().__init__(seed=seed, purpose=purpose, shuffle=shuffle, cycle=cycle)
         self.images, self.process, self.codec, self.condition = images, process, codec, condition
-        self.cycle, self.flip = cycle, flip
+        self.flip = flip
         self.times = Times(*(time_range or (0, process.steps - 1)), process.steps)
 
     def __getitem__(self, p: int) -> dict[str, Any]:
         """The data and draws of problem p; the image is uint8 CHW."""
-        p = p % self.cycle if self.cycle else p
+        p = self.number(p)
         generator = generator_for(self.seed, self.purpose, p)
         index = self.item(p, len(self.images))
         image = self.images[index]

@@ -4,6 +4,7 @@ Letters: N sequences of L tokens, V words.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -12,26 +13,16 @@ from prunedm.task import Batch, Criterion, Task
 
 
 class NextToken(Task):
-    """A seeded, endless stream of token sequences; with `shuffle` in a new order each epoch.
+    """A seeded, endless stream of token sequences; tokens_SL: S sequences of L tokens."""
 
-    tokens_SL: S sequences of L tokens. With `cycle`, problem p is problem p mod cycle.
-    """
-
-    def __init__(
-        self,
-        tokens_SL: torch.Tensor,
-        *,
-        seed: int,
-        purpose: str,
-        shuffle: bool = False,
-        cycle: int = 0,
-    ) -> None:
-        super().__init__(seed=seed, purpose=purpose, shuffle=shuffle)
-        self.tokens_SL, self.cycle = tokens_SL, cycle
+    def __init__(self, tokens_SL: torch.Tensor, **stream: Any) -> None:
+        """`stream`: the arguments of `Task`."""
+        super().__init__(**stream)
+        self.tokens_SL = tokens_SL
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Sequences, with the next tokens as targets."""
-        numbers = tuple(p % self.cycle if self.cycle else p for p in numbers)
+        numbers = tuple(map(self.number, numbers))
         tokens_NL = self.tokens_SL[[self.item(p, len(self.tokens_SL)) for p in numbers]].long()
         return Batch(
             {"input_ids": tokens_NL},

@@ -185,13 +185,17 @@ def _unit_size(denoiser: nn.Module, coupling: Coupling) -> int:
     module = denoiser.get_submodule(coupling.layer)
     if isinstance(module, nn.GroupNorm):
         size = module.num_channels // module.num_groups
-        whole = torch.bincount(coupling.index_P // size)
         # Norm groups that straddle two sources of a concatenation cannot be kept; the plan regroups.
-        return size if bool(torch.isin(whole, torch.tensor([0, size])).all()) else 1
+        return size if are_whole(coupling.index_P, size) else 1
     parent = denoiser.get_submodule(coupling.layer.rpartition(".")[0])
     if isinstance(parent, Attention) and parent.heads > 1 and coupling.layer.endswith("to_q"):
         return width_of(module, "out") // parent.heads if coupling.side == "out" else 1
     return 1
+
+
+def are_whole(index_P: torch.Tensor, size: int) -> bool:
+    """Whether positions fill whole groups of `size` neighbours."""
+    return bool(torch.isin(torch.bincount(index_P // size), torch.tensor([0, size])).all())
 
 
 def _join(joined_C: torch.Tensor, unit_P: torch.Tensor, channel_P: torch.Tensor) -> torch.Tensor:

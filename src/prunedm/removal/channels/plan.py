@@ -22,7 +22,7 @@ from prunedm.errors import UserError
 from prunedm.networks.layer_kinds import Side, width_of
 from prunedm.networks.narrowed import Narrowed, as_narrowed
 from prunedm.networks.widths import narrow_layer, sync_attributes
-from prunedm.removal.channels.groups import ChannelGroup
+from prunedm.removal.channels.groups import ChannelGroup, are_whole
 from prunedm.removal.channels.target import (
     Block,
     OutOfReach,
@@ -161,8 +161,7 @@ def _new_norm_groups(
         norm = denoiser.get_submodule(name)
         if isinstance(norm, nn.GroupNorm):
             size = norm.num_channels // norm.num_groups
-            members = torch.bincount(kept // size)
-            if bool(torch.isin(members, torch.tensor([0, size])).all()):
+            if are_whole(kept, size):
                 groups[name] = len(kept) // size
             else:
                 sizes = [s for s in range(1, len(kept) + 1) if len(kept) % s == 0]
