@@ -12,7 +12,7 @@ from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.layers import prunable_layers
+from prunedm.networks.layers import layer_positions, prunable_layers
 from prunedm.removal import allocation
 from prunedm.removal.allocation import (
     allocate,
@@ -22,7 +22,7 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
-from prunedm.removal.channel_costs import layer_positions, planned_macs
+from prunedm.removal.channels.target import planned_macs
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import score_layers
@@ -185,7 +185,7 @@ def test_layers_that_cannot_take_a_pattern_stay_dense():
     layers = {"six": nn.Linear(6, 2), "eight": nn.Linear(8, 2)}
     assert fitting(layers, [P24, P48]) == {"six": (None,), "eight": (P24, P48)}
     assert fitting(layers, [None, P24, 0.5])["six"] == (None, 0.5)
-    with pytest.raises(UserError, match="six cannot take 2:4: 6 input channels are no multiple"):
+    with pytest.raises(UserError, match="six cannot take 2:4: 6 input channels are not a multiple"):
         weight_costs(layers, {"six": [P24]})
 
 

@@ -82,7 +82,7 @@ def other_weights(place: Path):
 def no_model(place: Path):
     (place / "photos").mkdir()
     (place / "photos" / "a.png").write_bytes(b"")
-    return ["finetune", place / "photos", place / "out"], ["photos is no model", "config.json"]
+    return ["finetune", place / "photos", place / "out"], ["photos is not a model", "config.json"]
 
 
 def no_folder(place: Path):

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chi2
 
 from prunedm.errors import UserError
-from prunedm.learning import chunks, distribution
+from prunedm.learning import distribution
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution, all_patterns
 from prunedm.masks import Pattern
 
@@ -266,7 +266,7 @@ def test_chunks_change_nothing(family, monkeypatch):
     mask_GM = DISTRIBUTIONS[family](l_GM, 2).sample(uniforms(l_GM))
     results = []
     for numbers in (1 << 30, 1000):
-        monkeypatch.setattr(chunks, "GRAPH_CHUNK", numbers)
+        monkeypatch.setattr(distribution, "GRAPH_CHUNK", numbers)
         dist = DISTRIBUTIONS[family](l_GM, 2)
         values = [dist.log_prob(mask_GM), dist.inclusion()[:, 1], dist.entropy()]
         total = sum((k + 1) * value.square().sum() for k, value in enumerate(values))

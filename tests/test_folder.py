@@ -34,8 +34,8 @@ from prunedm.networks.layers import prunable_layers
 from prunedm.networks.narrowed import as_narrowed
 from prunedm.packed import save_packed
 from prunedm.record import Record
-from prunedm.removal.channel_groups import channel_groups
-from prunedm.removal.channels import plan_channels, remove_channels
+from prunedm.removal.channels.groups import channel_groups
+from prunedm.removal.channels.plan import plan_channels, remove_channels
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.evaluating.reload import check_reload
 
@@ -508,7 +508,7 @@ def test_weights_of_another_model_are_refused(folder, change):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    refused(tmp_path, str(tmp_path), "no model folder", "model_index.json")
+    refused(tmp_path, str(tmp_path), "not a model folder", "model_index.json")
     refused(tmp_path / "gone", str(tmp_path / "gone"), "give a folder, a hub id")
     refused("nothing", "'nothing'")
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from prunedm.networks import layer_kinds
 from prunedm.networks.layers import prunable_layers
-from prunedm.removal.influence import FLOOR, influence, random_signs
-from prunedm.removal.input_grams import input_grams
+from prunedm.removal.input_grams import FLOOR, influence, input_grams, random_signs
 from prunedm.task import Batch
 
 

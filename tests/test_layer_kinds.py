@@ -29,17 +29,16 @@ from prunedm.networks.layer_kinds import (
     groups_of,
     kind_of,
     patches,
-    set_widths,
     to_matrix,
     weight_of,
     width_of,
 )
-from prunedm.networks.layers import prunable_layers, why_not_nm
+from prunedm.networks.layers import layer_positions, prunable_layers, why_not_nm
+from prunedm.networks.widths import set_layer_widths
 from prunedm.options import LearnOptions
 from prunedm.packed import load_packed, save_packed
-from prunedm.removal.channel_costs import count_params, layer_positions, planned_macs
-from prunedm.removal.influence import influence
-from prunedm.removal.input_grams import input_grams
+from prunedm.removal.channels.target import count_params, planned_macs
+from prunedm.removal.input_grams import influence, input_grams
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import Permutation, permute_
@@ -196,7 +195,6 @@ def measured(score: str, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         time_bins=1,
         over_time="mean",
         over_problems="mean",
-        device="cpu",
     )
     network = OneLayer(layer)
     return score_layers(network, {"layer": layer}, score, calibration=calibration)["layer"]
@@ -216,7 +214,7 @@ def test_every_kind_says_its_widths_and_takes_others():
     for make in LAYERS.values():
         layer = make()
         assert (width_of(layer, "in"), width_of(layer, "out")) == (4, len(weight_of(layer)))
-        set_widths(layer, 12, 20)
+        set_layer_widths(layer, 12, 20)
         assert (width_of(layer, "in"), width_of(layer, "out")) == (12, 20)
 
 
@@ -365,7 +363,7 @@ def test_groups_of_a_transposed_weight_run_along_its_inputs():
     stored_IO = network.square.weight  # [inputs, outputs], as transformers keeps it
     assert ((stored_IO.unflatten(0, (-1, 4)) != 0).sum(1) == 2).all()
     assert not ((stored_IO.unflatten(1, (-1, 4)) != 0).sum(2) == 2).all()
-    assert why_not_nm(network.turned, 8) == "12 input channels are no multiple of 8"
+    assert why_not_nm(network.turned, 8) == "12 input channels are not a multiple of 8"
 
 
 @pytest.mark.parametrize("swaps", [0, 2])

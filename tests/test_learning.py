@@ -1093,7 +1093,7 @@ def another_shape(place: Path) -> dict:
 REFUSED = [
     (lambda _: {"targets": ("mid_blok",)}, r"'mid_blok' matches no layer; near ones are mid_block"),
     (lambda _: {"targets": ("conv_in",)}, "'conv_in' is protected"),
-    (lambda _: {"pattern": "2:5"}, "pattern 2:5 fits no layer: .* are no multiple of 5"),
+    (lambda _: {"pattern": "2:5"}, "pattern 2:5 fits no layer: .* are not a multiple of 5"),
     (another_model, "masks are of another model: gone has no such layer"),
     (another_shape, r"masks are of another model: down_blocks\S+ has shape"),
     (lambda p: {"masks": str(p / "none.safetensors")}, "none.safetensors"),

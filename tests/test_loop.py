@@ -28,8 +28,7 @@ from prunedm.training.checkpoint import (
     save_checkpoint,
 )
 from prunedm.training.ema import Ema
-from prunedm.training.loop import fit, make_accelerator
-from prunedm.training.optimizer import learning_rate_share
+from prunedm.training.loop import fit, learning_rate_share, make_accelerator
 
 EVERYTHING = {
     "steps": 7,

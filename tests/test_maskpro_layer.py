@@ -242,7 +242,7 @@ def test_parameters_are_parted_without_rest_or_overlap():
 @pytest.mark.parametrize(
     ("layer", "pattern", "message"),
     [
-        (nn.Linear(6, 2), (2, 4), "6 input channels are no multiple of 4"),
+        (nn.Linear(6, 2), (2, 4), "6 input channels are not a multiple of 4"),
         (nn.Conv2d(8, 8, 3, groups=2), (2, 4), "grouped convolution"),
         (nn.GroupNorm(2, 4), (2, 4), "GroupNorm cannot be 2:4: it is not a Linear"),
         (nn.Linear(8, 2), (4, 4), "0 < N < M"),
@@ -267,14 +267,14 @@ def test_what_cannot_be_wrapped_stays_and_is_named():
         if x.weight.shape[1] == 48
     }
     assert reasons.keys() >= prunable_layers(tiny_model().denoiser).keys() - set(wrapped)
-    assert reasons["mid_block.attentions.0.to_q"] == "32 input channels are no multiple of 3"
+    assert reasons["mid_block.attentions.0.to_q"] == "32 input channels are not a multiple of 3"
     assert not check_nm_compatibility(nn.Linear(8, 2), 2, 4)
     assert "conv_in" not in maskpro_layers(wrap_model_with_maskpro(tiny_model().denoiser, 2, 4))
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("nowhere", "matches no layer; there are"), ("conv_in", "protected"), ("(", "no regular")],
+    [("nowhere", "matches no layer; there are"), ("conv_in", "protected"), ("(", "not a regular")],
 )
 def test_targets_that_match_nothing_are_refused_before_anything_changes(target, message):
     model = tiny_model().denoiser

@@ -260,7 +260,7 @@ def test_what_is_saved_reloads_with_masks_that_hold(estimator, tmp_path):
     assert saved.record.stage == "maskpro"
     assert saved.record.inputs["model"].hash == load(tiny_folder()).hash
     assert saved.record.figures == {"steps": 4, "sparsity_ratio": 0.5, "nm_compliance": 1.0}
-    with pytest.raises(UserError, match="is no empty folder"):
+    with pytest.raises(UserError, match="is not an empty folder"):
         made.save(tmp_path / "out")
     made.training_step(batches(made, 1)[0])
 

@@ -13,7 +13,8 @@ from torch import nn
 from prunedm.architecture import architecture_of
 from prunedm.errors import UserError
 from prunedm.masks import Masks, Pattern, load_masks, save_masks
-from prunedm.networks.layers import from_groups, prunable_layers, to_groups, why_not_nm
+from prunedm.networks.layer_kinds import from_matrix
+from prunedm.networks.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.removal.nm import exact_pattern, nm_mask, nm_masks, project
 from prunedm.removal.weights import weight_masks
 from prunedm.task import predict
@@ -69,9 +70,9 @@ def test_the_hardware_group_is_four_input_channels_at_one_output_and_tap():
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("m", [2, 4, 8])
-def test_from_groups_inverts_to_groups(kind, m):
+def test_from_matrix_inverts_to_groups(kind, m):
     weight = random_score(LAYERS[kind].weight.shape)
-    assert torch.equal(from_groups(to_groups(weight, m), weight.shape), weight)
+    assert torch.equal(from_matrix(to_groups(weight, m), weight.shape), weight)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -84,8 +85,8 @@ def test_ties_keep_exactly_n_and_the_first(value):
 def test_layers_that_cannot_take_the_pattern_say_why():
     assert why_not_nm(nn.Conv2d(8, 4, 3), 4) is None
     assert why_not_nm(nn.Linear(8, 3), 4) is None
-    assert why_not_nm(nn.Conv2d(6, 4, 3), 4) == "6 input channels are no multiple of 4"
-    assert why_not_nm(nn.Linear(10, 4), 8) == "10 input channels are no multiple of 8"
+    assert why_not_nm(nn.Conv2d(6, 4, 3), 4) == "6 input channels are not a multiple of 4"
+    assert why_not_nm(nn.Linear(10, 4), 8) == "10 input channels are not a multiple of 8"
     assert why_not_nm(nn.Conv2d(8, 8, 3, groups=8), 4) == "grouped convolution"
     with pytest.raises(AssertionError, match="no groups of 4"):
         to_groups(torch.zeros(2, 6, 2, 2), 4)  # 48 weights: groups would run across taps
@@ -283,7 +284,8 @@ def test_targets_are_prefixes_or_regular_expressions():
 
 
 @pytest.mark.parametrize(
-    ("target", "message"), [("nose", "'nose' matches no layer; .*mid_block"), ("(", "no regular")]
+    ("target", "message"),
+    [("nose", "'nose' matches no layer; .*mid_block"), ("(", "not a regular")],
 )
 def test_targets_without_a_layer_are_refused(target, message):
     with pytest.raises(UserError, match=message):

@@ -171,7 +171,7 @@ def test_layers_that_cannot_take_the_pattern_stay_out_and_say_why():
     model = masked(None, **shape)
     masks, found = extract_masks(model, pattern=Pattern(4, 8))
     reasons = set(found.ineligible.values())
-    assert "12 input channels are no multiple of 8" in reasons
+    assert "12 input channels are not a multiple of 8" in reasons
     assert set(masks.by_layer) | set(found.ineligible) == set(model.masks.by_layer)
     told = "\n".join(found.lines())
     assert all(f"left out, as {reason}: " in told for reason in reasons)

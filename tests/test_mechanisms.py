@@ -12,10 +12,10 @@ from prunedm.errors import UserError
 from prunedm.evaluation.size import count_parameters
 from prunedm.folder import Model, load, save
 from prunedm.masks import Pattern
-from prunedm.networks.layers import is_under, prunable_layers, to_groups
+from prunedm.networks.layers import is_under, layer_positions, prunable_layers, to_groups
 from prunedm.options import PruneOptions
 from prunedm.progress import Silent
-from prunedm.removal.channel_costs import layer_positions, planned_macs
+from prunedm.removal.channels.target import planned_macs
 from prunedm.scores import SCORES
 from prunedm.stages.pruning.job import Job
 from prunedm.tables import MECHANISMS
@@ -243,7 +243,7 @@ def test_reinitialised_weights_are_seeded_and_new():
 def test_a_pattern_that_some_layers_cannot_take_names_them():
     _, details = pruned(mechanism="nm", score="magnitude", pattern="5:12")
     assert details["dense"]
-    assert all("no multiple of 12" in reason for reason in details["dense"].values())
+    assert all("not a multiple of 12" in reason for reason in details["dense"].values())
     with pytest.raises(UserError, match="5:7 fits no layer"):
         pruned(mechanism="nm", score="magnitude", pattern="5:7")
 

@@ -16,7 +16,7 @@ from prunedm.folder import Model, load, save
 from prunedm.model_files.configs import SCHEDULER_RANGES, check_config, check_unet_config
 from prunedm.model_files.schedule import read_scheduler
 from prunedm.sampling import make_sampler, sample_batches
-from prunedm.task.process import check_scheduler, scheduler_class
+from prunedm.task.process import process_of, scheduler_class
 
 SECONDS = 5.0  # of processor time, for one refusal; what hangs takes far more
 DEEP: Any = [[[[1]]]]
@@ -196,8 +196,8 @@ def test_a_config_of_many_gigabytes_is_refused_before_any_is_allocated(tmp_path)
         ({"beta_schedule": "steep"}, "is not"),
         ({"variance_type": "wide"}, "is not"),
         ({"prediction_type": "flow"}, "is not"),
-        ({"_class_name": "SchedulerMixin"}, "names no diffusers scheduler"),
-        ({"_class_name": ["os"]}, "names no diffusers scheduler"),
+        ({"_class_name": "SchedulerMixin"}, "does not name a diffusers scheduler"),
+        ({"_class_name": ["os"]}, "does not name a diffusers scheduler"),
         (
             {"_class_name": "EDMEulerScheduler"},
             "variance-preserving noise (DDPM) and flow matching",
@@ -237,7 +237,7 @@ def test_the_defaults_of_every_scheduler_of_diffusers_pass():
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
 def test_schedules_that_are_used_pass(schedule, rescale):
-    check_scheduler(DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=rescale))
+    process_of(DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=rescale)).check()
 
 
 def test_learned_timesteps_are_as_many_as_the_schedulers(tmp_path):

@@ -332,7 +332,7 @@ DAMAGE = {
     "twice": (lambda t: t.update({NAME: torch.ones(1)}), {}, "twice"),
     "no shapes": (nothing, {"shapes": None}, "shapes is missing"),
     "shapes no JSON": (nothing, {"shapes": "{"}, "damaged"),
-    "shapes a list": (nothing, {"shapes": "[]"}, "shapes is no JSON object"),
+    "shapes a list": (nothing, {"shapes": "[]"}, "shapes is not a JSON object"),
     "a shape forgotten": (nothing, {"shapes": "{}"}, "is of no packed weight"),
     "negative shape": (nothing, {"shapes": json.dumps({NAME: [-32, -32]})}, "has shape"),
     "huge shape": (nothing, {"shapes": json.dumps({NAME: [1 << 40, 1 << 40]})}, "bytes of bits"),
@@ -345,7 +345,7 @@ DAMAGE = {
     "transposed nothing": (nothing, {"transposed": '["gone"]'}, "gone is missing"),
     "transposed no names": (nothing, {"transposed": "[2]"}, "transposed is not a list of names"),
     "transposed a bias": (nothing, {"transposed": '["conv_in.bias"]'}, "is not a matrix"),
-    "other format": (nothing, {"format": "gguf"}, "no packed file"),
+    "other format": (nothing, {"format": "gguf"}, "not a packed file"),
 }
 
 
@@ -389,13 +389,13 @@ def test_files_that_are_not_ours_are_refused(path):
     whole = path.read_bytes()
     for length in (0, 4, 200, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        refused(lambda: load_packed(path), str(path), "no packed file or is damaged")
+        refused(lambda: load_packed(path), str(path), "not a packed file or is damaged")
     save_masks(masks, path)
-    refused(lambda: load_packed(path), str(path), "no packed file")
+    refused(lambda: load_packed(path), str(path), "not a packed file")
     save_file({"a": torch.ones(2)}, path)  # no metadata
-    refused(lambda: load_packed(path), str(path), "no packed file")
+    refused(lambda: load_packed(path), str(path), "not a packed file")
     for nowhere in (path.parent, path.with_name("gone")):
-        refused(lambda where=nowhere: load_packed(where), str(nowhere), "no packed file")
+        refused(lambda where=nowhere: load_packed(where), str(nowhere), "not a packed file")
 
 
 # ------------------------------------------------------------------------------ the product

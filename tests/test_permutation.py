@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_named():
     for patterns, given, message in (
         ({name: Pattern(2, 5)}, scores, "2:5 does not fit mid_block"),
         ({name: TWO_FOUR}, {}, "has no score"),
-        ({"nowhere": TWO_FOUR}, scores, "'nowhere', which is no layer"),
+        ({"nowhere": TWO_FOUR}, scores, "'nowhere', which is not a layer"),
     ):
         with pytest.raises(UserError, match=message):
             find_permutation(model, problem(model), given, patterns)

@@ -238,7 +238,7 @@ def test_a_class_without_a_record_takes_masks_that_ask_nothing(tmp_path):
     again = load(tmp_path / "sparse")
     assert isinstance(again.denoiser, PixArtTransformer2DModel)
     assert again.masks.kept * 2 == again.masks.total
-    with pytest.raises(UserError, match="how to ask a PixArtTransformer2DModel is not known"):
+    with pytest.raises(UserError, match="how to call a PixArtTransformer2DModel is not known"):
         loss(tmp_path / "pixart", tmp_path / "loss", LossOptions(**QUICK))
 
 

@@ -11,7 +11,7 @@ from diffusers import (
 )
 
 from prunedm.errors import UserError
-from prunedm.task.process import FlowMatching, VariancePreserving, check_scheduler, process_of
+from prunedm.task.process import FlowMatching, VariancePreserving, process_of
 
 
 def drawn(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +121,7 @@ def test_noise_of_another_kind_and_a_broken_shift_are_refused():
     with pytest.raises(UserError, match="EDMEulerScheduler has no alphas_cumprod"):
         process_of(EDMEulerScheduler())
     with pytest.raises(UserError, match="shift = -1"):
-        check_scheduler(FlowMatchEulerDiscreteScheduler(shift=-1.0))
+        process_of(FlowMatchEulerDiscreteScheduler(shift=-1.0)).check()
 
 
 @pytest.mark.parametrize(

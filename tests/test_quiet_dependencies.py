@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_folder
 
-from prunedm.system import quiet_dependencies
+from prunedm.system import environment
 
 # Python imports this by itself, in child processes too: it refuses, and writes down, every address
 # that is not this machine's. Code in C is not seen: what it leaves at home is
@@ -47,7 +47,7 @@ AT_HOME = (
     ".cache/huggingface/trackio/", ".cache/matplotlib/", ".cache/torch/", ".config/matplotlib/",
     ".local/state/prunedm/", ".swanlab/", ".triton/", ".nv/",
 )  # fmt: skip
-SWITCHED = [*quiet_dependencies._SWITCHES, "HF_HUB_OFFLINE", "CI", "TF_BUILD", "JENKINS_URL"]
+SWITCHED = [*environment._SWITCHES, "HF_HUB_OFFLINE", "CI", "TF_BUILD", "JENKINS_URL"]
 TUNE = ("--steps", "1", "--batch-size", "4", "--validation-problems", "8", "--teacher", "none")
 TUNE += ("--track-images", "0", "--dataset", "digits", "--convert-channels", "--device", "cpu")
 RUN = {
@@ -176,14 +176,14 @@ def test_run_sweep_and_int8_send_nothing(guarded):
     guarded.check()
 
 
-@pytest.mark.parametrize("name", quiet_dependencies._SWITCHES)
+@pytest.mark.parametrize("name", environment._SWITCHES)
 def test_what_the_user_has_set_stays(name, monkeypatch):
-    for each in quiet_dependencies._SWITCHES:
+    for each in environment._SWITCHES:
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, "theirs")
-    quiet_dependencies.switch_off()
+    environment.switch_off()
     assert os.environ[name] == "theirs"
-    assert all(os.environ[each] for each in quiet_dependencies._SWITCHES)
+    assert all(os.environ[each] for each in environment._SWITCHES)
 
 
 @pytest.mark.parametrize(("consent", "imports"), [(None, False), ("0", False), ("1", True)])
@@ -194,5 +194,5 @@ def test_openvino_counts_only_where_the_user_has_opted_in(consent, imports, tmp_
         (tmp_path / "intel" / "openvino_telemetry").write_text(consent, encoding="utf-8")
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)
     del sys.modules["openvino_telemetry"]
-    quiet_dependencies.switch_off()
+    environment.switch_off()
     assert ("openvino_telemetry" not in sys.modules) is imports

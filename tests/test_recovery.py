@@ -432,8 +432,8 @@ def test_dropout_acts_on_the_student_while_it_trains_and_no_longer(narrow, tmp_p
 
     from prunedm.recovery import objective
 
-    plain = objective._plain
-    monkeypatch.setattr(objective, "_plain", spied)
+    plain = objective._mixed
+    monkeypatch.setattr(objective, "_mixed", spied)
     for p in (None, 0.0, 0.4):
         out = tmp_path / str(p)
         record, _ = finetune(narrow, out, FinetuneOptions(steps=2, dropout=p, **QUICK))
@@ -578,7 +578,7 @@ def test_without_a_compiler_the_reason_is_told_and_nothing_else_changes(
     finetune(narrow, tmp_path / "eager", FinetuneOptions(steps=2, **QUICK))
     (line,) = listener.said
     assert line == (
-        "compile: not possible here (no working C++ compiler); training goes on uncompiled"
+        "compile: not possible here (no working C++ compiler); training continues uncompiled"
     )
     assert load(tmp_path / "compiled").hash == load(tmp_path / "eager").hash
 

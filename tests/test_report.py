@@ -357,7 +357,7 @@ def layers(count: int = 3, **last: Any) -> list[LayerSparsity]:
 
 
 def test_bars_are_lengths_and_shares() -> None:
-    reason = "3 input channels are no multiple of 4"
+    reason = "3 input channels are not a multiple of 4"
     changed = layers(3, pattern="", why_dense=reason, nonzero=64)
     models = [
         evaluation(),

@@ -20,17 +20,15 @@ from prunedm.calibration import (
 from prunedm.errors import UserError
 from prunedm.masks import Pattern
 from prunedm.networks.layers import prunable_layers
-from prunedm.removal.channel_groups import channel_groups
-from prunedm.removal.channels import block_importance
+from prunedm.removal.channels.groups import channel_groups
+from prunedm.removal.channels.plan import block_importance
 from prunedm.removal.nm import nm_masks
 from prunedm.removal.weights import weight_masks
 from prunedm.scores import SCORES, Calibration, score_layers
-from prunedm.scores.diff_pruning import low_noise_gradients
-from prunedm.scores.fluctuation import fluctuation
 from prunedm.scores.magnitude import magnitude, magnitude_l2
 from prunedm.scores.random import random
 from prunedm.scores.taylor import taylor, taylor_multivariable
-from prunedm.scores.wanda import OVER_TIME, wanda
+from prunedm.scores.wanda import OVER_TIME, fluctuation, wanda
 from prunedm.task import Batch, predict
 
 CONVOLUTIONS = {
@@ -198,10 +196,12 @@ def test_diff_pruning_goes_through_the_timesteps_of_its_problems():
     denoiser = tiny_model().denoiser
     layers = prunable_layers(denoiser, ["mid_block"])
     stream = problems(time_range=(2, 4))
-    found = low_noise_gradients(denoiser, layers, stream, images=2, threshold=0.0)
+    calibration = Calibration(stream, sweep_images=2, stop_below=0.0)
+    found = score_layers(denoiser, layers, "diff-pruning", calibration=calibration)
     expected = loss_gradients(denoiser, layers, list(stream.sweep(2)))
     assert len(list(stream.sweep(2))) == 3
-    assert all(torch.equal(found[name], expected[name]) for name in layers)
+    for name, layer in layers.items():
+        assert torch.equal(found[name], (layer.weight * expected[name]).abs())
 
 
 def test_gradients_are_those_of_the_mean_loss_however_it_is_batched():

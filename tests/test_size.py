@@ -120,7 +120,7 @@ def test_nm_validity_of_weights_that_are_not_pruned_is_zero():
 def test_nm_validity_names_the_layers_that_do_not_fit():
     unet = tiny_model(block_out_channels=(8, 12), norm_num_groups=2, attention_head_dim=4).denoiser
     dense = nm_validity(unet, masks_of(unet, "4:8")).dense
-    assert dense["mid_block.resnets.0.conv1"] == "12 input channels are no multiple of 8"
+    assert dense["mid_block.resnets.0.conv1"] == "12 input channels are not a multiple of 8"
     assert "down_blocks.0.resnets.0.conv1" not in dense
 
 

@@ -12,8 +12,8 @@ from prunedm.architecture import example
 from prunedm.errors import UserError
 from prunedm.evaluation import speed
 from prunedm.masks import Pattern
-from prunedm.networks.layer_kinds import to_matrix
-from prunedm.networks.layers import from_groups, prunable_layers, to_groups
+from prunedm.networks.layer_kinds import from_matrix, to_matrix
+from prunedm.networks.layers import prunable_layers, to_groups
 from prunedm.progress import Silent
 from prunedm.removal.nm import nm_mask, nm_masks
 from prunedm.sampling import FastDenoiser
@@ -83,9 +83,9 @@ def test_packed_weights_unpack_to_the_same():
     weight_OK[3, 4] = torch.nan
     values_GN, index_GN = pack(weight_OK)
     unpacked_GM = torch.zeros(len(values_GN), 4, dtype=DOUBLE).scatter(1, index_GN, values_GN)
-    assert torch.equal(from_groups(unpacked_GM, weight_OK.shape).isnan(), weight_OK.isnan())
+    assert torch.equal(from_matrix(unpacked_GM, weight_OK.shape).isnan(), weight_OK.isnan())
     assert torch.equal(
-        from_groups(unpacked_GM, weight_OK.shape).nan_to_num(), weight_OK.nan_to_num()
+        from_matrix(unpacked_GM, weight_OK.shape).nan_to_num(), weight_OK.nan_to_num()
     )
 
 
@@ -234,7 +234,7 @@ def dense_layer() -> nn.Module:
         (lambda: made_2_4(nn.Conv2d(64, 32, 3, 2, 1)), None),
         (lambda: made_2_4(nn.Linear(16, 16)), None),  # cuSPARSELt takes it, CUTLASS does not
         (dense_layer, "not 2:4: 1 of 512 groups keep more than 2 of 4"),
-        (lambda: nn.Linear(6, 16), "6 input channels are no multiple of 4"),
+        (lambda: nn.Linear(6, 16), "6 input channels are not a multiple of 4"),
         (lambda: nn.Conv2d(16, 16, 3, groups=2), "grouped convolution"),
         (lambda: made_2_4(nn.Conv2d(16, 16, 3, dilation=2)), "dilated convolution"),
         (
@@ -309,7 +309,7 @@ def test_faster_forms_take_the_layers_places_and_the_answer_stays(denoiser, ms, 
     assert (down.kind, down.pixels) == ("3x3 convolution, stride 2", 3 * 4 * 4)
     query = found["mid_block.attentions.0.to_q"]
     assert (query.kind, query.columns, query.pixels) == ("linear", 32, 3 * 4 * 4)
-    assert found["conv_in"].reason == "1 input channels are no multiple of 4"
+    assert found["conv_in"].reason == "1 input channels are not a multiple of 4"
 
 
 def test_dense_stays_where_it_is_faster(denoiser):

@@ -8,8 +8,7 @@ import torch
 from prunedm.masks import Pattern
 from prunedm.removal import swaps
 from prunedm.removal.nm import nm_mask
-from prunedm.removal.refit import refit
-from prunedm.removal.swaps import swap_search
+from prunedm.removal.swaps import refit, swap_search
 
 ROWS, COLUMNS = 5, 8
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "2:8", "4:8"]

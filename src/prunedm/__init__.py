@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from prunedm import options as options
-from prunedm.system.quiet_dependencies import switch_off
-from prunedm.system.waiting import spin_briefly
+from prunedm.system.environment import spin_briefly, switch_off
 
 __version__ = "0.1.0"
 

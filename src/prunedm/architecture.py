@@ -1,16 +1,16 @@
-"""What the engine must be told about a class of networks: a record, and one line in a table.
+"""What the engine must know about a class of networks: a record, and one line in a table.
 
-A network is asked with *inputs*: keyword tensors of N rows, by names that all families share. A record
-says how its class wants them, and what of its output is the answer. Nothing else in the package knows a
-class's name. Shared names: `sample` (N, C, H, W), `timestep` (N,), `class_labels` (N,),
-`encoder_hidden_states` (N, L, D), `input_ids` (N, L); further ones are a family's own.
+A network is called with *inputs*: keyword tensors of N rows under names that all families share. A
+record translates them for its class, and finds the answer in its output. Nothing else in the package
+knows a class's name. Shared names: `sample` (N, C, H, W), `timestep` (N,), `class_labels` (N,),
+`encoder_hidden_states` (N, L, D), `input_ids` (N, L); a family may have further ones.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,19 +37,19 @@ ARCHITECTURES = {
 
 
 def told_as_named(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The shared names are the class's own."""
+    """The class uses the shared names."""
     return dict(inputs)
 
 
 def told_as_hidden_states(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """As named, but that a noisy sample is `hidden_states`, as in most transformers of diffusers."""
+    """The noisy sample is called `hidden_states`, as in most transformers of diffusers."""
     return {("hidden_states" if name == "sample" else name): x for name, x in inputs.items()}
 
 
 def told_by_signature(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """One of the two above, for a class without a record.
+    """One of the two above by `forward`'s parameters, for a class without a record.
 
-    Raises `UserError` where its `forward` wants other things.
+    Raises `UserError` where `forward` has other parameters.
     """
     parameters = inspect.signature(getattr(network, "forward", network)).parameters
     named = "sample" in parameters or "sample" not in inputs
@@ -63,29 +63,29 @@ def told_by_signature(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
     ]
     if unknown or missing:
         raise UserError(
-            f"how to ask a {type(network).__name__} is not known (it wants "
+            f"how to call a {type(network).__name__} is not known (it wants "
             f"{', '.join(missing) or 'no ' + ', '.join(unknown)}): masks by --score magnitude or random "
-            "work on it as it is; losses, other scores, OBS and learning take one file, see "
+            "work without calls; losses, other scores, OBS and learning need a family file, see "
             "docs/guides/add-a-family.md"
         )
     return told
 
 
 def first_of(network: nn.Module, output: Any, inputs: Inputs) -> torch.Tensor:
-    """The answer is the first of a tuple."""
+    """The answer is the first element of a tuple."""
     answer: torch.Tensor = output[0]
     return answer
 
 
 def square_sample(network: Any) -> Shape:
-    """`sample_size`, one side or two, of `in_channels`."""
+    """`in_channels` and `sample_size`, one side or two."""
     size = network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return network.config.in_channels, height, width
 
 
 def labels_of_embedding(network: Any) -> int | None:
-    """Of a `class_embedding`, if there is one: `num_class_embeds`."""
+    """`num_class_embeds` where there is a `class_embedding`, else 0."""
     if getattr(network, "class_embedding", None) is None:
         return 0
     count: int | None = network.config.num_class_embeds
@@ -93,30 +93,30 @@ def labels_of_embedding(network: Any) -> int | None:
 
 
 def no_more(network: nn.Module, count: int, generator: torch.Generator | None) -> Inputs:
-    """Besides noise, time and class nothing is told."""
+    """No inputs besides noise, time and class."""
     return {}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is to be known of one class of networks.
+    """What the engine must know about one class of networks.
 
-    component: its folder in a pipeline; "" where its folder is the model.
-    told: its own keyword arguments for inputs of the shared names.
-    heard: the answer in its output, laid out as the noisy sample is, with a learned variance behind it.
+    component: its folder in a pipeline; "" where the model folder is the network's.
+    told: the keyword arguments of `forward` for inputs under the shared names.
+    heard: the answer in its output, laid out like the noisy sample; a learned variance may follow.
     shape: (C, H, W) of one noisy sample.
-    classes: how many classes it is told of; 0 where it is told none, None where labels are not counted.
-    more: what else it is told, random, for `count` samples; to trace, time and count with.
-    prompts: what a pipeline's text encoders make of a text, one row each, or None where it is told none.
-    protect: modules that stay whole, as patterns: the network's interface and its embeddings.
-    ends: those of them that see or make the sample; `--narrow-ends` may cut their inner side.
-    blocks: modules whose outputs features compare, in the order of computation, as patterns.
-    precise: modules that keep float32 where the rest runs in half precision, as patterns.
-    pipeline: the class of diffusers that a bare network of this kind is saved for.
-    scheduler: the class of diffusers whose defaults such a network is taken to be trained with.
-    text: whether it continues texts, and is not a denoiser.
-    channels: whether its coupled channels are known well enough to be cut (`--mechanism channels`).
-    tiny: a configuration of a few thousand weights; the tests try the family on it.
+    classes: the number of class labels; 0 for an unconditional one, None where labels are unbounded.
+    more: random further inputs for `count` samples, for tracing, timing and counting.
+    prompts: the encodings of a text by a pipeline's encoders, one row each; None without prompts.
+    protect: patterns of modules that are not pruned: the network's interface and embeddings.
+    ends: those of them that read or make the sample; `--narrow-ends` may cut their inner side.
+    blocks: patterns of modules whose outputs features compare, in execution order.
+    precise: patterns of modules that keep float32 where the rest runs in half precision.
+    pipeline: the diffusers pipeline under which a bare network of this class is saved.
+    scheduler: the diffusers scheduler whose defaults are assumed where none is found.
+    text: whether it is a language model rather than a denoiser.
+    channels: whether its coupled channels are known well enough for `--mechanism channels`.
+    tiny: a configuration of a few thousand weights for the tests.
     """
 
     component: str = "unet"
@@ -139,16 +139,16 @@ class Architecture:
 
 @cache
 def architecture_named(name: str) -> Architecture | None:
-    """The record of a class or of its narrowed kind, or None where the table has none."""
+    """The record of a class or of its narrowed version, or None where the table has none."""
     module = ARCHITECTURES.get(name.removeprefix("Pruned"))
     record: Architecture | None = importlib.import_module(module).RECORD if module else None
     return record
 
 
 def architecture_of(network: nn.Module) -> Architecture:
-    """The record of a network, whatever it is wrapped in; a default one for a class without any.
+    """The record of a network inside any wrappers; a default for a class without a record.
 
-    The default suits what is called by the shared names, as our own wrappers are.
+    The default fits modules called by the shared names, as our own wrappers are.
     """
     return architecture_named(type(unwrapped(network)).__name__) or _DEFAULT
 
@@ -179,25 +179,24 @@ def answer(
 ) -> torch.Tensor:
     """The network's answer to `inputs`: the only call of a network in the package.
 
-    `weights`: tensors in the place of the parameters of these names.
+    `weights`: tensors that replace the parameters of these names.
     """
     record, inner = architecture_of(network), unwrapped(network)
     told = record.told(inner, inputs) | {"return_dict": False}
-    call = partial(functional_call, network, dict(weights), ()) if weights else None
-    output = call(told) if call else network(**told)
+    output = functional_call(network, dict(weights), (), told) if weights else network(**told)
     return record.heard(inner, output, inputs)
 
 
 def example(network: nn.Module, count: int = 1, *, last: float = 999, seed: int = 0) -> Inputs:
-    """Inputs to trace, time, count and export with: noise at timesteps from 0 to `last`.
+    """Inputs for tracing, timing, counting and export: noise at timesteps from 0 to `last`.
 
-    Classes come in turn, whatever else is told is random.
+    Classes come in turn; other inputs are random.
     """
     return _random_inputs(network, count, last, generator_for(seed, "export", 0))
 
 
 def example_shapes(network: nn.Module, count: int) -> Inputs:
-    """`example` on torch's meta device, which holds shapes and no numbers."""
+    """`example` on the meta device, which has shapes without data."""
     with torch.device("meta"):
         return _random_inputs(network, count, 999, None)
 
@@ -220,14 +219,19 @@ def _random_inputs(
     return inputs | dict(record.more(network, count, generator))
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's weights are."""
+    return next(network.parameters()).device
+
+
 def like_weights(network: nn.Module, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """`inputs` where the network's weights are; floating ones but times in the weights' type."""
+    """`inputs` on the network's device; floating ones except times in the weights' type."""
     weight = next(network.parameters())
     return {
-        name: tensor.to(weight.device, weight.dtype if _is_content(name, tensor) else tensor.dtype)
+        name: tensor.to(
+            weight.device,
+            # half types would round timesteps
+            weight.dtype if tensor.is_floating_point() and name != "timestep" else tensor.dtype,
+        )
         for name, tensor in inputs.items()
     }
-
-
-def _is_content(name: str, tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and name != "timestep"  # half types would round it

@@ -1,4 +1,4 @@
-"""Statistics of layers over a stream of problems. Memory does not grow with the stream.
+"""Statistics of layers over a stream of problems, in memory that does not grow with the stream.
 
 Shapes: N problems, B time bins, I input channels, *taps of a convolution's kernel.
 """
@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from prunedm.architecture import device_of
 from prunedm.errors import UserError
 from prunedm.networks.layer_kinds import oriented, tap_means
 from prunedm.networks.layers import hooked
@@ -19,7 +20,7 @@ from prunedm.randomness import generator_for
 from prunedm.task import Batch, Times, predict
 
 OverProblems = Literal["mean", "max", "median"]
-RESERVOIR = 32  # problems of a time bin that a median is taken over
+RESERVOIR = 32  # problems per time bin behind a median
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TimeBins:
 
     @classmethod
     def over(cls, times: Times, count: int) -> "TimeBins":
-        """Bins over the steps that a task draws its problems at."""
+        """Bins over the steps at which a task draws its problems."""
         return cls(times.first, times.last, count, times.steps)
 
     def __post_init__(self) -> None:
@@ -64,24 +65,17 @@ def input_squares(
     *,
     bins: TimeBins,
     over_problems: OverProblems = "mean",
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Squared inputs of each layer, by time bin: (B, I, *taps); float64.
 
-    A problem gives the mean over positions of x^2; `over_problems` combines the problems of a bin, a
-    median from at most `RESERVOIR` of them. Raises `UserError` where a bin has no problem, or a layer
-    sees none.
+    Each problem contributes its mean of x^2 over positions; `over_problems` combines the problems of
+    a bin (a median uses at most `RESERVOIR` of them). Raises `UserError` where a bin has no problem,
+    or a layer is never called.
     """
-    reducers = {name: _REDUCERS[over_problems](bins.count) for name in layers}
-
-    def add(name: str, inputs: torch.Tensor, level_N: torch.Tensor) -> None:
-        means_N = _by_problem(tap_means(layers[name], inputs.square()), len(level_N))
-        reducers[name].add(means_N, bins.of(level_N))
-
-    _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
-    _check_reached(reducers, bins)
-    return {name: reducer.value().cpu() for name, reducer in reducers.items()}
+    squares = {name: {2: _REDUCERS[over_problems](bins.count)} for name in layers}
+    _reduce_inputs(denoiser, layers, batches, squares, bin_of=bins.of, progress=progress)
+    return {name: reducers[2].value().cpu() for name, reducers in squares.items()}
 
 
 def input_variances(
@@ -89,22 +83,20 @@ def input_variances(
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     *,
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Variance over problems and positions of each layer's inputs: (I, *taps); float64."""
-    moments = {name: (_Mean(1), _Mean(1)) for name in layers}
+    """Variance over problems and positions of each layer's inputs: (I, *taps); float64.
 
-    def add(name: str, inputs: torch.Tensor, level_N: torch.Tensor) -> None:
-        one_bin_N = torch.zeros_like(level_N, dtype=torch.long)
-        for power, moment in enumerate(moments[name], start=1):
-            means_N = _by_problem(tap_means(layers[name], inputs**power), len(level_N))
-            moment.add(means_N, one_bin_N)
+    Raises `UserError` where a layer is never called.
+    """
+    moments = {name: {1: _Mean(1), 2: _Mean(1)} for name in layers}
 
-    _watch_inputs(denoiser, layers, batches, add, device=device, progress=progress)
-    _check_reached({name: first for name, (first, _) in moments.items()})
+    def one_bin(level_N: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(level_N, dtype=torch.long)
+
+    _reduce_inputs(denoiser, layers, batches, moments, bin_of=one_bin, progress=progress)
     # E[x^2] - E[x]^2
-    variances = {n: (m2.value() - m1.value().square())[0] for n, (m1, m2) in moments.items()}
+    variances = {n: (m[2].value() - m[1].value().square())[0] for n, m in moments.items()}
     return {name: variance.clamp_min(0).cpu() for name, variance in variances.items()}
 
 
@@ -115,13 +107,12 @@ def loss_gradients(
     *,
     stop_below: float = 0.0,
     total: int = 0,
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Gradient of the mean loss over all problems, by layer, as [O, I, *taps].
 
-    It ends before the first batch whose loss is below `stop_below` times the largest so far.
-    `total`: batches there may be, for the progress of an iterable that does not say.
+    Stops before the first batch whose loss is below `stop_below` times the largest so far.
+    `total`: the number of batches, for the progress bar of an iterable without a length.
     """
     denoiser.eval()
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
@@ -130,11 +121,11 @@ def loss_gradients(
     largest, count = 0.0, 0
     with (progress or Silent()).task("gradients", length) as bar:
         for cpu_batch in batches:
-            batch = cpu_batch.to(device)
+            batch = cpu_batch.to(device_of(denoiser))
             loss = batch.losses(predict(denoiser, batch)).mean()
             value = float(loss.detach())
             largest = max(largest, value)
-            if value < stop_below * largest:  # before the backward pass: this one is not in
+            if value < stop_below * largest:  # this batch does not count: no backward pass
                 break
             gradients = torch.autograd.grad(loss, list(weights.values()))
             torch._foreach_add_(list(totals.values()), list(gradients), alpha=len(batch))
@@ -144,35 +135,40 @@ def loss_gradients(
     return {name: oriented(layers[name], mean) for name, mean in means.items()}
 
 
-def _by_problem(means: torch.Tensor, problems: int) -> torch.Tensor:
-    """One mean a problem, also where a network folds tokens or windows into its first axis."""
-    if len(means) == problems:
-        return means
-    return means.unflatten(0, (problems, -1)).mean(1)
-
-
-def _watch_inputs(
+def _reduce_inputs(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    reducers: Mapping[str, Mapping[int, "_Mean"]],
     *,
-    device: torch.device | str,
+    bin_of: Callable[[torch.Tensor], torch.Tensor],
     progress: Progress | None,
 ) -> None:
-    """`add(name, inputs, level_N)` for every layer and batch."""
-    level_N = torch.empty(0)
+    """Feed the reducers of each layer, by power p, with every problem's mean of x^p."""
+    level_N = torch.empty(0)  # of the current batch
 
-    def hear(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...], __: object) -> None:
-        add(name, inputs[0].detach(), level_N)
+    def hear(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        for power, reducer in reducers[name].items():
+            means = tap_means(layer, inputs[0].detach() ** power)
+            reducer.add(_by_problem(means, len(level_N)), bin_of(level_N))
 
     denoiser.eval()  # dropout would blur the statistics
     bars = (progress or Silent()).task("activations", len(batches))
     with hooked(layers, hear), torch.no_grad(), bars as bar:
         for batch in batches:
             level_N = batch.level_N
-            predict(denoiser, batch.to(device))
+            predict(denoiser, batch.to(device_of(denoiser)))
             bar.advance()
+    for name, by_power in reducers.items():
+        for reducer in by_power.values():
+            reducer.check(name)
+
+
+def _by_problem(means: torch.Tensor, problems: int) -> torch.Tensor:
+    """One mean per problem, also where a network folds tokens or windows into its first axis."""
+    if len(means) == problems:
+        return means
+    return means.unflatten(0, (problems, -1)).mean(1)
 
 
 class _Mean:
@@ -188,6 +184,16 @@ class _Mean:
         self._combine(self.totals, values_N.double(), bin_N.to(values_N.device))
         self.counts_B += torch.bincount(bin_N, minlength=len(self.counts_B))
 
+    def check(self, name: str) -> None:
+        """Raise `UserError` where layer `name` gave nothing, or nothing in some bin."""
+        if self.totals is None:
+            raise UserError(f"{name} is never called by the denoiser; leave it out of the targets")
+        if not bool(self.counts_B.all()):
+            raise UserError(
+                f"{int(self.counts_B.sum())} calibration problems leave a time bin of "
+                f"{len(self.counts_B)} empty; give more problems, or fewer bins"
+            )
+
     def value(self) -> torch.Tensor:
         assert self.totals is not None
         counts = self.counts_B.to(self.totals.device)
@@ -201,7 +207,7 @@ class _Mean:
 
 
 class _Max(_Mean):
-    """Largest of the problems of each bin."""
+    """Maximum over the problems of each bin."""
 
     def _combine(self, totals: torch.Tensor, values_N: torch.Tensor, bin_N: torch.Tensor) -> None:
         for b in bin_N.unique().tolist():
@@ -213,10 +219,10 @@ class _Max(_Mean):
 
 
 class _Median(_Mean):
-    """Median over at most `RESERVOIR` problems of each bin, a uniform sample of them.
+    """Median over a uniform sample of at most `RESERVOIR` problems of each bin.
 
-    Reservoir sampling (Vitter 1985, algorithm R), seeded by the number of the problem in its bin:
-    every layer keeps the same problems.
+    Reservoir sampling (Vitter 1985, algorithm R), seeded by the position of the problem in its bin,
+    so every layer keeps the same problems.
     """
 
     def _first(self, values_N: torch.Tensor) -> torch.Tensor:
@@ -241,14 +247,3 @@ class _Median(_Mean):
 
 
 _REDUCERS: dict[str, type[_Mean]] = {"mean": _Mean, "max": _Max, "median": _Median}
-
-
-def _check_reached(reducers: Mapping[str, _Mean], bins: TimeBins | None = None) -> None:
-    for name, reducer in reducers.items():
-        if reducer.totals is None:
-            raise UserError(f"{name} is never called by the denoiser; leave it out of the targets")
-        if bins is not None and not bool(reducer.counts_B.all()):
-            raise UserError(
-                f"{int(reducer.counts_B.sum())} calibration problems leave a time bin of "
-                f"{bins.count} empty; give more problems, or fewer bins"
-            )

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how they name the way out."""
+"""Errors that a user can fix, and their messages."""
 
 import difflib
 import os
@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 LONGEST = 490  # characters of a message
-_LONGEST_WORD = 200  # of a path or value in it
+_LONGEST_WORD = 200  # characters of a path or value in it
 _HIDDEN = "***"
-# of pathlib, which has read it as a path, a URL has one slash. What follows the colon may be a port
+# a URL that went through pathlib has one slash; after the colon there may be a port
 _URL = r"([a-z][\w+.-]+:/{1,2}"
 _PORT = r"(?!\d+(?:[/\s,;)'\"?]|$))"
 _URL_SECRETS = (
@@ -19,16 +19,16 @@ _URL_SECRETS = (
 _NAMED_SECRET = re.compile(
     r"\b([\w-]*(?:password|passwd|secret|token|api[_-]?key))=[^\s&;'\"]+", re.IGNORECASE
 )
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would execute them
 _SECRET_VARIABLE = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY", re.IGNORECASE)
 
 
 class UserError(ValueError):
-    """Says in one line what is wrong, which value, and the way out. The CLI exits with code 2."""
+    """One line: what is wrong, which value, and how to fix it. The CLI exits with code 2."""
 
 
 class Changed(UserError):
-    """The folder holds what the same stage made of other options or inputs."""
+    """The folder has a result of the same stage with other options or inputs."""
 
     def __init__(self, message: str, difference: str) -> None:
         super().__init__(message)
@@ -40,24 +40,24 @@ class NotFinite(UserError):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the one that was meant, or all there are."""
+    """The end of a message about an unknown name: the most similar known one, or all."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its class where it says nothing."""
+    """The first line of an error's message, or its class where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return shortened(masked(lines[0])) if lines else type(error).__name__
 
 
 def shortened(text: str, *, word: int = _LONGEST_WORD, most: int = LONGEST) -> str:
-    """One line: the middle of long words, and of the whole, gives way to "...", so both ends stay."""
+    """One line, with "..." for the middle of long words and of the whole."""
     return _without_middle(" ".join(_without_middle(part, word) for part in text.split()), most)
 
 
 def masked(text: str) -> str:
-    """Without passwords of URLs, `password=` and its like, secrets of the environment, and controls."""
+    """Without control characters and secrets: of URLs, `password=` etc., and the environment."""
     text = _CONTROLS.sub("?", text)
     for pattern, hidden in _URL_SECRETS:
         text = pattern.sub(hidden, text)
@@ -69,7 +69,7 @@ def masked(text: str) -> str:
 
 
 def is_masked(text: str) -> bool:
-    """Whether a secret was taken out of `text`."""
+    """Whether a secret was removed from `text`."""
     return _HIDDEN in text
 
 

@@ -1,7 +1,7 @@
 """The only reader and writer of model folders.
 
 A model folder is a diffusers pipeline folder (`model_index.json`, `unet/` or `transformer/`,
-`scheduler/`, companions) or a language model of transformers, and, where we wrote it,
+`scheduler/`, companions) or a language model of transformers. Folders written by prunedm also have
 `masks.safetensors` and `record.json`. Nothing in a folder is ever executed: class names are looked up
 in diffusers and transformers, weights are safetensors (or `.bin` read as plain tensors).
 """
@@ -16,13 +16,7 @@ from typing import Any
 
 import torch
 
-from prunedm.architecture import (
-    Architecture,
-    Inputs,
-    architecture_named,
-    architecture_of,
-    example,
-)
+from prunedm.architecture import Architecture, Inputs, architecture_named, architecture_of, example
 from prunedm.errors import UserError
 from prunedm.hub import find
 from prunedm.masks import Masks, load_masks, save_masks
@@ -52,9 +46,9 @@ from prunedm.task.process import Process, process_of
 from prunedm.task.prompts import PromptEncoder
 
 MASKS_FILE = "masks.safetensors"
-PACKED_FILE = "packed.safetensors"  # weights and masks in one, as `export` writes them
+PACKED_FILE = "packed.safetensors"  # weights and masks in one file, by `export`
 EXPORT_FILE = "export.json"
-# components that are pruned, by their names
+# names of components that can be pruned, in order of preference
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
@@ -69,17 +63,19 @@ class Model:
     name: str = ""
     hash: str = ""
     pipeline: str = "DDPMPipeline"
-    dtype: torch.dtype = torch.float32  # of most weights on disk; small networks compute in float32
-    other_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of weights, by name
+    dtype: torch.dtype = torch.float32  # of most stored weights; small networks compute in float32
+    other_dtypes: Mapping[str, torch.dtype] = field(
+        default_factory=dict
+    )  # of the other weights, by name
     component: str = "unet"  # the network's folder in the pipeline
     companions: Companions | None = None
-    notes: tuple[str, ...] = ()  # what was found, chosen or assumed besides what the folder says
-    scheduler_file: Path | None = None  # where it was given, instead of the folder's
+    notes: tuple[str, ...] = ()  # choices and assumptions made while loading, for the user
+    scheduler_file: Path | None = None  # where one was given in place of the folder's
     scheduler_assumed: bool = False
 
     @property
     def architecture(self) -> Architecture:
-        """What is to be known of the denoiser's class."""
+        """The record of the denoiser's class."""
         return architecture_of(self.denoiser)
 
     @property
@@ -94,13 +90,13 @@ class Model:
 
     @cached_property
     def unasked(self) -> str:
-        """Why the network cannot be asked here, so that only what asks nothing works; else ""."""
+        """Why the network cannot be run, so that only methods without runs work; "" if it can."""
         name = type(self.denoiser).__name__
         if self.scheduler is None:
-            return f"{self.name} is a language model, whose losses take text, which is not read yet"
+            return f"{self.name} is a language model, whose losses need text, which is not read yet"
         if architecture_named(name) is None:
             return (
-                f"how to ask a {name} is not known; docs/guides/add-a-family.md says what it takes"
+                f"how to call a {name} is not known; docs/guides/add-a-family.md says what to add"
             )
         try:
             assert self.codec
@@ -111,7 +107,7 @@ class Model:
 
     @cached_property
     def codec(self) -> Codec:
-        """Between images and noisy samples. Raises `UserError` where latents are not all it is told."""
+        """Converts between images and samples. Raises `UserError` for image-conditioned models."""
         shape, companions = self.sample_shape, self.companions
         if companions is None or not companions.autoencoder:
             return Pixels(shape)
@@ -120,15 +116,15 @@ class Model:
         if channels != shape[0]:
             raise UserError(
                 f"{self.name} takes samples of {shape[0]} channels, and its autoencoder makes "
-                f"{channels}: a model that is told images too, which are not read yet"
+                f"{channels}: image-conditioned models are not supported yet"
             )
         return Latents(autoencoder, shape, key=companions.key(companions.autoencoder))
 
     @cached_property
     def condition(self) -> Condition:
-        """What the denoiser is told besides noise and time.
+        """The denoiser's inputs besides noise and time.
 
-        Raises `UserError` where it is told prompts, and no text encoders lie beside it.
+        Raises `UserError` where it needs prompts and the folder has no text encoders.
         """
         encode, companions = self.architecture.prompts, self.companions
         if encode is not None:
@@ -136,7 +132,7 @@ class Model:
             encoders = [n for n in names if n.startswith(("text_encoder", "tokenizer"))]
             if companions is None or not encoders:
                 raise UserError(
-                    f"{self.name} is told prompts, and has no text encoders beside it; give the folder "
+                    f"{self.name} needs prompts, and has no text encoders beside it; give the folder "
                     "of its whole pipeline"
                 )
             others = [n for n in companions.names if n not in encoders]
@@ -153,18 +149,18 @@ class Model:
         return Unconditional() if classes == 0 else Classes(classes)
 
     def example(self, count: int = 1, *, seed: int = 0) -> Inputs:
-        """Inputs to trace, time, count and export with: noise at timesteps from first to last."""
+        """Inputs for tracing, timing, counting and export: noise at all levels."""
         last = float(self.process.timesteps(torch.ones(1, dtype=torch.float64)))
         return example(self.denoiser, count, last=last, seed=seed)
 
     def round_to_dtype(self) -> None:
-        """Give the weights the values that the saved file will hold, so figures are of those."""
+        """Round the weights to the values of the saved file, so that figures describe those."""
         with self.stored():
             pass
 
     @contextmanager
     def stored(self) -> Iterator[Any]:
-        """The network with its weights in the types of the file, while this lasts."""
+        """Within the context, the network has its weights in the types of the file."""
         memory = memory_dtype(self.denoiser)
         _set_dtype(self.denoiser, self.dtype, self.other_dtypes)
         try:
@@ -174,17 +170,17 @@ class Model:
 
     @property
     def conditional(self) -> bool:
-        """Whether the denoiser wants class labels."""
+        """Whether the denoiser needs class labels."""
         return self.architecture.classes(self.denoiser) != 0
 
 
 def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     """A model from a folder, a hub id, or the embedded 'digits'.
 
-    A diffusers training folder's checkpoint-N will do, and its unet or unet_ema: the noise schedule is
-    then the run's. `scheduler`: a folder or scheduler_config.json to take instead. `Model.notes` says
-    what was chosen or assumed. Raises `UserError` where it is no model, of an unsupported class, or
-    its files are damaged.
+    Also accepts a checkpoint-N of a diffusers training folder, or its unet or unet_ema; the noise
+    schedule is then the run's. `scheduler`: a folder or scheduler_config.json to use instead.
+    `Model.notes` lists choices and assumptions. Raises `UserError` where it is not a model, its class
+    is not supported, or its files are damaged.
     """
     folder, notes = model_folder(source)
     index, exported = (_description(folder / name) for name in ("model_index.json", EXPORT_FILE))
@@ -193,8 +189,7 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
             f"{source} is an exported file, which only `sample` takes; give the model folder that it "
             "was made from, or a packed export"
         )
-    component = denoiser_in(index, folder)
-    where = component_folder(folder, component)
+    component, where = denoiser_in(index, folder)
     config = read_network_config(where)
     record = architecture_named(class_name(config)) or Architecture()
     text = record.text or hasattr(network_class(class_name(config)), "generate")
@@ -224,14 +219,15 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     )
     if masks is not None:
         masks.check_pattern()
-        _refuse_violations(model, str(source))
+    _refuse_violations(model, str(source))
     return model
 
 
-def denoiser_in(index: Mapping[str, Any], folder: Path) -> str:
-    """The component of a pipeline that is pruned; "" where there is no model_index.json.
+def denoiser_in(index: Mapping[str, Any], folder: Path) -> tuple[str, Path]:
+    """The pipeline's component to prune ("" without a model_index.json), and its folder.
 
-    Raises `UserError` for a pipeline without one.
+    Old hub repositories (google/ddpm-cifar10-32) keep everything in the root. Raises `UserError` for
+    a pipeline without a denoiser.
     """
     names = components(index)
     found = next((name for name in DENOISERS if name in names), "")
@@ -240,13 +236,14 @@ def denoiser_in(index: Mapping[str, Any], folder: Path) -> str:
             f"{folder} has no {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]} among its components "
             f"({', '.join(names)}); give the folder of the network itself"
         )
-    return found
+    return found, folder / found if (folder / found).is_dir() else folder
 
 
 def model_folder(source: str | Path) -> tuple[Path, list[str]]:
-    """The folder with a model_index.json or config.json, and what was chosen to come to it.
+    """The folder with a model_index.json or config.json, and notes on how it was chosen.
 
-    Of a training checkpoint the averaged weights: those that the run itself saves and samples from.
+    A training checkpoint gives its averaged weights, which the run itself saves and samples from.
+    Raises `UserError` where there is no model.
     """
     folder = find(source)
     names = ("model_index.json", "config.json", EXPORT_FILE)
@@ -261,7 +258,7 @@ def model_folder(source: str | Path) -> tuple[Path, list[str]]:
         last = max(checkpoints, key=lambda p: (len(p.name), p.name))
         raise UserError(f"{source} is a training run that has saved no model yet; give {last}")
     raise UserError(
-        f"{source} is no model folder (no model_index.json or config.json); "
+        f"{source} is not a model folder (no model_index.json or config.json); "
         "give a diffusers pipeline folder, a hub id, or digits"
     )
 
@@ -273,7 +270,7 @@ def _description(path: Path) -> dict[str, Any]:
 def save(model: Model, folder: Path) -> None:
     """Write a model folder. Raises `UserError` if a masked weight is not zero.
 
-    The folder must be new or a stage's working folder: stages give it its final name when whole.
+    The folder must be new or a stage's working folder, which gets its final name when complete.
     """
     _refuse_violations(model, str(folder))
     place = folder / model.component
@@ -293,7 +290,7 @@ def save(model: Model, folder: Path) -> None:
 
 
 def _index(model: Model) -> dict[str, Any]:
-    """The input's model_index.json with this network and scheduler in their places."""
+    """The input's model_index.json with this network and scheduler."""
     name = type(model.denoiser).__name__
     library = "prunedm" if isinstance(model.denoiser, Narrowed) else "diffusers"
     given = model.companions.index if model.companions is not None else {}
@@ -307,7 +304,7 @@ def _index(model: Model) -> dict[str, Any]:
 
 
 def hash_folder(folder: Path, *others: Path) -> str:
-    """A hash of weights, masks, configurations, companions and `others`; not of the folder's name."""
+    """A hash of weights, masks, configurations, companions and `others`, not of the folder's name."""
     named = components(_description(folder / "model_index.json"))
     companions = [folder / n for n in named if n not in ("scheduler", *DENOISERS)]
     own = [folder, folder / "scheduler", *(folder / name for name in DENOISERS)]
@@ -317,7 +314,7 @@ def hash_folder(folder: Path, *others: Path) -> str:
 
 
 def _is_part_of_model(path: Path) -> bool:
-    if not path.is_file():  # a folder or dangling link is not a part, and a pipe would hang
+    if not path.is_file():  # a folder or dangling link does not count, and a pipe would hang
         return False
     configurations = ("model_index.json", "config.json", "scheduler_config.json", EXPORT_FILE)
     return path.name in configurations or path.suffix in (".safetensors", ".bin")
@@ -328,13 +325,13 @@ def size_on_disk(folder: Path) -> int:
     folder, _ = model_folder(folder)
     if (folder / PACKED_FILE).exists():
         return (folder / PACKED_FILE).stat().st_size
-    component = denoiser_in(_description(folder / "model_index.json"), folder)
-    files, _ = weight_files(component_folder(folder, component))
+    _, where = denoiser_in(_description(folder / "model_index.json"), folder)
+    files, _ = weight_files(where)
     return sum(path.stat().st_size for path in files)
 
 
 def memory_dtype(network: Any) -> torch.dtype | None:
-    """What a network of this size computes in: float32, or for large ones (None) what it has."""
+    """The type that a network of this size computes in: float32; None (its own) for large ones."""
     return torch.float32 if sum(p.numel() for p in network.parameters()) < LARGE else None
 
 
@@ -345,15 +342,13 @@ def _set_dtype(network: Any, dtype: torch.dtype | None, others: Mapping[str, tor
 
 
 def _forget_origin(config: Path) -> None:
-    # diffusers notes the path a model was loaded from, so equal models would differ in their hash
+    # diffusers records the path of the loaded model, so hashes of equal models would differ
     kept = {key: value for key, value in read_object(config).items() if key != "_name_or_path"}
     write_json(kept, config)
 
 
 def _refuse_violations(model: Model, where: str) -> None:
-    if model.masks is None:
-        return
-    violations = model.masks.violations(model.denoiser)
+    violations = model.masks.violations(model.denoiser) if model.masks is not None else {}
     if violations:
         layer, count = next(iter(violations.items()))
         raise UserError(
@@ -362,13 +357,8 @@ def _refuse_violations(model: Model, where: str) -> None:
         )
 
 
-def component_folder(folder: Path, name: str) -> Path:
-    """Where a component lies: old hub repositories (google/ddpm-cifar10-32) keep all in the root."""
-    return folder / name if (folder / name).is_dir() else folder
-
-
 def _load_packed(config: dict[str, Any], folder: Path) -> tuple[Any, Masks | None, Types]:
-    """A denoiser from one file of weights and masks; its arithmetic is float32 as everywhere."""
+    """A float32 denoiser from one file of weights and masks."""
     path = folder / PACKED_FILE
     state, masks = load_packed(path)
     types = Counter(tensor.dtype for tensor in state.values())
@@ -378,7 +368,7 @@ def _load_packed(config: dict[str, Any], folder: Path) -> tuple[Any, Masks | Non
 
 
 def save_config(model: Model, folder: Path) -> None:
-    """The denoiser's config.json and the scheduler, for a folder whose weights are elsewhere."""
+    """Write the denoiser's config.json and the scheduler, where weights are stored otherwise."""
     model.denoiser.save_config(folder)
     _forget_origin(folder / "config.json")
     model.scheduler.save_pretrained(folder / "scheduler")

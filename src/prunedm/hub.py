@@ -1,4 +1,4 @@
-"""Where a model is: a folder, the embedded one, or the hub's snapshot."""
+"""Finding a model: a folder, the embedded one, or a snapshot from the hub."""
 
 import difflib
 import threading
@@ -24,13 +24,13 @@ _KINDS = {
 
 
 def find(source: str | Path) -> Path:
-    """The local folder of a model: itself, the embedded one, or the hub's snapshot."""
+    """The local folder of a model. Raises `UserError` where there is none."""
     folder = find_locally(source)
     return _snapshot(str(source)) if folder is None else folder
 
 
 def find_locally(source: str | Path) -> Path | None:
-    """The folder, or None for a hub id. Raises `UserError` for what is neither."""
+    """The folder, or None for a hub id. Raises `UserError` for anything else."""
     name = str(source)
     try:
         path = expanded(source)
@@ -62,9 +62,9 @@ def _about_file(path: Path) -> str:
 
 
 def near(name: str, also: Sequence[str] = ()) -> str:
-    """The end of a message: a folder beside it, or another known name, that is nearly this one."""
+    """The end of a message: a similar neighbouring folder or name in `also`, or ""."""
     path, beside = Path(name), list[Path]()
-    with suppress(OSError, ValueError):  # no such place, or nothing can be called that
+    with suppress(OSError, ValueError):  # no such folder, or an impossible name
         path = expanded(name)
         beside = [p for p in islice(path.parent.iterdir(), 1000) if p.is_dir()]
     known = {p.name: str(p) for p in beside} | {name: name for name in also}
@@ -77,7 +77,7 @@ def _snapshot(hub_id: str) -> Path:
 
     why = why_silent(lambda limit: HfApi().model_info(hub_id, timeout=limit))
     problem = "none of this name that you may read" if why is None else why
-    local = {"local_files_only": True} if problem else {}  # what an earlier call has left
+    local = {"local_files_only": True} if problem else {}  # from an earlier download
     try:
         folder = Path(
             snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **local)
@@ -94,10 +94,10 @@ def _snapshot(hub_id: str) -> Path:
 
 
 def why_silent(question: Callable[[float], object]) -> str | None:
-    """Why the hub gives no answer, "" where it gives one, None where it has nothing of the name.
+    """Why the hub does not answer; "" where it does, None where it has nothing of that name.
 
-    `question` takes a time limit in seconds. It is asked in a thread that may be left to itself,
-    since no limit holds for the look-up of the hub's name.
+    `question` takes a time limit in seconds. It runs in a thread that may be abandoned, since the
+    limit does not cover the DNS look-up of the hub.
     """
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 

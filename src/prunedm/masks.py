@@ -1,4 +1,4 @@
-"""A set of masks: which weights of which layers are kept (True) or held at zero (False)."""
+"""Masks: which weights of which layers are kept (True) or held at zero (False)."""
 
 import json
 import math
@@ -36,7 +36,7 @@ class Pattern:
 
     @property
     def count(self) -> int:
-        """C(M, N): how many masks a group can have."""
+        """C(M, N): the number of possible masks of a group."""
         return math.comb(self.m, self.n)
 
     @classmethod
@@ -48,19 +48,19 @@ class Pattern:
         return cls(int(n), int(m))
 
     def kept_in(self, weight: torch.Tensor) -> torch.Tensor:
-        """How many are not zero in each group of a weight or mask [O, I, *taps]: (G,)."""
+        """Number of non-zeros in each group of a weight or mask [O, I, *taps]: (G,)."""
         return (to_groups(weight, self.m) != 0).sum(1)
 
     def valid_in(self, weight: torch.Tensor) -> torch.Tensor:
-        """Whether a group has at most N that are not zero, as hardware wants it: boolean, (G,)."""
+        """Whether each group has at most N non-zeros, as hardware requires: boolean, (G,)."""
         return self.kept_in(weight) <= self.n
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Boolean masks by layer name, each of the shape of its layer's weight as [O, I, *taps].
+    """Boolean masks by layer name, each in the shape of its layer's weight as [O, I, *taps].
 
-    `patterns`: of the layers whose masks are N:M; the others are unstructured.
+    `patterns`: for layers whose masks are N:M; the others are unstructured.
     """
 
     by_layer: Mapping[str, torch.Tensor]
@@ -79,7 +79,7 @@ class Masks:
 
     @property
     def pattern_text(self) -> str:
-        """The patterns there are, sparsest first: "1:4, 2:4"; "" where all are unstructured."""
+        """All patterns, sparsest first: "1:4, 2:4"; "" where all masks are unstructured."""
         return ", ".join(
             map(str, sorted(set(self.patterns.values()), key=lambda p: (p.n / p.m, p.m)))
         )
@@ -97,13 +97,13 @@ class Masks:
 
     @torch.no_grad()
     def apply_(self, denoiser: nn.Module) -> None:
-        """Zero the removed weights in place. Raises `UserError` where masks are of another model."""
+        """Zero the removed weights in place. Raises `UserError` where masks belong to another model."""
         for _, weight, mask in self._pairs(denoiser):
             weight.mul_(mask.to(weight.device))
 
     @contextmanager
     def applied(self, denoiser: nn.Module) -> Iterator[None]:
-        """The denoiser with its removed weights at zero; afterwards as it was."""
+        """Within the context the removed weights are zero; afterwards they are restored."""
         before = [(weight, weight.detach().clone()) for _, weight, _ in self._pairs(denoiser)]
         self.apply_(denoiser)
         try:
@@ -114,7 +114,7 @@ class Masks:
                     weight.copy_(value)
 
     def hold(self, denoiser: nn.Module) -> Callable[[], None]:
-        """A function that zeroes the removed weights again, on the weights' device, in one call."""
+        """A function that zeroes the removed weights again, in one call on the weights' device."""
         weights, masks = [], []
         for _, weight, mask in self._pairs(denoiser):
             weights.append(weight.detach())
@@ -126,7 +126,7 @@ class Masks:
         return apply
 
     def violations(self, denoiser: nn.Module) -> dict[str, int]:
-        """Per layer, how many weights are not zero though their mask says so (only layers with any)."""
+        """Number of weights that should be zero but are not, for the layers with any."""
         counts = {
             name: int(((weight != 0) & ~mask.to(weight.device)).sum())
             for name, weight, mask in self._pairs(denoiser)
@@ -134,7 +134,7 @@ class Masks:
         return {name: count for name, count in counts.items() if count}
 
     def check_fits(self, denoiser: nn.Module) -> None:
-        """Raise `UserError` naming the first layer that the denoiser has not, or not in this shape."""
+        """Raise `UserError` naming the first layer that the denoiser lacks or has in another shape."""
         for _ in self._pairs(denoiser):
             pass
 
@@ -146,7 +146,7 @@ class Masks:
     def valid_groups(self, name: str) -> float | None:
         """Share of a layer's groups with exactly N kept; None where its mask is unstructured.
 
-        Shapes that have no groups along input channels give 0: such a claim came from a file.
+        0 where the shape has no groups along input channels: a file may claim anything.
         """
         pattern, mask = self.patterns.get(name), self.by_layer[name]
         if pattern is None:
@@ -157,20 +157,20 @@ class Masks:
         return int((kept_G == pattern.n).sum()) / len(kept_G)
 
     def validity(self, network: nn.Module) -> float | None:
-        """Share of the weights' own groups with at most N not zero; None where no layer is N:M."""
+        """Share of the weights' groups with at most N non-zeros; None where no layer is N:M."""
         pairs = ((self.patterns.get(name), weight) for name, weight, _ in self._pairs(network))
         valid = [pattern.valid_in(weight) for pattern, weight in pairs if pattern]
         return float(torch.cat(valid).double().mean()) if valid else None
 
     @property
     def compliance(self) -> float:
-        """Share of groups with exactly N kept, over the N:M layers; 0 where there are none."""
+        """Share of groups with exactly N kept over all N:M layers; 0 without any."""
         groups = {name: self.by_layer[name].numel() // p.m for name, p in self.patterns.items()}
         exact = sum(count * (self.valid_groups(name) or 0.0) for name, count in groups.items())
         return exact / sum(groups.values()) if groups else 0.0
 
     def check_pattern(self) -> None:
-        """Raise `UserError` unless exactly N are kept in every group of M, where there are any."""
+        """Raise `UserError` unless every group of every N:M layer keeps exactly N."""
         for name, pattern in self.patterns.items():
             if self.valid_groups(name) != 1:
                 raise UserError(f"masks of {name} are not {pattern}, though they claim to be")
@@ -190,11 +190,8 @@ class Masks:
 
 
 def save_masks(masks: Masks, path: Path) -> None:
-    """One bit a weight, in row-major order of the weight; shapes and patterns in the metadata."""
-    packed = {
-        name: torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy().reshape(-1)))
-        for name, mask in masks
-    }
+    """One bit per weight, in row-major order; shapes and patterns go into the metadata."""
+    packed = {name: pack_bits(mask) for name, mask in masks}
     metadata = {
         "shapes": json.dumps({n: list(mask.shape) for n, mask in masks}, sort_keys=True),
         "patterns": json.dumps({n: str(p) for n, p in masks.patterns.items()}, sort_keys=True),
@@ -203,7 +200,7 @@ def save_masks(masks: Masks, path: Path) -> None:
 
 
 def sorted_header(file: bytes) -> bytes:
-    """safetensors writes metadata in a random order; equal masks must make equal files."""
+    """The file with its header sorted: safetensors orders metadata randomly, and files are hashed."""
     end = 8 + int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
@@ -211,40 +208,62 @@ def sorted_header(file: bytes) -> bytes:
 
 
 def load_masks(path: Path) -> Masks:
-    """Masks written by `save_masks`. Raises `UserError` where the file is damaged or none of ours."""
+    """Masks written by `save_masks`. Raises `UserError` where the file is damaged or another kind."""
     if not path.is_file():
         raise UserError(f"{path} is not a masks file: it is not a file at all")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes, claimed = (_table(metadata, key) for key in ("shapes", "patterns"))
-            names = set(file.keys())
-            for kind, table in (("shape", shapes), ("pattern", claimed)):
-                if not table.keys() <= names:
-                    raise ValueError(
-                        f"a {kind} for {min(table.keys() - names)[:60]}, without a mask"
-                    )
-            by_layer = {n: _unpack(file.get_tensor(n), shapes[n], n) for n in sorted(names)}
+        tensors, metadata = read_tensors(path)
+        shapes, claimed = (json_table(metadata, key) for key in ("shapes", "patterns"))
+        for kind, table in (("shape", shapes), ("pattern", claimed)):
+            if unknown := table.keys() - tensors.keys():
+                raise ValueError(f"a {kind} for {min(unknown)[:60]}, without a mask")
+        by_layer = {
+            n: unpack_bits(tensors[n], count_of(shapes[n], n)).reshape(shapes[n])
+            for n in sorted(tensors)
+        }
         patterns = {name: Pattern.parse(str(claimed[name])) for name in claimed}
-    except Exception as error:  # safetensors and torch raise whatever they like
+    except Exception as error:  # safetensors and torch raise many types
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)[:160]
         raise UserError(f"{path} is not a masks file, or is damaged ({reason})") from error
     return Masks(by_layer, patterns)
 
 
-def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Raises what safetensors raises."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """A JSON object in the metadata. Raises `ValueError` where it is missing or something else."""
+    if key not in metadata:
+        raise ValueError(f"{key} is missing")
     table = parse_json(metadata[key], key)
     if not isinstance(table, dict):
-        raise ValueError(f"{key} is not a table")
+        raise ValueError(f"{key} is not a JSON object")
     return table
 
 
-def _unpack(bits: torch.Tensor, shape: Any, name: str) -> torch.Tensor:
-    whole = isinstance(shape, list) and 0 < len(shape) <= 8
-    if not (whole and all(type(size) is int and size > 0 for size in shape)):
+def count_of(shape: Any, name: str) -> int:
+    """Elements in a shape that a file claims. Raises `ValueError` unless it is a shape."""
+    known = isinstance(shape, list) and 0 < len(shape) <= 8
+    if not (known and all(type(size) is int and size > 0 for size in shape)):
         raise ValueError(f"{name} has shape {str(shape)[:60]}")
-    count = math.prod(shape)
-    # before anything of that size is made; and numpy would fill the rest with zeros
+    return math.prod(shape)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Any boolean tensor => uint8 (ceil(count / 8),), row-major, highest bit first."""
+    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy().reshape(-1)))
+
+
+def unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse of `pack_bits`, bool (count,). Raises `ValueError` for another number of bits."""
+    # checked before anything of that size is allocated; and numpy would pad with zeros
     if bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
-        raise ValueError(f"{bits.numel()} bytes for a mask of shape {shape}")
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool).reshape(shape))
+        raise ValueError(f"{bits.numel()} bytes of bits for {count} weights")
+    flat = np.unpackbits(bits.cpu().numpy()).astype(bool)
+    if flat[count:].any():
+        raise ValueError(f"bits are set behind the last of {count} weights")
+    return torch.from_numpy(flat[:count])

@@ -1,22 +1,28 @@
-"""The packed weight file: of every masked weight its kept values and one bit a position.
+"""The packed weight file: kept values and one bit per position for every masked weight.
 
-docs/packed.md describes the format and holds a reader of its own, which the tests run.
+docs/packed.md describes the format and contains an independent reader, which the tests run.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
 from prunedm.errors import UserError, first_line
-from prunedm.masks import Masks, Pattern, sorted_header
+from prunedm.masks import (
+    Masks,
+    Pattern,
+    count_of,
+    json_table,
+    pack_bits,
+    read_tensors,
+    sorted_header,
+    unpack_bits,
+)
 from prunedm.networks.layer_kinds import NAMES, find_kind, from_matrix, kind_of, oriented, to_matrix
 from prunedm.reading import parse_json
 
@@ -25,7 +31,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 _VALUES, _BITS, _SCALE = ".values", ".bits", ".scale"
 _PARTS = tuple(f".weight{part}" for part in (_VALUES, _BITS, _SCALE))
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_LARGEST = 127  # of a symmetric int8; -128 is not used
+_LARGEST = 127  # symmetric int8: -128 is not used
 _T = TypeVar("_T")
 
 
@@ -34,9 +40,9 @@ def save_packed(
 ) -> None:
     """Write the denoiser's state as one packed safetensors file; equal input gives equal bytes.
 
-    int8 stores the weights of layers so (`layer_kinds.KINDS`), and all other floats as fp16.
-    Raises `UserError` where masks do not hold on the weights, are not what their patterns say or
-    are of other layers, and where `precision` cannot hold a value.
+    int8 applies to the weights of layers (`layer_kinds.KINDS`); all other floats become fp16.
+    Raises `UserError` where masks do not hold on the weights, contradict their patterns or belong to
+    other layers, and where `precision` cannot hold a value.
     """
     layers = {
         name: module
@@ -60,27 +66,27 @@ def save_packed(
         else:
             mask_K = to_matrix(mask.cpu()).flatten()
             tensors[name + _VALUES] = to_matrix(stored).flatten()[mask_K]
-            tensors[name + _BITS] = torch.from_numpy(np.packbits(mask_K.numpy()))
+            tensors[name + _BITS] = pack_bits(mask_K)
     turned = [f"{name}.weight" for name, layer in layers.items() if kind_of(layer).transposed]
     _write(path, tensors, _metadata(masks, precision, turned))
 
 
 def load_packed(path: Path) -> tuple[dict[str, torch.Tensor], Masks | None]:
-    """The state that `save_packed` wrote, and its masks; None where no layer has any.
+    """The state that `save_packed` wrote, and its masks, or None without any.
 
-    Floats have the type they are stored in; int8 weights come back as float32, q times scale.
-    Raises `UserError` where the file is damaged, none of ours, or of another version.
+    Floats keep their stored type; int8 weights become float32, q times scale. Raises `UserError`
+    where the file is damaged, of another kind, or of another version.
     """
     if not path.is_file():
-        raise UserError(f"{path} is no packed file: it is not a file at all")
+        raise UserError(f"{path} is not a packed file: it is not a file at all")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors and torch raise whatever they like
-        raise UserError(f"{path} is no packed file or is damaged ({first_line(error)})") from error
+        tensors, metadata = read_tensors(path)
+    except Exception as error:  # safetensors and torch raise many types
+        raise UserError(
+            f"{path} is not a packed file or is damaged ({first_line(error)})"
+        ) from error
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no packed file: its metadata has no format {FORMAT}")
+        raise UserError(f"{path} is not a packed file: its metadata has no format {FORMAT}")
     if metadata.get("version") not in VERSIONS:
         raise UserError(
             f"{path} is of packed version {metadata.get('version')}; "
@@ -100,15 +106,15 @@ def packed_matmul(
     pattern: Pattern,
     scale_O: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x W^T => y[B, O] for a packed Linear weight W[O, I], of which only kept inputs are read.
+    """x W^T => y[B, O] for a packed Linear weight W[O, I], reading only the kept inputs.
 
-    A reference for kernels: the gathered inputs are [B, O, J], J = I N/M kept inputs an output.
-    values_K: the K = O J kept values; bits: the packed mask; scale_O: of int8 values. Computed in
-    the type of `x_BI`.
+    A reference for kernels: gathers inputs [B, O, J] with J = I N/M kept inputs per output.
+    values_K: the K = O J kept values; bits: the packed mask; scale_O: the scale of int8 values.
+    Computed in the type of `x_BI`.
     """
     inputs = x_BI.shape[1]
     groups = values_K.numel() // pattern.n
-    mask_GM = _unpack_bits(bits, groups * pattern.m).reshape(groups, pattern.m)
+    mask_GM = unpack_bits(bits, groups * pattern.m).reshape(groups, pattern.m)
     assert bool((mask_GM.sum(1) == pattern.n).all()), f"the bits are not {pattern}"
     kept_J = inputs // pattern.m * pattern.n
     index_OJ = mask_GM.reshape(-1, inputs).nonzero()[:, 1].reshape(-1, kept_J).to(x_BI.device)
@@ -132,7 +138,7 @@ def _check_masks(masks: Masks, denoiser: nn.Module, layers: Mapping[str, nn.Modu
 
 
 def _cast(name: str, tensor: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """A contiguous copy, floats in the chosen type; a copy since tied weights may share memory."""
+    """A contiguous copy (tied weights may share memory), floats in the chosen type."""
     if not tensor.is_floating_point():
         return tensor.clone(memory_format=torch.contiguous_format)
     cast = tensor.to(FLOATS.get(precision, torch.float16), copy=True).contiguous()
@@ -181,12 +187,12 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 
 def _unpack(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Masks | None:
-    """Put whole weights in the place of their parts, in `tensors`. Raises `ValueError`."""
+    """Replace the parts of weights in `tensors` by whole weights. Raises `ValueError`."""
     precision = _take(metadata, "precision")
     if precision not in get_args(Precision):
         raise ValueError(f"precision {precision!r} is none of {', '.join(get_args(Precision))}")
     by_layer = {}
-    for name, shape in _table(metadata, "shapes").items():
+    for name, shape in json_table(metadata, "shapes").items():
         if name in tensors:
             raise ValueError(f"{name} is there twice, packed and whole")
         tensors[name], by_layer[name.removesuffix(".weight")] = _whole(tensors, name, shape)
@@ -204,7 +210,7 @@ def _unpack(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Ma
         if turned.ndim != 2:
             raise ValueError(f"{name} is not a matrix, though it is said to be transposed")
         tensors[name] = turned.T.contiguous()
-    claimed = _table(metadata, "patterns")
+    claimed = json_table(metadata, "patterns")
     if not claimed.keys() <= by_layer.keys():
         raise ValueError(f"a pattern for {min(claimed.keys() - by_layer.keys())}, not packed")
     masks = Masks(by_layer, {name: Pattern.parse(str(n_m)) for name, n_m in claimed.items()})
@@ -215,12 +221,10 @@ def _unpack(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> Ma
 def _whole(
     tensors: dict[str, torch.Tensor], name: str, shape: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight in its stored type and its mask, both of `shape`; their parts leave `tensors`."""
-    known = isinstance(shape, list) and 2 <= len(shape) <= 5
-    if not (known and all(type(size) is int and size > 0 for size in shape)):
-        raise ValueError(f"{name} has shape {shape}")
+    """The weight in its stored type and its mask, both of `shape`; removes the parts from `tensors`."""
+    count = count_of(shape, name)
     values_K, bits = _take(tensors, name + _VALUES), _take(tensors, name + _BITS)
-    mask_flat = _unpack_bits(bits, math.prod(shape))
+    mask_flat = unpack_bits(bits, count)
     kept = int(mask_flat.sum())
     if values_K.shape != (kept,):
         raise ValueError(f"{name} has values of shape {tuple(values_K.shape)} for {kept} bits set")
@@ -228,16 +232,6 @@ def _whole(
     weight_flat[mask_flat] = values_K
     del tensors[name + _VALUES], tensors[name + _BITS]
     return from_matrix(weight_flat, shape).contiguous(), from_matrix(mask_flat, shape).contiguous()
-
-
-def _unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """uint8 (ceil(count / 8),), highest bit first => bool (count,)."""
-    if bits.shape != (-(-count // 8),):  # numpy would fill the rest with zeros
-        raise ValueError(f"{bits.numel()} bytes of bits for {count} weights")
-    flat = np.unpackbits(bits.cpu().numpy()).astype(bool)
-    if flat[count:].any():
-        raise ValueError(f"bits are set behind the last of {count} weights")
-    return torch.from_numpy(flat[:count])
 
 
 def _dequantise(name: str, q: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
@@ -248,18 +242,11 @@ def _dequantise(name: str, q: torch.Tensor, scale_O: torch.Tensor) -> torch.Tens
 
 
 def _transposed(metadata: Mapping[str, str]) -> list[str]:
-    """Weights that are stored as [O, I] and were [I, O]."""
+    """Names of weights that are stored as [O, I] and were [I, O]."""
     names = parse_json(metadata.get("transposed", "[]"), "transposed")
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("transposed is not a list of names")
     return names
-
-
-def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    table = parse_json(_take(metadata, key), key)
-    if not isinstance(table, dict):
-        raise ValueError(f"{key} is no JSON object")
-    return table
 
 
 def _take(known: Mapping[str, _T], name: str) -> _T:

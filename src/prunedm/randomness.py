@@ -1,15 +1,15 @@
-"""Randomness as a function of (seed, purpose, index), so nothing depends on batches or processes.
+"""Randomness as a function of (seed, purpose, index), independent of batches and processes.
 
 Item `index` of any random stream (the noise of image 17, the timestep of problem 4,096) comes from
-its own generator. A stream can therefore be cut at any place, resumed, or shared among processes,
-and every item keeps its bits.
+its own generator. A stream can therefore be cut anywhere, resumed, or shared among processes, and
+every item keeps its bits.
 """
 
 import hashlib
 
 import torch
 
-_MT19937_SEEDS = 2**32  # torch's CPU generator looks at the low 32 bits of a seed only
+_MT19937_SEEDS = 2**32  # torch's CPU generator uses only the low 32 bits of a seed
 
 
 def seed_for(seed: int, purpose: str, index: int = 0) -> int:
@@ -18,6 +18,8 @@ def seed_for(seed: int, purpose: str, index: int = 0) -> int:
     return (int.from_bytes(digest, "little") + index) % _MT19937_SEEDS
 
 
-def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A CPU generator for item `index` of the stream named `purpose`."""
-    return torch.Generator().manual_seed(seed_for(seed, purpose, index))
+def generator_for(
+    seed: int, purpose: str, index: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator for item `index` of the stream named `purpose`."""
+    return torch.Generator(device).manual_seed(seed_for(seed, purpose, index))

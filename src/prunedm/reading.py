@@ -1,7 +1,7 @@
-"""Text, JSON and YAML that others wrote, bounded: no file can fill the memory or hang the reader.
+"""Bounded reading of untrusted text, JSON and YAML: no file can exhaust memory or hang the reader.
 
-Raises `UserError` for what is not a regular file, is longer than `limit` bytes, is nested deeper than
-`DEPTH`, or whose YAML aliases stand for more than `VALUES` values.
+Raises `UserError` for files that are not regular, are longer than `limit` bytes, are nested deeper than
+`DEPTH`, or whose YAML aliases expand to more than `VALUES` values.
 """
 
 import json
@@ -16,8 +16,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from prunedm.errors import UserError, shortened
 
-CONFIG_LIMIT = 1 << 20  # bytes of a configuration; the largest of diffusers' have some 10,000
-RECORD_LIMIT = 1 << 26  # of what we write ourselves: losses of every step, rows of every model
+CONFIG_LIMIT = 1 << 20  # bytes of a configuration; the largest in diffusers have about 10,000
+RECORD_LIMIT = 1 << 26  # bytes of our own files: losses of every step, rows of every model
 YAML_LIMIT = 1 << 18
 DEPTH = 64
 VALUES = 100_000
@@ -25,12 +25,12 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def check_regular(path: Path) -> Path:
-    """Raises `UserError` for what is missing, and for pipes, sockets and devices, which could hang."""
+    """The path. Raises `UserError` where it is missing, or a pipe, socket or device."""
     try:
         if path.is_file():
             return path
         why = "not a regular file" if path.exists() else "missing"
-    except OSError:  # a name that is too long, a folder that is closed
+    except OSError:  # a name that is too long, a folder without access
         why = "missing"
     raise UserError(f"cannot read {shortened(str(path))}: it is {why}")
 
@@ -42,7 +42,7 @@ def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise UserError(f"{path} is longer than {limit:,} bytes; is this the right file?")
-        return content.decode("utf-8-sig")  # Excel begins its files with a mark
+        return content.decode("utf-8-sig")  # Excel starts files with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -60,12 +60,12 @@ def read_object(path: Path, *, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
 
 
 def read_as(kind: type[Content], path: Path, way_out: str) -> Content:
-    """A JSON file as one of our models. Raises `UserError` that calls it damaged, and `way_out`."""
+    """A JSON file as one of our models. Raises `UserError` with `way_out` where it is damaged."""
     return validated(TypeAdapter(kind), path, way_out)
 
 
 def validated(kind: TypeAdapter[Any], path: Path, way_out: str) -> Any:
-    """As `read_as`, of any type."""
+    """As `read_as`, for any type."""
     try:
         return kind.validate_python(read_json(path))
     except ValidationError as error:
@@ -81,7 +81,7 @@ def parse_json(text: str | bytes, where: object) -> Any:
     """`where` names the text in errors."""
     try:
         value = json.loads(text)
-    except ValueError as error:  # numbers of over 4,300 digits too
+    except ValueError as error:  # also for numbers of over 4,300 digits
         raise UserError(f"{where} is not JSON ({error})") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
@@ -95,7 +95,7 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, where: object) -> Any:
     """A YAML 1.2 document; None where it is empty."""
-    if _brackets(text) > 4 * DEPTH:  # PyYAML takes seconds to run into its recursion limit
+    if _brackets(text) > 4 * DEPTH:  # PyYAML takes seconds to reach its recursion limit
         raise UserError(f"{where} is nested too deeply")
     loader = None
     try:
@@ -107,7 +107,7 @@ def parse_yaml(text: str, where: object) -> Any:
         return loader.construct_document(node)
     except UserError:
         raise
-    except (LookupError, TypeError, AttributeError) as error:  # PyYAML's for `!!int ""`
+    except (LookupError, TypeError, AttributeError) as error:  # PyYAML raises them for `!!int ""`
         raise UserError(
             f"cannot read {where}: a value is not of the type that its tag (!!int, !!bool, ...) names"
         ) from error
@@ -121,13 +121,13 @@ def parse_yaml(text: str, where: object) -> Any:
 
 
 def _brackets(text: str) -> int:
-    """How many flow brackets are open at once, those in quotes counted too."""
+    """The deepest nesting of flow brackets, counting those in quotes too."""
     steps = accumulate(1 if c in "[{" else -1 for c in text if c in "[]{}")
     return max(steps, default=0)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values: in YAML 1.1, which PyYAML reads, 1:4 is 64, no is false, 1e-3 a text."""
+    """YAML 1.2's plain values: in PyYAML's YAML 1.1, 1:4 is 64, no is false, 1e-3 is text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
@@ -146,7 +146,7 @@ for _tag, _form, _first in (
 def _count_values(
     node: yaml.Node, where: object, known: dict[int, int], above: tuple[int, ...]
 ) -> int:
-    """Values that a node stands for, each alias counted as what it repeats."""
+    """Number of values in a node after expanding aliases."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in above:
@@ -167,7 +167,7 @@ def _count_values(
 
 
 def _refuse_twice(node: yaml.MappingNode, where: object) -> None:
-    """The last one would win in silence."""
+    """Raise `UserError` for a repeated key, whose last value would silently win."""
     seen: set[tuple[str, str]] = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):

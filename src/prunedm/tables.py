@@ -39,9 +39,9 @@ SCORES: Table[Any] = Table(
         "magnitude-l2": "prunedm.scores.magnitude:MAGNITUDE_L2",
         "taylor": "prunedm.scores.taylor:TAYLOR",
         "taylor-multivariable": "prunedm.scores.taylor:TAYLOR_MULTIVARIABLE",
-        "diff-pruning": "prunedm.scores.diff_pruning:DIFF_PRUNING",
+        "diff-pruning": "prunedm.scores.taylor:DIFF_PRUNING",
         "wanda": "prunedm.scores.wanda:WANDA",
-        "fluctuation": "prunedm.scores.fluctuation:FLUCTUATION",
+        "fluctuation": "prunedm.scores.wanda:FLUCTUATION",
     }
 )
 MECHANISMS: Table[Any] = Table(

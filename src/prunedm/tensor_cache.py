@@ -1,4 +1,4 @@
-"""Tensors that are dear to compute, kept on disk by the content that they were computed from."""
+"""Expensive tensors, cached on disk under a hash of their input."""
 
 import hashlib
 import os
@@ -17,32 +17,32 @@ Tensors = dict[str, torch.Tensor]
 
 
 def cache_folder() -> Path:
-    """$PRUNEDM_CACHE, or prunedm in the user's cache folder; whatever is in it may be deleted."""
+    """$PRUNEDM_CACHE, or prunedm in the user's cache folder; it may be deleted at any time."""
     base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(os.environ.get("PRUNEDM_CACHE") or Path(base) / "prunedm")
 
 
 class TensorCache:
-    """One file an entry, below a folder for `kind` and one for the `maker`'s key."""
+    """One file per entry, in a folder for `kind` and the `maker`'s key."""
 
     def __init__(self, kind: str, maker: str) -> None:
         self.folder = cache_folder() / kind / maker
 
     def get(self, key: str, compute: Callable[[], Tensors]) -> Tensors:
-        """The entry, computed where it is not there or cannot be read."""
+        """The entry, computed where it is missing or cannot be read."""
         path = self.folder / key[:2] / f"{key}.safetensors"
         try:
             if path.is_file():
                 return load_file(path)
         except (OSError, SafetensorError):
-            pass  # written by a machine that went down: computed again
+            pass  # truncated by a crash: computed again
         tensors = {name: tensor.contiguous() for name, tensor in compute().items()}
         _keep(path, lambda aside: save_file(tensors, aside))
         return tensors
 
 
 def remembered(kind: str, key: str, compute: Callable[[], str]) -> str:
-    """A short text, kept in a file of its own below a folder for `kind`."""
+    """A short text, cached in its own file in a folder for `kind`."""
     path = cache_folder() / kind / key
     with suppress(OSError):
         if text := path.read_text(encoding="utf-8"):
@@ -53,7 +53,7 @@ def remembered(kind: str, key: str, compute: Callable[[], str]) -> str:
 
 
 def content_key(tensor: torch.Tensor) -> str:
-    """A hash of a tensor's shape, type and numbers."""
+    """A hash of a tensor's shape, type and values."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -65,7 +65,7 @@ def text_key(text: str) -> str:
 
 
 def times_of(path: Path) -> tuple[int, ...]:
-    """What changes with a file's content, and is known without reading it."""
+    """Size, times and inode: they change with a file's content, and need no reading."""
     stat = check_regular(path).stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
@@ -76,6 +76,6 @@ def _keep(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
         aside.replace(path)
-    except OSError:  # a full or read-only disk only costs time
+    except OSError:  # without a cache (full or read-only disk) only time is lost
         with suppress(OSError):
             aside.unlink(missing_ok=True)

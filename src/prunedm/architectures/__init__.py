@@ -1,1 +1,1 @@
-"""One file a family of networks: what the engine must be told about it."""
+"""One file per family of networks: what the engine must know about it."""

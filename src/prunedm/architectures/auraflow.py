@@ -1,10 +1,12 @@
-"""AuraFlowTransformer2DModel: AuraFlow (Fal 2024), an MMDiT that flow matching trains."""
+"""AuraFlowTransformer2DModel: AuraFlow (Fal 2024), an MMDiT trained by flow matching."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from prunedm.architecture import Architecture, Inputs, told_as_hidden_states
+from prunedm.architecture import Inputs, told_as_hidden_states
+from prunedm.architectures import sd3
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
@@ -20,34 +22,20 @@ def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
 
 
 def prompts(pipeline: Any, text: str) -> Inputs:
-    """What T5 makes of a text."""
+    """Encodings of a text by T5."""
     states, *_ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, device="cpu")
     return {"encoder_hidden_states": states}
 
 
 EMBEDDINGS = ("pos_embed", "context_embedder", "time_step_proj", "norm_out", "proj_out")
-RECORD = Architecture(
-    component="transformer",
+RECORD = replace(
+    sd3.RECORD,
     told=told,
     more=more,
     prompts=prompts,
     protect=EMBEDDINGS,
-    ends=("pos_embed", "proj_out"),
     blocks=(r"joint_transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"),
     precise=EMBEDDINGS,
     pipeline="AuraFlowPipeline",
-    scheduler="FlowMatchEulerDiscreteScheduler",
-    tiny={
-        "sample_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_mmdit_layers": 1,
-        "num_single_dit_layers": 1,
-        "attention_head_dim": 8,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 16,
-        "caption_projection_dim": 32,
-        "pos_embed_max_size": 64,
-    },
+    tiny=sd3.SHAPES | {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "pos_embed_max_size": 64},
 )

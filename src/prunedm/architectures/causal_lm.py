@@ -10,15 +10,15 @@ LENGTH = 128  # tokens of an example
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """As named; keys and values are not kept."""
+    """The shared names; keys and values are not cached."""
     return dict(inputs) | {"use_cache": False}
 
 
 def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
     """Random tokens (N, L)."""
     length = min(LENGTH, network.config.max_position_embeddings)
-    shape = (count, length)
-    return {"input_ids": torch.randint(network.config.vocab_size, shape, generator=generator)}
+    tokens = torch.randint(network.config.vocab_size, (count, length), generator=generator)
+    return {"input_ids": tokens}
 
 
 RECORD = Architecture(

@@ -1,21 +1,12 @@
-"""DiTTransformer2DModel: DiT (Peebles & Xie 2023), classes of ImageNet and one for none."""
-
-from typing import Any
+"""DiTTransformer2DModel: DiT (Peebles & Xie 2023), with ImageNet's classes and a null class."""
 
 from prunedm.architecture import Architecture, told_as_hidden_states
-
-
-def classes(network: Any) -> int:
-    """Of `num_embeds_ada_norm`, without the one for none."""
-    count: int = network.config.num_embeds_ada_norm
-    return count
-
 
 RECORD = Architecture(
     component="transformer",
     pipeline="DiTPipeline",
     told=told_as_hidden_states,
-    classes=classes,
+    classes=lambda network: network.config.num_embeds_ada_norm,  # without the null class
     protect=("pos_embed", "proj_out_1", "proj_out_2", r"transformer_blocks\.\d+\.norm1\.emb"),
     ends=("pos_embed", "proj_out_2"),
     blocks=(r"transformer_blocks\.\d+",),

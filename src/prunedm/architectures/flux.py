@@ -1,7 +1,6 @@
 """FluxTransformer2DModel: FLUX.1 (Black Forest Labs 2024), patches of 2 x 2 latents as tokens.
 
-Samples are latents (N, C, H, W) for the engine; they are packed into tokens on the way in, and unpacked
-on the way out.
+The engine's samples are latents (N, C, H, W); `told` packs them into tokens, `heard` unpacks the answer.
 """
 
 from typing import Any
@@ -11,13 +10,13 @@ import torch
 from prunedm.architecture import Architecture, Inputs, Shape
 from prunedm.architectures.sd3 import states_and_pooled
 
-SIDE = 128  # of latents, at the resolution of 1024 that it was trained for
+SIDE = 128  # of latents, at the training resolution of 1024
 TOKENS = 512  # of T5
-GUIDANCE = 3.5  # of the distilled model
+GUIDANCE = 3.5  # of the guidance-distilled model
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """Packed tokens, their places, and times from 0 to 1."""
+    """Packed tokens, their positions, and times from 0 to 1."""
     sample_NCHW = inputs["sample"]
     count, _, height, width = sample_NCHW.shape
     device = sample_NCHW.device
@@ -64,12 +63,12 @@ def places(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 def shape(network: Any) -> Shape:
-    """(C, H, W): a quarter of `in_channels`, at the size that it was trained for."""
+    """(C, H, W): a quarter of `in_channels`, at the training size."""
     return network.config.in_channels // 4, SIDE, SIDE
 
 
 def prompts(pipeline: Any, text: str) -> Inputs:
-    """What T5 and CLIP make of a text."""
+    """Encodings of a text by T5 and CLIP."""
     states, pooled, _ = pipeline.encode_prompt(text, text, device="cpu")
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
@@ -82,7 +81,6 @@ RECORD = Architecture(
     told=told,
     heard=heard,
     shape=shape,
-    classes=lambda network: 0,
     more=states_and_pooled(TOKENS),
     prompts=prompts,
     protect=EMBEDDINGS,

@@ -1,4 +1,4 @@
-"""HunyuanDiT2DModel: Hunyuan-DiT (Li et al. 2024), told of a text by a CLIP and by a T5."""
+"""HunyuanDiT2DModel: Hunyuan-DiT (Li et al. 2024), whose texts a CLIP and a T5 encode."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from prunedm.architecture import Architecture, Inputs, told_as_hidden_states
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """A noisy sample is `hidden_states`, with its places as rotations, a size and one style."""
+    """The sample is `hidden_states`; adds rotary positions, an image size and one style."""
     names = told_as_hidden_states(network, inputs)
     sample = names["hidden_states"]
     count, _, *size = sample.shape
@@ -35,7 +35,7 @@ def told(network: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
-    """CLIP's and T5's states and where they stop."""
+    """CLIP's and T5's states and their masks."""
     config = network.config
 
     def states(length: int, width: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
 
 
 def prompts(pipeline: Any, text: str) -> Inputs:
-    """What CLIP and T5 make of a text."""
+    """Encodings of a text by CLIP and T5."""
     rows: dict[str, torch.Tensor] = {}
     for index, name in enumerate(("", "_t5")):
         states, _, mask, _ = pipeline.encode_prompt(

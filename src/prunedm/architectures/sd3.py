@@ -10,7 +10,7 @@ TOKENS = 77 + 256  # of the two CLIP encoders, and of T5
 
 
 def states_and_pooled(tokens: int) -> More:
-    """Text states (N, tokens, D), and a pooled one."""
+    """Text states (N, tokens, D), and a pooled one (N, D)."""
 
     def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
         config = network.config
@@ -24,36 +24,38 @@ def states_and_pooled(tokens: int) -> More:
 
 
 def prompts(pipeline: Any, text: str) -> Inputs:
-    """What the three encoders make of a text."""
+    """Encodings of a text by the three encoders."""
     states, _, pooled, _ = pipeline.encode_prompt(
         text, text, text, device="cpu", do_classifier_free_guidance=False
     )
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
+SHAPES: dict[str, Any] = {  # of a tiny MMDiT
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 32,
+}
 EMBEDDINGS = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
 RECORD = Architecture(
     component="transformer",
     pipeline="StableDiffusion3Pipeline",
     scheduler="FlowMatchEulerDiscreteScheduler",
     told=told_as_hidden_states,
-    classes=lambda network: 0,
     more=states_and_pooled(TOKENS),
     prompts=prompts,
     protect=EMBEDDINGS,
     ends=("pos_embed", "proj_out"),
     blocks=(r"transformer_blocks\.\d+",),
     precise=EMBEDDINGS,
-    tiny={
-        "sample_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "out_channels": 4,
+    tiny=SHAPES
+    | {
         "num_layers": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 16,
-        "caption_projection_dim": 32,
         "pooled_projection_dim": 8,
         "pos_embed_max_size": 8,
         "dual_attention_layers": (0,),

@@ -13,7 +13,7 @@ _ADDED = ("text_embeds", "time_ids")  # SDXL's, in a dictionary of their own
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """As named, SDXL's additions gathered in `added_cond_kwargs`."""
+    """The shared names, with SDXL's additions in `added_cond_kwargs`."""
     added = {name: inputs[name] for name in _ADDED if name in inputs}
     others = {name: tensor for name, tensor in inputs.items() if name not in _ADDED}
     return others | ({"added_cond_kwargs": added} if added else {})
@@ -36,7 +36,7 @@ def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
 
 
 def prompts(pipeline: Any, text: str) -> Inputs:
-    """What the pipeline's `encode_prompt` makes of a text: states, and SDXL's pooled one with sizes."""
+    """Encodings of a text by the pipeline: states, and for SDXL a pooled one and sizes."""
     made = pipeline.encode_prompt(text, device="cpu", num_images_per_prompt=1,
                                   do_classifier_free_guidance=False)  # fmt: skip
     if len(made) == 2:  # Stable Diffusion: states of the prompt, of the negative one

@@ -1,4 +1,4 @@
-"""Which N of every M weights to keep, learned: logits, and estimators of the gradient they follow."""
+"""Learning which N of every M weights to keep: logits, and estimators of their gradient."""
 
 from prunedm import tables
 from prunedm.learning.estimator import Estimator, Method
@@ -9,5 +9,5 @@ ESTIMATORS: Table[Method] = tables.ESTIMATORS
 
 
 def make_estimator(options: LearnOptions) -> Estimator:
-    """The options' estimator, fresh."""
+    """A new estimator by the options."""
     return ESTIMATORS[options.estimator].make(options)

@@ -28,19 +28,20 @@ makes "all of S before all others" less likely.
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations, pairwise
 from math import comb
 
 import torch
 from torch.nn.functional import logsigmoid, softplus
+from torch.utils.checkpoint import checkpoint
 
 from prunedm.errors import UserError
-from prunedm.learning.chunks import in_chunks
 from prunedm.masks import Pattern
 from prunedm.removal.nm import nm_mask
 
-_SAMPLE_CHUNK = 1 << 18  # weights at a time: what is worked on stays in the cache
+GRAPH_CHUNK = 1 << 21  # numbers that a graph holds at a time: 8 MB in float32
+_SAMPLE_CHUNK = 1 << 18  # weights at a time: they stay in the processor's cache
 _MOST_SETS = 1 << 16  # all sets of 16
 _LINEAR = 40  # where softplus(x) is x to float64's last digit; torch's own 20 serves float32
 
@@ -49,7 +50,7 @@ _Either = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Distribution(ABC):
-    """Independent groups of M, in each a random set of N; everything has the logits' dtype, device."""
+    """Independent groups of M, each with a random set of N; tensors have the logits' dtype, device."""
 
     def __init__(self, logits_GM: torch.Tensor, n: int) -> None:
         """Raise `UserError` unless 0 < N < M."""
@@ -58,12 +59,12 @@ class Distribution(ABC):
 
     @torch.no_grad()
     def sample(self, uniform_GM: torch.Tensor) -> torch.Tensor:
-        """Masks, bool (G, M), as a function of uniforms in [0, 1]; 1 - u gives the antithetic ones."""
+        """Masks, bool (G, M), as a function of uniforms in [0, 1]; 1 - u gives the antithetic draw."""
         assert uniform_GM.shape == self.logits_GM.shape
         groups = max(1, _SAMPLE_CHUNK // self.pattern.m)
         mask_GM = torch.empty_like(self.logits_GM, dtype=torch.bool)
         parts = (part.split(groups) for part in (mask_GM, self.logits_GM, uniform_GM))
-        # torch.rand gives multiples of eps / 2: only 0 and 1 move, which are no quantile of anything
+        # torch.rand gives multiples of eps / 2: only 0 and 1, where no quantile is finite, move
         eps = torch.finfo(uniform_GM.dtype).eps
         for mask_CM, l_CM, u_CM in zip(*parts, strict=True):
             mask_CM.copy_(self._sample(l_CM, u_CM.clamp(eps / 4, 1 - eps / 2)))
@@ -73,7 +74,7 @@ class Distribution(ABC):
         """log P of each group's set, (G,), differentiable in the logits."""
         mask_GM = mask_GM.bool()
         assert bool((mask_GM.sum(1) == self.pattern.n).all()), f"masks are not {self.pattern}"
-        return in_chunks(self._log_prob, self._cost(self.pattern.n), self.logits_GM, mask_GM)
+        return _in_chunks(self._log_prob, self._cost(self.pattern.n), self.logits_GM, mask_GM)
 
     def score(self, mask_GM: torch.Tensor) -> torch.Tensor:
         """d log P / d logits, (G, M), without a graph."""
@@ -83,16 +84,16 @@ class Distribution(ABC):
             return torch.autograd.grad(total, leaf_GM)[0]
 
     def relative_score(self, mask_GM: torch.Tensor) -> torch.Tensor:
-        """`score` less a term that is the same for all masks: as good where weights sum to 0."""
+        """`score` up to a term that all masks share: equivalent where their weights sum to 0."""
         return self.score(mask_GM)
 
     def inclusion(self) -> torch.Tensor:
-        """Probability that a weight is kept, (G, M), N in sum; differentiable in the logits."""
-        return in_chunks(self._inclusion, self._cost(self.pattern.m), self.logits_GM)
+        """Probability that each weight is kept, (G, M); a group sums to N; differentiable."""
+        return _in_chunks(self._inclusion, self._cost(self.pattern.m), self.logits_GM)
 
     def entropy(self) -> torch.Tensor:
         """Entropy of each group's set in nats, (G,), differentiable in the logits."""
-        return in_chunks(self._entropy, self._cost(self.pattern.m), self.logits_GM)
+        return _in_chunks(self._entropy, self._cost(self.pattern.m), self.logits_GM)
 
     def mode(self) -> torch.Tensor:
         """The most probable masks, bool (G, M): the N largest logits; ties keep the first."""
@@ -112,7 +113,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def _cost(self, items: int) -> int:
-        """About how many numbers a graph holds for one group, where draws are from `items` items."""
+        """Roughly the numbers that a graph holds for one group, where draws are from `items` items."""
 
 
 class ConditionalBernoulli(Distribution):
@@ -124,7 +125,7 @@ class ConditionalBernoulli(Distribution):
         return mask_GM.to(self.logits_GM.dtype) - self.inclusion()
 
     def relative_score(self, mask_GM: torch.Tensor) -> torch.Tensor:
-        """The mask itself: all share the inclusion probabilities."""
+        """The mask itself, since all masks share the inclusion probabilities."""
         return mask_GM.to(self.logits_GM.dtype)
 
     def _sample(self, l_CM: torch.Tensor, u_CM: torch.Tensor) -> torch.Tensor:
@@ -161,7 +162,7 @@ class ConditionalBernoulli(Distribution):
         return 12 * self.pattern.n * self.pattern.m
 
     def _log_odds(self, l_CM: torch.Tensor) -> _Choices:
-        """x_r(i), (C,), wherever the N draws can lead and there is a choice."""
+        """x_r(i), (C,), for every reachable state with a choice."""
         n, m = self.pattern.n, self.pattern.m
         x: _Choices = {}
         ratio: dict[int, torch.Tensor] = {}  # D_r(i + 1) by r
@@ -188,17 +189,19 @@ class ConditionalBernoulli(Distribution):
     ) -> tuple[list[torch.Tensor], _Choices]:
         """Whether each item is kept, M of (C,), and whether each choice is reached.
 
-        Probabilities, or booleans (a sample); `either` joins two that exclude each other.
+        Values are probabilities, or booleans for a sample; `either` joins mutually exclusive ones.
         """
         kept, reached = [], {}
-        at = {self.pattern.n: torch.ones_like(taken[0, self.pattern.n])}  # by how many are to come
+        at = {
+            self.pattern.n: torch.ones_like(taken[0, self.pattern.n])
+        }  # by how many are still to come
         for i in range(self.pattern.m):
             kept_C, after = torch.zeros_like(taken[0, self.pattern.n]), {}
             for r, here_C in sorted(at.items()):
                 if r == 0:
                     after[0] = here_C
                     continue
-                go_C = here_C  # where all that remain are needed
+                go_C = here_C  # all remaining items are needed
                 if (i, r) in taken:
                     reached[i, r] = here_C
                     after[r], go_C = here_C * left[i, r], here_C * taken[i, r]
@@ -247,7 +250,7 @@ DISTRIBUTIONS: dict[str, type[Distribution]] = {
 
 
 def all_patterns(pattern: Pattern) -> torch.Tensor:
-    """(K, M) floats: every way to keep N of M, in lexicographic order of the kept."""
+    """(K, M) floats: every way to keep N of M, in lexicographic order of the kept indices."""
     kept_KN = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
     return torch.zeros(len(kept_KN), pattern.m).scatter_(1, kept_KN, 1)
 
@@ -255,7 +258,7 @@ def all_patterns(pattern: Pattern) -> torch.Tensor:
 def _drawn(l_CT: torch.Tensor, others_C: torch.Tensor | None, most: int) -> torch.Tensor:
     """log F of all sets of `most` of T items, (sets, C), in lexicographic order.
 
-    `others_C`: logsumexp of the items beside these T, if there are any.
+    `others_C`: logsumexp of the items outside these T, if there are any.
     """
     l_TC = _by_member(l_CT)
     log_f_SC, scale_C = torch.zeros_like(l_TC[:1]), torch.zeros_like(l_TC[0])
@@ -264,19 +267,17 @@ def _drawn(l_CT: torch.Tensor, others_C: torch.Tensor | None, most: int) -> torc
         if others_C is not None:
             rest_SC = torch.logaddexp(rest_SC, others_C)
         log_f_SC = ((log_f_SC - rest_SC)[before_SK] + l_TC[member_SK]).logsumexp(1)
-        # what all sets share is summed apart: beside -900 the next terms would lose their digits
+        # the common offset is kept apart: next to -900 the other terms would lose their digits
         top_C = log_f_SC.detach().amax(0)
         log_f_SC, scale_C = log_f_SC - top_C, scale_C + top_C
     return log_f_SC + scale_C
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is cached must also serve graphs
+@torch.inference_mode(False)  # cached tensors must also serve graphs
 def _lattice(items: int, most: int, device: torch.device) -> list[list[torch.Tensor]]:
-    """Per draw k = 1..most: what is left after each set of k - 1; each set of k; where it was less one.
-
-    Sets are in lexicographic order, "less one" in that of the members.
-    """
+    """Per draw k = 1..most: the items left after each set of k - 1, each set of k, and the rows of its
+    subsets of k - 1 (in the order of the missing member). Sets are in lexicographic order."""
     levels = [list(combinations(range(items), k)) for k in range(most + 1)]
     draws = []
     for smaller, larger in pairwise(levels):
@@ -285,6 +286,19 @@ def _lattice(items: int, most: int, device: torch.device) -> list[list[torch.Ten
         before = [[index[s[:k] + s[k + 1 :]] for k in range(len(s))] for s in larger]
         draws.append([torch.tensor(table, device=device) for table in (rest, larger, before)])
     return draws
+
+
+def _in_chunks(
+    function: Callable[..., torch.Tensor], cost: int, *tensors: torch.Tensor
+) -> torch.Tensor:
+    """function(*tensors) of independent groups, in chunks; one group's graph holds `cost` numbers."""
+    groups = max(1, GRAPH_CHUNK // cost)
+    run = function
+    if torch.is_grad_enabled() and tensors[0].requires_grad and len(tensors[0]) > groups:
+        # the graph of a chunk is dropped, and built again for its gradient
+        run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    parts = zip(*(tensor.split(groups) for tensor in tensors), strict=True)
+    return torch.cat([run(*part) for part in parts])
 
 
 def _by_member(values_CM: torch.Tensor) -> torch.Tensor:

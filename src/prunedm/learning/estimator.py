@@ -1,6 +1,6 @@
-"""How the logits learn: an estimator turns one step's trial into a loss whose gradient it wants.
+"""How the logits learn: an estimator turns the trial of one step into a loss and its gradient.
 
-To add one: a file with a `Method`, and a line in `tables.ESTIMATORS`.
+To add one, write a file with a `Method` and add a line to `tables.ESTIMATORS`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,15 +19,15 @@ ByLayer = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """What can be asked in one step. All masks that a step compares meet the same problems: the same
-    images, noise and timesteps (common random numbers).
+    """What an estimator can evaluate in one step. All masks of a step are compared on the same images,
+    noise and timesteps (common random numbers).
 
     run: the loss of the network with these weights by layer, a scalar.
-    first_loss: the loss of the masks that learning began with.
-    weights: those that the masks fall on.
+    first_loss: the loss of the masks at the start of learning.
+    weights: the masked layers' weights, without masks.
     progress: 0 at the first step, 1 at the last.
-    generator: on the logits' device; all draws of the step come from it.
-    keep_magnitude: what the loss is lowered by for the share of squared magnitude that masks keep.
+    generator: on the logits' device; the source of all draws of the step.
+    keep_magnitude: factor of the reward for the share of squared magnitude that masks keep.
     """
 
     run: Callable[[ByLayer], torch.Tensor]
@@ -38,15 +38,15 @@ class Trial:
     keep_magnitude: float = 0.0
 
     def loss(self, masks: ByLayer) -> torch.Tensor:
-        """Of masks by layer, hard or soft; differentiable in the masks and in trained weights."""
+        """The loss under these masks, hard or soft; differentiable in masks and trained weights."""
         return self.loss_of(self.masked(masks))
 
     def masked(self, masks: ByLayer) -> ByLayer:
-        """The weights of these layers under their masks."""
+        """The layers' weights times their masks."""
         return {name: self.weights[name] * mask for name, mask in masks.items()}
 
     def loss_of(self, masked: ByLayer) -> torch.Tensor:
-        """As `loss`, of weights that are masked already."""
+        """As `loss`, for weights that are already masked."""
         loss = self.run(masked)
         if self.keep_magnitude:
             kept = sum(weight.square().sum() for weight in masked.values())
@@ -56,21 +56,21 @@ class Trial:
 
 
 class Estimator(nn.Module, ABC):
-    """Its buffers (moving averages) are part of a checkpoint."""
+    """Turns a trial into a loss; its buffers (moving averages) are part of a checkpoint."""
 
     optimizer: ClassVar[Literal["adam", "sgd"]] = "adam"
 
     @abstractmethod
     def forward(self, logits: MaskLogits, trial: Trial) -> torch.Tensor:
-        """A scalar with the value of a loss and the gradient that the logits shall follow."""
+        """A scalar with the value of the loss and the gradient that the logits should follow."""
 
     def after_step(self, logits: MaskLogits, weights: ByLayer) -> None:
-        """Set logits that are not learned, but follow from the weights that were trained."""
+        """Set logits that are not learned but follow from the trained weights."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """An estimator by its options, and its usual learning rate and lead of the first masks."""
+    """A factory of estimators, and their default learning rate and lead of the first masks."""
 
     make: Callable[[LearnOptions], Estimator]
     lr: float
@@ -78,5 +78,5 @@ class Method:
 
 
 def uniforms(logits: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
-    """Numbers in [0, 1), one a logit."""
+    """One number in [0, 1) per logit."""
     return [torch.rand(x.shape, generator=generator, device=x.device) for x in logits]

@@ -1,6 +1,6 @@
-"""Masks inside layers: for scripts that hold a model and train it by their own loop.
+"""Masks inside layers, for scripts that train a model in their own loop.
 
-`wrap_model_with_maskpro` puts a `MaskProLayer` around each layer, `unwrap_model` takes it off again.
+`wrap_model_with_maskpro` puts a `MaskProLayer` around each layer; `unwrap_model` removes it.
 The stages and the MaskPro trainer mask from outside (`learning.learner`) and change no module.
 """
 
@@ -17,8 +17,8 @@ from prunedm.learning.distribution import ConditionalBernoulli
 from prunedm.learning.logits import MaskLogits
 from prunedm.learning.relaxation import relaxed
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.layer_kinds import NAMES, find_kind, oriented, weight_of
-from prunedm.networks.layers import from_groups, prunable_layers, why_not_nm
+from prunedm.networks.layer_kinds import NAMES, find_kind, from_matrix, oriented, weight_of
+from prunedm.networks.layers import prunable_layers, why_not_nm
 from prunedm.removal.nm import eligible_layers, nm_mask
 
 
@@ -28,8 +28,8 @@ class MaskProLayer(nn.Module):
     In training mode every call draws a soft mask at `temperature`, whose gradient reaches the logits.
     In evaluation mode the mask is the most probable one. `set_mask` fixes a mask for both modes.
 
-    Draws follow PyTorch's global generator, as dropout does: gradient checkpointing sets it back when
-    it calls a layer again, and so meets the same mask.
+    Draws use PyTorch's global generator, as dropout does: gradient checkpointing restores it when it
+    calls a layer again, and so gets the same mask.
     """
 
     fixed_mask: torch.Tensor | None
@@ -45,7 +45,7 @@ class MaskProLayer(nn.Module):
     ) -> None:
         """The first mask keeps the N largest |weight| of a group; their logits lead by `lead`.
 
-        Raises `UserError` unless 0 < N < M and the layer's input channels fall into groups of M.
+        Raises `UserError` unless 0 < N < M and M divides the layer's input channels.
         """
         super().__init__()
         pattern = Pattern(n, m)
@@ -63,7 +63,7 @@ class MaskProLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The original layer's, without the mask."""
+        """The original layer's weight, unmasked."""
         return self.original_layer.get_parameter("weight")
 
     @property
@@ -79,13 +79,13 @@ class MaskProLayer(nn.Module):
 
     @torch.no_grad()
     def get_mask(self) -> torch.Tensor:
-        """The hard mask, boolean, as [O, I, *taps]: the fixed one, or the most probable."""
+        """The hard mask, boolean, as [O, I, *taps]: the fixed or the most probable one."""
         if self.fixed_mask is not None:
             return self.fixed_mask
         return self._of_weight(ConditionalBernoulli(self.mask_logits, self.n).mode())
 
     def set_mask(self, mask: torch.Tensor | None) -> None:
-        """Fix the mask; None goes back to the logits. It need not be N:M, nor leave anything out.
+        """Fix the mask, which need not be N:M; None returns to the logits.
 
         Raises `UserError` where its shape is not the weight's, as [O, I, *taps].
         """
@@ -111,8 +111,8 @@ class MaskProLayer(nn.Module):
         return self._of_weight(relaxed(logits_GM, self.pattern, self.temperature, generator))
 
     def _of_weight(self, values_GM: torch.Tensor) -> torch.Tensor:
-        # contiguous, or the product takes the mask's memory format, and a convolution other bits
-        return from_groups(values_GM, self.weight_oriented.shape).contiguous()
+        # contiguous: else the product has the mask's memory format, and a convolution other last bits
+        return from_matrix(values_GM, self.weight_oriented.shape).contiguous()
 
 
 def wrap_model_with_maskpro(
@@ -128,8 +128,8 @@ def wrap_model_with_maskpro(
     """Replace layers by `MaskProLayer`s, in place; returns the model.
 
     `target_layers`: prefixes of module names, or regular expressions found in them; None is all.
-    Protected layers and those whose channels do not fall into groups of M stay as they are
-    (`check_nm_compatibility` names the latter). `maskpro_layers` finds what was wrapped. Raises
+    Protected layers and those whose input channels are not a multiple of M stay as they are
+    (`check_nm_compatibility` names the latter). `maskpro_layers` finds the wrapped ones. Raises
     `UserError` where a target matches nothing, or no layer is left to wrap.
     """
     pattern = Pattern(n, m)
@@ -153,8 +153,8 @@ def wrap_model_with_maskpro(
 def unwrap_model(model: nn.Module, *, apply_masks: bool = True) -> Masks:
     """Put the original layers back, the same objects; returns the hard masks by layer name.
 
-    `apply_masks` zeroes the weights they leave out; without it every bit is as if the model had
-    never been wrapped. Masks that do not hold their N:M (fixed ones may not) count as unstructured.
+    `apply_masks` zeroes the removed weights; without it every bit is as if the model had never been
+    wrapped. Fixed masks that violate their N:M count as unstructured.
     """
     layers = maskpro_layers(model)
     masks = Masks(
@@ -169,19 +169,19 @@ def unwrap_model(model: nn.Module, *, apply_masks: bool = True) -> Masks:
 
 
 def maskpro_layers(model: nn.Module) -> dict[str, MaskProLayer]:
-    """The wrapped layers of a model by name."""
+    """The wrapped layers of a model, by name."""
     return {name: x for name, x in model.named_modules() if isinstance(x, MaskProLayer)}
 
 
 def separate_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """All parameters of a model: those it had, and the logits of its masks."""
+    """The parameters of a model: its own, and the logits of its masks."""
     logits = [layer.mask_logits for layer in maskpro_layers(model).values()]
     known = {id(parameter) for parameter in logits}
     return [p for p in model.parameters() if id(p) not in known], logits
 
 
 def why_not_wrapped(layer: nn.Module, m: int) -> str | None:
-    """None where a layer can be wrapped, else the reason."""
+    """None where a layer can be wrapped, else the reason why not."""
     if find_kind(layer) is None:
         return f"it is not a {NAMES}"
     if "weight" not in dict(layer.named_parameters(recurse=False)):
@@ -190,7 +190,7 @@ def why_not_wrapped(layer: nn.Module, m: int) -> str | None:
 
 
 def _replace(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
-    """Everywhere: a module may be registered under two names, as in diffusers' downsamplers."""
+    """Replace every registration: a module may have two names, as in diffusers' downsamplers."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new:

@@ -1,4 +1,4 @@
-"""One step of mask learning: problems in, a loss out whose gradient the logits follow."""
+"""One step of mask learning: from problems to a loss whose gradient the logits follow."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,16 +12,16 @@ from prunedm.learning.memo import Memo
 from prunedm.networks.layer_kinds import oriented, weight_of
 from prunedm.task import Batch
 
-Wanted = Callable[[Batch], torch.Tensor]  # what the output shall be, NCHW
+Wanted = Callable[[Batch], torch.Tensor]  # the wanted output, NCHW
 
 
 class Learner(nn.Module):
-    """What is trained: logits, the estimator's averages, and with `train_weights` the denoiser.
+    """The trained module: logits, the estimator's averages, and with `train_weights` the denoiser.
 
-    A frozen denoiser is no part of the module: it is neither copied, nor saved in checkpoints, nor
-    set to training mode.
-    wanted: the target of the output, besides the data's own.
-    share: of that target in the loss; the rest is the data's.
+    A frozen denoiser is not registered in it: it is not copied, saved in checkpoints, or set to
+    training mode.
+    wanted: distillation target. share: its weight in the loss; the data loss gets 1 - share.
+    mask_loss_weight: factor of the logits' gradient. first_losses: cache of the first masks' losses.
     """
 
     def __init__(
@@ -30,43 +30,48 @@ class Learner(nn.Module):
         logits: MaskLogits,
         estimator: Estimator,
         *,
-        wanted: Wanted,
-        share: float,
+        wanted: Wanted | None = None,
+        share: float = 0.0,
         train_weights: bool = False,
         mask_loss_weight: float = 1.0,
         keep_magnitude: float = 0.0,
-        first_losses: Memo,
+        first_losses: Memo | None = None,
     ) -> None:
         super().__init__()
         self.logits, self.estimator = logits, estimator
         self.wanted, self.share, self.keep_magnitude = wanted, share, keep_magnitude
-        self.first_losses = first_losses
+        self.first_losses = first_losses or Memo(0)
         if train_weights:
             self.denoiser = denoiser
-        self._network = [denoiser]  # in a list: not registered
+        self._network = [denoiser]  # in a list, so that it is not registered
         for parameter in logits.parameters():
             parameter.register_hook(lambda gradient: gradient * mask_loss_weight)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """Those that the masks fall on, as [O, I, *taps]."""
+        """The masked weights, without masks, as [O, I, *taps]."""
         network = self._network[0]
         return {name: weight_of(network.get_submodule(name)) for name in self.logits.shapes}
 
     def forward(self, batch: Batch, progress: float, generator: torch.Generator) -> torch.Tensor:
-        """The estimator's loss on these problems; `progress` and `generator` are those of `Trial`.
+        """The estimator's loss on these problems; `progress` and `generator` as in `Trial`.
 
-        The network runs under the autocast that the caller has on, the estimator in full precision.
+        The network runs under the caller's autocast, the estimator in full precision.
         """
-        device = self.logits.device.type
+        network, device = self._network[0], self.logits.device.type
         autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         )
-        target, dense = self.wanted(batch) if self.share else None, self.weights
+        target = self.wanted(batch) if self.wanted and self.share else None
+        dense = self.weights
 
         def losses(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
             with autocast:
-                output = self._output(weights, batch)
+                masked = {
+                    f"{name}.weight": oriented(network.get_submodule(name), weight)
+                    for name, weight in weights.items()
+                }
+                output = answer(network, batch.inputs, weights=masked)
             data = batch.losses(output) if self.share < 1 else 0.0
             if target is None:
                 return torch.as_tensor(data)
@@ -84,14 +89,6 @@ class Learner(nn.Module):
             generator=generator,
             keep_magnitude=self.keep_magnitude * (1 - progress),
         )
-        with torch.autocast(device, enabled=False):  # logits want all digits
+        with torch.autocast(device, enabled=False):  # logits need full precision
             loss: torch.Tensor = self.estimator(self.logits, trial)
         return loss
-
-    def _output(self, weights: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        network = self._network[0]
-        masked = {
-            f"{name}.weight": oriented(network.get_submodule(name), weight)
-            for name, weight in weights.items()
-        }
-        return answer(network, batch.inputs, weights=masked)

@@ -1,4 +1,4 @@
-"""What is learned: one logit a weight over the N:M groups of many layers."""
+"""The learned parameters: one logit per weight, in the N:M groups of all layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,14 +7,15 @@ from torch import nn
 
 from prunedm.learning.distribution import DISTRIBUTIONS, Distribution
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.layers import from_groups, to_groups
+from prunedm.networks.layer_kinds import from_matrix
+from prunedm.networks.layers import to_groups
 
 
 class MaskLogits(nn.Module):
-    """Logits of all layers, one (G, M) parameter for each pattern among them.
+    """Logits of all layers, one (G, M) parameter per pattern.
 
-    The mode of the logits is `first` to begin with: its weights lead by `lead`, and the score, as
-    its share of the group, breaks ties.
+    Their initial mode is `first`: its kept weights lead by `lead`, and the scores, as shares of
+    their group, break ties.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class MaskLogits(nn.Module):
 
     @property
     def patterns(self) -> list[Pattern]:
-        """Of each parameter in `groups`."""
+        """The pattern of each parameter in `groups`."""
         return list(self.names)
 
     @property
@@ -42,16 +43,16 @@ class MaskLogits(nn.Module):
         return self.groups[0].device
 
     def distributions(self, family: str) -> list[Distribution]:
-        """One a parameter in `groups`."""
+        """One per parameter in `groups`."""
         pairs = zip(self.groups, self.patterns, strict=True)
         return [DISTRIBUTIONS[family](logits, pattern.n) for logits, pattern in pairs]
 
     def by_layer(
         self, groups: Sequence[torch.Tensor], wanted: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Values of groups, one (G, M) tensor a pattern, as tensors of the weights' shapes.
+        """Convert one (G, M) tensor per pattern to tensors in the weights' shapes.
 
-        Of all layers, or of those `wanted`.
+        For all layers, or those in `wanted`.
         """
         chosen = set(self.shapes if wanted is None else wanted)
         found = {}
@@ -59,11 +60,11 @@ class MaskLogits(nn.Module):
             sizes = [self.shapes[name].numel() // pattern.m for name in names]
             for name, part in zip(names, values_GM.split(sizes), strict=True):
                 if name in chosen:
-                    found[name] = from_groups(part, self.shapes[name])
+                    found[name] = from_matrix(part, self.shapes[name])
         return {name: found[name] for name in self.shapes if name in chosen}
 
     def layers_of(self, groups: Sequence[torch.Tensor]) -> list[str]:
-        """The layers that have any of these groups, given by their numbers, a tensor a pattern."""
+        """The layers with any of these groups, given by index, one tensor per pattern."""
         found = []
         for index_B, (pattern, names) in zip(groups, self.names.items(), strict=True):
             sizes = torch.tensor([self.shapes[name].numel() // pattern.m for name in names])
@@ -80,14 +81,13 @@ class MaskLogits(nn.Module):
 
     @torch.no_grad()
     def mode(self) -> Masks:
-        """The most probable masks: in each group the N largest logits."""
+        """The most probable masks: the N largest logits of each group."""
         modes = [distribution.mode() for distribution in self.distributions(_ANY)]
         return Masks(self.by_layer(modes), self.first.patterns)
 
     @torch.no_grad()
     def observe(self, family: str) -> dict[str, float]:
-        """Mean entropy of a group in nats, and the shares of groups that differ from the first masks,
-        and that keep exactly N."""
+        """Mean entropy of a group in nats; shares of groups that changed, and that keep exactly N."""
         entropies = [d.entropy() for d in self.distributions(family)]
         mode = self.mode()
         return {
@@ -101,7 +101,7 @@ _ANY = "conditional-bernoulli"  # all families have the same mode
 
 
 def groups_changed(before: Masks, after: Masks) -> float:
-    """Share of N:M groups in which the kept weights differ."""
+    """Share of N:M groups that keep other weights."""
     changed = []
     for name, mask in before:
         m = before.patterns[name].m
@@ -111,7 +111,7 @@ def groups_changed(before: Masks, after: Masks) -> float:
 
 
 def _lead(mask: torch.Tensor, score: torch.Tensor, m: int, lead: float) -> torch.Tensor:
-    """The share counts for less than `lead`, or it would overrule a mask that another score made."""
+    """First logits. Scores stay below `lead`, or they would overrule a mask by another score."""
     score_GM = to_groups(score.to(mask.device).float().abs(), m)
     share_GM = score_GM / score_GM.sum(1, keepdim=True).clamp_min(1e-12)
     return (lead * to_groups(mask, m).float() + min(1.0, 0.99 * lead) * share_GM).contiguous()

@@ -1,4 +1,4 @@
-"""Values of single problems that are computed once: dense outputs, losses of the first masks."""
+"""Cache of values per problem: dense outputs, losses of the first masks."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from prunedm.task import Batch
 
 
 class Memo:
-    """Rows by problem number, while they fit into `memory` bytes; others are computed again."""
+    """Rows by problem number, as many as fit into `memory` bytes; others are computed again."""
 
     def __init__(self, memory: int) -> None:
         self.free = memory
@@ -16,7 +16,7 @@ class Memo:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
-        """`compute(batch)`, of shape (N, ...), or the same from memory."""
+        """`compute(batch)`, shape (N, ...), from memory where all rows are known."""
         if batch.numbers and all(number in self._rows for number in batch.numbers):
             return torch.stack([self._rows[number] for number in batch.numbers])
         values = compute(batch).detach()

@@ -1,6 +1,6 @@
-"""Policy gradients (Williams 1992) for masks: they need values of the loss and no gradient of it.
+"""Policy gradients (Williams 1992) for masks: they need only values of the loss.
 
-So they serve losses that have none: FID, quantised or compiled models, human scores.
+This allows losses without a gradient: FID, quantised or compiled models, human scores.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Groups = list[torch.Tensor]  # one tensor a pattern
 
 
 class ClassicPolicyGradient(Estimator):
-    """MaskPro's rule (2025): one mask a step, its residual against the first mask, a moving tracker.
+    """MaskPro's rule (2025): one mask per step, its residual to the first mask, a moving average.
 
     l <- l - lr (r - delta) d log P(mask) / d l,  r = f(mask) - f(mask_0),  delta <- 0.99 delta + 0.01 r.
     """
@@ -42,12 +42,12 @@ class ClassicPolicyGradient(Estimator):
 
 
 class PolicyGradient(Estimator):
-    """Several masks a step, compared with each other; one block of groups explored at a time.
+    """Several masks per step, compared with each other, in one block of groups at a time.
 
-    Draws come in antithetic pairs (u, 1 - u). A draw's advantage is its loss less the mean loss of
-    the other pairs (leave one out; a draw's own partner is not independent of it), divided by a
-    running standard deviation, so that a learning rate means logits. Groups outside the block stay
-    at their mode: their draws would only be noise to this block's.
+    Draws come in antithetic pairs (u, 1 - u). The advantage of a draw is its loss minus the mean loss
+    of the other pairs (leave-one-out; its own partner is not independent), divided by a running
+    standard deviation, so that the learning rate is in units of logits. Groups outside the block stay
+    at their mode: their draws would only add noise.
     """
 
     optimizer = "sgd"
@@ -95,15 +95,17 @@ class PolicyGradient(Estimator):
         return with_gradients(losses_K.mean(), inside, gradients)
 
     def _scale(self, losses_K: torch.Tensor) -> torch.Tensor:
-        """Running standard deviation of the losses of a step's draws; the first step's is its own."""
+        """Running standard deviation of a step's losses; the first step uses its own."""
         now = losses_K.var()
-        before = torch.where(self.variance == 0, now, self.variance)  # earlier steps': no bias
+        before = torch.where(
+            self.variance == 0, now, self.variance
+        )  # of earlier steps only, so no bias
         self.variance.copy_(before.lerp(now, 1 - self.decay))
         return before.sqrt().clamp_min(torch.finfo(now.dtype).tiny)
 
 
 def leave_pair_out(losses_K: torch.Tensor) -> torch.Tensor:
-    """Each loss less the mean of the pairs that it is not part of: (K,), pairs being neighbours."""
+    """Each loss minus the mean loss of the other pairs, (K,); pairs are neighbours."""
     pairs = len(losses_K) // 2
     sums_P = losses_K.reshape(pairs, 2).sum(1)
     others_P = (sums_P.sum() - sums_P) / (2 * (pairs - 1))
@@ -113,10 +115,10 @@ def leave_pair_out(losses_K: torch.Tensor) -> torch.Tensor:
 def with_gradients(
     value: torch.Tensor, logits: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """A scalar of this value, whose backward pass gives the logits these gradients."""
+    """A scalar with this value whose backward pass gives the logits these gradients."""
     pairs = zip(logits, gradients, strict=True)
     slope = torch.stack([(l_GM * g_GM).sum() for l_GM, g_GM in pairs]).sum()
-    return value + (slope - slope.detach())  # zero to the bit, however steep
+    return value + (slope - slope.detach())  # adds exactly zero
 
 
 def _weighted_scores(
@@ -130,7 +132,7 @@ def _weighted_scores(
 
 
 def _block(groups: int, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Indices of neighbouring groups, the first after the last: each is as likely to be inside."""
+    """Indices of consecutive groups, cyclic, so that each group is equally likely to be inside."""
     size, device = max(1, round(share * groups)), generator.device
     start = torch.randint(groups, (), generator=generator, device=device)
     return (start + torch.arange(size, device=device)) % groups

@@ -1,4 +1,4 @@
-"""How sparse a model is, wrapped or not, in the words that old MaskPro scripts read."""
+"""The sparsity of a model, wrapped or not, under the names that old MaskPro scripts read."""
 
 from collections.abc import Mapping
 from typing import TypedDict
@@ -19,7 +19,7 @@ from prunedm.removal.nm import exact_pattern
 
 
 class LayerSparsity(TypedDict):
-    """Of one layer's weight; n, m and nm_compliance are None where it is neither wrapped nor N:M."""
+    """One layer; n, m and nm_compliance are None where it is neither wrapped nor N:M."""
 
     shape: tuple[int, ...]
     sparsity: float
@@ -32,7 +32,7 @@ class OverallSparsity(TypedDict):
     """overall_sparsity = masked_parameters / total_parameters, of the whole model without logits.
 
     masked_parameters: weights of layers that are masked or zero.
-    nm_compliance: share of groups with exactly N kept, over the N:M layers; 0 where there are none.
+    nm_compliance: share of groups with exactly N kept over all N:M layers; 0 without any.
     """
 
     overall_sparsity: float
@@ -50,10 +50,10 @@ class SparsitySummary(TypedDict):
 
 @torch.no_grad()
 def get_model_sparsity_summary(model: nn.Module, masks: Masks | None = None) -> SparsitySummary:
-    """Every Conv2d and Linear layer: weights that its mask removes, or that are zero.
+    """Weights of every layer that its mask removes or that are zero.
 
-    The mask is the one of `masks`, or the hard one of a wrapped layer. A layer without one is N:M
-    where its zeros are, in every group, for an M up to 16.
+    The mask comes from `masks` or from the wrapped layer. A layer without one counts as N:M where
+    its zeros form an N:M pattern with M up to 16.
     """
     wrapped = maskpro_layers(model)
     found = prunable_layers(model, protect=wrapped) | wrapped
@@ -82,7 +82,7 @@ def get_model_sparsity_summary(model: nn.Module, masks: Masks | None = None) -> 
 
 
 def _layer_masks(layers: Mapping[str, nn.Module], known: Masks) -> Masks:
-    """Masks with their patterns: the known ones, those of wrapped layers, or where weights are not 0."""
+    """Masks with patterns: the known ones, those of wrapped layers, or where weights are not zero."""
     by_layer: dict[str, torch.Tensor] = {}
     patterns: dict[str, Pattern | None] = {}
     for name, layer in layers.items():
@@ -101,7 +101,7 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 
 
 def check_nm_compatibility(model: nn.Module, n: int, m: int) -> dict[str, str]:
-    """Which layers of a model (or the layer itself, "") cannot be N:M, and why; {} if all can.
+    """The layers of a model (or the layer itself, "") that cannot be N:M, and why; {} if all can.
 
     Raises `UserError` unless 0 < N < M.
     """

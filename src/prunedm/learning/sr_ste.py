@@ -7,9 +7,9 @@ from prunedm.learning.logits import MaskLogits
 
 
 class SrSte(Estimator):
-    """Removed weights are trained as if they were there, and decay: g + `decay` * (1 - m) * w.
+    """Removed weights get the dense gradient and decay: g + `decay` * (1 - m) * w.
 
-    It wants weights that are trained. There is nothing to learn about logits: they are |w|.
+    Requires trained weights. The logits are not learned: they are |w|.
     """
 
     def __init__(self, decay: float = 2e-4) -> None:
@@ -23,7 +23,7 @@ class SrSte(Estimator):
             removed = trial.weights[name] * ~mask
             masked[name] = trial.weights[name] - removed.detach()  # forward w m, backward 1
             decayed = decayed + removed.square().sum()
-        # several processes wait for a gradient of every parameter
+        # with several processes, every parameter needs a gradient
         nothing = torch.stack([0 * l_GM.sum() for l_GM in logits.groups]).sum()
         return trial.run(masked) + self.decay / 2 * (decayed - decayed.detach()) + nothing
 

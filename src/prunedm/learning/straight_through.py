@@ -7,7 +7,7 @@ from prunedm.learning.logits import MaskLogits
 
 
 class StraightThrough(Estimator):
-    """The network sees a sample; backward, the sample counts as its inclusion probability."""
+    """Forward, the network uses a sample; backward, its inclusion probabilities."""
 
     def __init__(self, family: str = "conditional-bernoulli") -> None:
         super().__init__()

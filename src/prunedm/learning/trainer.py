@@ -1,4 +1,4 @@
-"""Mask learning: the logits are trained by an estimator, and with them, if wanted, the weights."""
+"""Mask learning: an estimator trains the logits, and optionally the weights with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from prunedm.learning.memo import Memo
 from prunedm.masks import Masks
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
-from prunedm.randomness import seed_for
+from prunedm.randomness import generator_for
 from prunedm.task import Batch, Task
 from prunedm.training.checkpoint import History, load_parameters
 from prunedm.training.loop import fit
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Learned:
-    """The masks that are kept and those of the last step, the logits, and how they were found."""
+    """The chosen masks and those of the last step, the chosen logits, and the training history."""
 
     masks: Masks
     last: Masks
@@ -50,12 +50,12 @@ def learn_masks(
     hard_loss: Callable[[Masks], float],
     pictures: Callable[[Masks], dict[str, np.ndarray]] = lambda masks: {},
 ) -> Learned:
-    """Train `logits` so that `denoiser` under their masks loses little.
+    """Train `logits` to minimise the loss of `denoiser` under their masks.
 
-    teacher: whose output the target is; None is the unmasked denoiser itself, which must then be
-    frozen. hard_loss: of the denoiser under these masks; it is what is reported, since the loss of
-    soft masks flatters. pictures: of the denoiser under these masks, for trackers. A frozen denoiser
-    is left as it was; a trained one keeps its new weights, unmasked.
+    teacher: the network whose output is the target; None takes the unmasked denoiser, which must
+    then be frozen. hard_loss: the loss of the denoiser under hard masks, which is reported since
+    soft masks have a lower loss. pictures: its samples under hard masks, for trackers. A frozen
+    denoiser is unchanged afterwards; a trained one keeps its new weights, unmasked.
     """
     assert teacher is not None or not options.train_weights
     best = resume / "best.safetensors"
@@ -88,7 +88,7 @@ def learn_masks(
 
 
 def shown(logits: MaskLogits, pictures: Callable[[Masks], dict[str, np.ndarray]]) -> Shown:
-    """What trackers see: the hard masks' sparsity and pictures, and how the logits are distributed."""
+    """For trackers: sparsity and pictures of the hard masks, and the distribution of the logits."""
     masks = logits.mode()
     found = distribution("logits", torch.cat([group.flatten() for group in logits.groups]))
     sparsity = {"sparsity": 1 - masks.kept / masks.total}
@@ -103,10 +103,9 @@ def learning_objective(
     options: LearnOptions,
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """The loss of one step; every process and step draws masks of its own."""
+    """The loss of one step; every process and step draws its own masks."""
     draw = step * accelerator.num_processes + accelerator.process_index
-    generator = torch.Generator(accelerator.device)
-    generator.manual_seed(seed_for(options.seed, "masks", draw))
+    generator = generator_for(options.seed, "masks", draw, accelerator.device)
     loss: torch.Tensor = module(batch, step / max(1, options.steps - 1), generator)
     return loss
 
@@ -119,7 +118,7 @@ def make_learner(
     teacher: nn.Module | None,
     device: torch.device,
 ) -> Learner:
-    """The module that is trained, on its device."""
+    """The module to train, on `device`."""
     denoiser.to(device).requires_grad_(options.train_weights)
     teacher = denoiser if teacher is None else teacher.to(device).eval().requires_grad_(False)
     if not options.train_weights:
@@ -140,7 +139,7 @@ def make_learner(
 
 
 def make_optimizer(learner: Learner, options: LearnOptions) -> torch.optim.Optimizer:
-    """One learning rate for logits, one for weights, which AdamW trains."""
+    """One learning rate for the logits, another for weights trained by AdamW."""
     assert options.lr is not None
     plain = learner.estimator.optimizer == "sgd"
     logits = list(learner.logits.parameters())
@@ -152,7 +151,7 @@ def make_optimizer(learner: Learner, options: LearnOptions) -> torch.optim.Optim
 
 
 class PlainOrAdamW(torch.optim.AdamW):
-    """AdamW, but gradient descent without state for parameter groups that are `plain`."""
+    """AdamW, with stateless gradient descent for parameter groups marked `plain`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,1 +1,1 @@
-"""MaskPro's Python interface, for those who drive the steps themselves; the stages do the same whole."""
+"""MaskPro's Python interface, for scripts with their own loop; the stages do the same as commands."""

@@ -1,4 +1,4 @@
-"""What the MaskPro trainer is fed: epochs of denoising problems, or problems made of clean images."""
+"""Batches for the MaskPro trainer: epochs of denoising problems, or problems from clean images."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from prunedm.task.denoising import Denoising
 
 
 class Epochs:
-    """Batches of one pass over the images; every `iter` begins the next pass, in another order."""
+    """Batches of one pass over the images; each `iter` starts the next pass, in another order."""
 
     def __init__(self, problems: Denoising, batch_size: int) -> None:
         self.problems, self.batch_size, self.epoch = problems, batch_size, 0
@@ -31,7 +31,7 @@ class Epochs:
 def problems_of(images: Any, model: Model, generator: torch.Generator) -> Batch:
     """Noise and timesteps drawn for clean images, float NCHW in -1..1; `generator` is on the CPU.
 
-    Raises `UserError` for anything else, and where the model wants labels, which images have not.
+    Raises `UserError` for anything else, and where the model needs labels.
     """
     clean_NCHW = _checked(images, model).cpu()
     noise_NCHW = torch.randn(clean_NCHW.shape, generator=generator)

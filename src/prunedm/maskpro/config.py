@@ -1,4 +1,4 @@
-"""What the MaskPro trainer is told: typed, or from a YAML file or a mapping with the same names."""
+"""Options of the MaskPro trainer: typed, or from a YAML file or mapping with the same names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from prunedm.options import DataOptions
 
 
 class MaskProConfig(DataOptions):
-    """What `DiffusionMaskProTrainer` is told; a YAML file has the same names."""
+    """Options of `DiffusionMaskProTrainer`; a YAML file has the same names."""
 
     model: str = Field("digits", description="a model folder, a hub id, or digits")
     n: int = Field(2, ge=1, description="weights kept of every m")
@@ -44,14 +44,13 @@ class MaskProConfig(DataOptions):
 
     @property
     def first_lead(self) -> float:
-        """`lead`, or the estimator's own: weights that train under hard draws want them near."""
-        return (
-            {"relaxed": 1.0, "reinforce": 10.0}[self.estimator] if self.lead is None else self.lead
-        )
+        """`lead`, or the estimator's default: weights that train under hard draws need a large one."""
+        default = {"relaxed": 1.0, "reinforce": 10.0}[self.estimator]
+        return default if self.lead is None else self.lead
 
 
 def parsed_config(config: str | Path | Mapping[str, Any] | MaskProConfig) -> MaskProConfig:
-    """Raises `UserError` for unknown names, suggesting the nearest, and for values out of range."""
+    """The typed options. Raises `UserError` for unknown names and values out of range."""
     if isinstance(config, MaskProConfig):
         return config
     if isinstance(config, str | Path):

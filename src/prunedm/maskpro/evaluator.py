@@ -1,4 +1,4 @@
-"""The evaluator of old MaskPro scripts: a model and its baseline, one question a call."""
+"""The evaluator of old MaskPro scripts: a model and its baseline, one measurement per call."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +20,9 @@ from prunedm.stages.inputs import dense_source, device_for, reload
 
 
 class MaskProEvaluator:
-    """`load_models` first, then the others in any order; answers are plain dicts and arrays.
+    """Call `load_models` first, then the others in any order; results are plain dicts and arrays.
 
-    `prunedm evaluate` measures more, and writes it down.
+    `prunedm evaluate` measures more and writes reports.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MaskProEvaluator:
         device: str = "auto",
         progress: Progress | None = None,
     ) -> None:
-        """Folders, hub ids, or digits. Without a baseline it is the record's dense model, if any."""
+        """Folders, hub ids, or digits. The default baseline is the record's dense model, if any."""
         self.model_checkpoint, self.baseline_model = model_checkpoint, baseline_model
         self.device = device_for(device)
         self._progress = progress or Silent()
@@ -50,13 +50,13 @@ class MaskProEvaluator:
 
     @property
     def baseline(self) -> Model | None:
-        """None where none was given, and no record names one or it is gone: see `missing`."""
+        """None where none was given and the record's is unknown or gone; `missing` says why."""
         return self._baseline if self.model is not None else None
 
     def load_models(self) -> None:
-        """Raises `UserError` where one that was given is no model, or the shapes differ.
+        """Raises `UserError` where a given path is not a model, or the shapes differ.
 
-        A dense model of the record that is gone or has changed is done without: `missing` says why.
+        Where the record's dense model is gone or has changed, there is no baseline: see `missing`.
         """
         model = load(self.model_checkpoint)
         baseline, self.missing = self._find_baseline(model)
@@ -70,7 +70,7 @@ class MaskProEvaluator:
         self._model, self._baseline = model, baseline
 
     def analyze_sparsity(self) -> dict[str, Any]:
-        """Shares of zeros in all and by layer, N:M compliance, and sizes beside the baseline's.
+        """Shares of zeros overall and by layer, N:M compliance, and sizes compared to the baseline.
 
         `sparsity` is 1 - non-zeros / parameters of the model itself; `compression` compares packed
         sizes: baseline over model.
@@ -109,7 +109,7 @@ class MaskProEvaluator:
     ) -> np.ndarray:
         """`n` images of the model or of the `baseline`, uint8 NHWC; both from the same noise.
 
-        They are those of `prunedm sample` with the same options.
+        The same images as `prunedm sample` draws with these options.
         """
         model = self._one(baseline)
         if n < 1:
@@ -133,9 +133,9 @@ class MaskProEvaluator:
         bf16: bool = False,
         compiled: bool = False,
     ) -> dict[str, Any]:
-        """Latency of one denoiser call by batch size, the baseline in turns with the model.
+        """Latency of one denoiser call by batch size, alternating with the baseline.
 
-        `speedup` (baseline over model) is by batch size too; `peak_memory_mb` is at the largest.
+        `speedup` (baseline over model) is also by batch size; `peak_memory_mb` is for the largest.
         """
         if not batch_sizes or min(batch_sizes) < 1 or repeats < 1:
             raise UserError(

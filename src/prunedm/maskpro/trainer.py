@@ -1,7 +1,7 @@
 """The trainer of old MaskPro scripts: weights and masks learn together, step by step from Python.
 
-`prunedm learn --train-weights` does the same in one go, with resume and several processes; here
-every step is a call, for scripts with a loop of their own.
+`prunedm learn --train-weights` does the same in one command, with resume and several processes; here
+every step is a call, for scripts with their own loop.
 """
 
 import math
@@ -20,7 +20,6 @@ from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
-from prunedm.learning.memo import Memo
 from prunedm.learning.policy_gradient import ClassicPolicyGradient
 from prunedm.learning.relaxation import RelaxedPatterns, temperature
 from prunedm.maskpro.batches import Epochs, problems_of
@@ -46,13 +45,13 @@ Made = TypeVar("Made")
 class DiffusionMaskProTrainer:
     """Two AdamW optimizers, one for weights and one for mask logits, on the denoising loss.
 
-    In this order: `load_model_and_scheduler`, `apply_maskpro_wrappers`, `setup_data_loaders`,
-    `setup_optimizers`; then `training_step` as often as wanted. What is asked for too early is a
-    `UserError` that names the call it lacks.
+    Call in this order: `load_model_and_scheduler`, `apply_maskpro_wrappers`, `setup_data_loaders`,
+    `setup_optimizers`; then `training_step` as often as wanted. A call out of order raises a
+    `UserError` that names the missing one.
 
-    With "relaxed", the masks are soft in training, and the loss's own gradient reaches the logits.
-    With "reinforce", they are hard, and the logits follow MaskPro's policy gradient: the loss less
-    that of the first masks, less a moving average of such differences. Both are those of `learn`.
+    With "relaxed", masks are soft in training, and the gradient of the loss reaches the logits. With
+    "reinforce", they are hard, and the logits follow MaskPro's policy gradient: the loss minus that
+    of the first masks, minus a moving average of this difference. Both estimators are those of `learn`.
     """
 
     def __init__(self, config: str | Path | Mapping[str, Any] | MaskProConfig) -> None:
@@ -72,7 +71,7 @@ class DiffusionMaskProTrainer:
 
     @property
     def model(self) -> nn.Module:
-        """The denoiser, without its masks: they are put on where it is trained, measured or saved."""
+        """The denoiser without masks: they are applied in training, validation and saving."""
         denoiser: nn.Module = self._source.denoiser
         return denoiser
 
@@ -83,7 +82,7 @@ class DiffusionMaskProTrainer:
 
     @property
     def learner(self) -> Learner:
-        """What is trained: the logits and the model under masks drawn from them."""
+        """The trained module: the logits, and the model under masks drawn from them."""
         return _made(self._learner, "apply_maskpro_wrappers")
 
     @property
@@ -97,16 +96,16 @@ class DiffusionMaskProTrainer:
 
     @property
     def optimizers(self) -> tuple[torch.optim.AdamW, torch.optim.AdamW]:
-        """Of the weights, of the logits."""
+        """The optimizers of the weights and of the logits."""
         return _made(self._optimizers, "setup_optimizers")
 
     @property
     def total_steps(self) -> int:
-        """Over which the temperature falls."""
+        """The number of steps over which the temperature falls."""
         return self.config.steps or self.config.epochs * len(self.train_loader)
 
     def load_model_and_scheduler(self) -> None:
-        """Also to start afresh. Raises `UserError` for a model whose weights are masked already."""
+        """Load, or start again. Raises `UserError` for a model that already has masks."""
         loaded = load(self.config.model)
         if loaded.masks is not None:
             raise UserError(f"{loaded.name} has masks already; give the model before masking")
@@ -114,9 +113,9 @@ class DiffusionMaskProTrainer:
         self._begin(loaded)
 
     def apply_maskpro_wrappers(self) -> None:
-        """Put masks of the largest weights on the target layers; no module of the model changes.
+        """Mask the target layers by their largest weights; no module of the model changes.
 
-        Raises `UserError` where they are on already, or no layer can take the pattern.
+        Raises `UserError` where they are masked already, or the pattern fits no layer.
         """
         config = self.config
         layers = prunable_layers(self.model, config.target_layers)
@@ -130,11 +129,8 @@ class DiffusionMaskProTrainer:
             RelaxedPatterns(config.temperature)
             if config.estimator == "relaxed"
             else ClassicPolicyGradient(decay=config.baseline_momentum),
-            wanted=lambda batch: batch.target,
-            share=0.0,
             train_weights=True,
             mask_loss_weight=config.mask_loss_weight,
-            first_losses=Memo(0),
         ).to(self.device)
 
     def setup_data_loaders(self) -> None:
@@ -155,9 +151,9 @@ class DiffusionMaskProTrainer:
     def training_step(self, batch: Batch | torch.Tensor) -> dict[str, float]:
         """One step of both optimizers, on problems, or on clean images NCHW in -1..1.
 
-        total_loss is the denoising loss under the drawn masks. Figures of masks are of the hard ones
-        after the step; grad_norm is that before clipping. Raises `UserError`, and no parameter has
-        changed, on a loss or gradient that is not finite.
+        total_loss is the denoising loss under the drawn masks. Figures of masks are those of the hard
+        masks after the step; grad_norm is taken before clipping. Raises `UserError` on a loss or
+        gradient that is not finite, without changing a parameter.
         """
         optimizers, learner, config = self.optimizers, self.learner, self.config
         if not isinstance(batch, Batch):
@@ -165,8 +161,7 @@ class DiffusionMaskProTrainer:
                 batch, self._source, generator_for(config.seed, "maskpro", self.steps)
             )
         progress = min(1.0, self.steps / max(1, self.total_steps - 1))
-        generator = torch.Generator(self.device)
-        generator.manual_seed(seed_for(config.seed, "masks", self.steps))
+        generator = generator_for(config.seed, "masks", self.steps, self.device)
         torch.manual_seed(seed_for(config.seed, "dropout", self.steps))
         averages = deepcopy(learner.estimator.state_dict())
         loss = learner.train()(batch.to(self.device), progress, generator)
@@ -187,7 +182,7 @@ class DiffusionMaskProTrainer:
         }
 
     def train(self) -> dict[str, float]:
-        """All steps that are left, each a `training_step`; the figures of `validate` then."""
+        """Take all remaining steps; returns the figures of `validate`."""
         while self.steps < self.total_steps:
             for batch in self.train_loader:
                 self.training_step(batch)
@@ -204,14 +199,14 @@ class DiffusionMaskProTrainer:
         return {"loss": found.mean, "loss_se": found.standard_error} | self._figures()
 
     def save(self, folder: str | Path) -> None:
-        """Write the model, its masks applied, as a folder that every stage takes; keep training.
+        """Write the model with its masks applied as a folder for any stage; training may continue.
 
-        Raises `UserError` where the folder holds anything.
+        Raises `UserError` where the folder is not empty.
         """
         folder, source = Path(folder), self._source
         masks = Masks({name: mask.cpu() for name, mask in self.masks}, self.masks.patterns)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is no empty folder; give another")
+            raise UserError(f"{folder} exists and is not an empty folder; give another")
         denoiser = deepcopy(source.denoiser).to("cpu").eval()
         masks.apply_(denoiser)
         inputs = {"model": source_of(source)}
@@ -228,7 +223,7 @@ class DiffusionMaskProTrainer:
         save(replace(source, denoiser=denoiser, masks=masks, record=record), folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an equal trainer needs to go on to the same bits, from the end of an epoch."""
+        """What an equal trainer needs to continue to the same bits, at the end of an epoch."""
         return {
             "learner": self.learner.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -250,7 +245,7 @@ class DiffusionMaskProTrainer:
         return _made(self._loaded, "load_model_and_scheduler")
 
     def _backward(self, loss: torch.Tensor) -> float:
-        """Gradients, clipped apart for weights and logits; their norm before."""
+        """Compute gradients, clipped separately for weights and logits; their norm before that."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()

@@ -1,1 +1,1 @@
-"""What stands in a model folder, read without trust: configurations, weights, the noise schedule."""
+"""Reading untrusted model folders: configurations, weights, the noise schedule."""

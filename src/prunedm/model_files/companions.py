@@ -1,6 +1,6 @@
-"""What a pipeline has besides the network that is pruned: carried along as it is, loaded where needed.
+"""A pipeline's components besides the pruned network: copied unchanged, loaded where needed.
 
-A companion is a component that model_index.json names: an autoencoder, text encoders, tokenizers,
+A companion is a component named in model_index.json: an autoencoder, text encoders, tokenizers,
 feature extractors, a safety checker, or a second denoiser.
 """
 
@@ -18,13 +18,13 @@ from prunedm.reading import check_regular
 from prunedm.tensor_cache import remembered, text_key, times_of
 
 AUTOENCODERS = ("vae", "vqvae")
-REMEMBERED = 1 << 28  # bytes, from which on a hash is kept with the size and times of its files
+REMEMBERED = 1 << 28  # bytes from which a hash is cached under the files' sizes and times
 
 
 class Companions:
-    """The components of a pipeline folder but the denoiser and the scheduler, by their names.
+    """The components of a pipeline folder, except the denoiser and the scheduler.
 
-    index: its model_index.json. Raises `UserError` where one that the index names is missing.
+    index: its model_index.json. Raises `UserError` where a component in the index is missing.
     """
 
     def __init__(self, folder: Path, index: Mapping[str, Any], denoiser: str) -> None:
@@ -39,18 +39,18 @@ class Companions:
 
     @property
     def autoencoder(self) -> str:
-        """The name of the one that makes latents, or ""."""
+        """The name of the autoencoder, or ""."""
         return next((name for name in AUTOENCODERS if name in self.names), "")
 
     def load_autoencoder(self) -> Any:
-        """Raises `UserError` where it is damaged, or its class is not one of diffusers."""
+        """Raises `UserError` where it is damaged, or its class is not in diffusers."""
         name, place = str(self.index[self.autoencoder][1]), self.folder / self.autoencoder
         cls = library_class(name, "diffusers", "ModelMixin")
         if cls is None:
             raise UserError(f"{place}: {name} is not an autoencoder of diffusers")
         try:
             return cls.from_pretrained(place, use_safetensors=True, local_files_only=True)
-        except Exception as error:  # diffusers raises whatever it likes
+        except Exception as error:  # diffusers raises many types
             raise UserError(f"cannot load {place}: {first_line(error)[:160]}") from error
 
     def key(self, *names: str) -> str:
@@ -62,14 +62,14 @@ class Companions:
         return sorted(path for path in (self.folder / name).rglob("*") if not path.is_dir())
 
     def carry(self, folder: Path) -> None:
-        """Put all of them into another folder: as links to the same content, or as copies."""
+        """Put all of them into another folder, as hard links or copies."""
         for name in self.names:
             for path in self.files(name):
                 _link(check_regular(path), folder / path.relative_to(self.folder))
 
 
 def components(index: Mapping[str, Any]) -> list[str]:
-    """Names of the components that a model_index.json says are there."""
+    """Names of the components present according to a model_index.json."""
     return [
         name
         for name, value in index.items()
@@ -78,9 +78,9 @@ def components(index: Mapping[str, Any]) -> list[str]:
 
 
 def hash_files(paths: list[Path], folder: Path, others: tuple[Path, ...] = ()) -> str:
-    """A hash of names and contents; of many bytes kept by the files' sizes and times.
+    """A hash of names and contents, cached by sizes and times where the files are large.
 
-    `others` lie outside of the folder, and count by their own names.
+    `others` are outside `folder`, and count under their own names.
     """
     named = [(str(path.relative_to(folder)), path) for path in paths]
     named += [(path.name, path) for path in others]
@@ -109,5 +109,5 @@ def _link(source: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), place)
-    except OSError:  # another disk, or a system without links
+    except OSError:  # another disk, or a system without hard links
         shutil.copy2(source, place)

@@ -1,7 +1,7 @@
-"""Configurations that others wrote, checked against the class's signature before anything is built.
+"""Configurations from others, checked against the class's signature before anything is built.
 
-Types come from the annotations of `__init__`, ranges from the tables below, and what still cannot be
-built or run is found out on torch's meta device, which holds shapes and no numbers.
+Types come from the annotations of `__init__` and ranges from the tables below. A network that still
+cannot be built or run is detected on torch's meta device, which has shapes without data.
 """
 
 import inspect
@@ -71,22 +71,26 @@ SCHEDULER_RANGES: Mapping[str, Range] = {
     "base_shift": (-10, 10),
     "max_shift": (-10, 10),
 }
-LONGEST = 100_000  # values in a list: betas, one a timestep
-MOST_LAYERS = 64  # blocks times layers of each
-_CLOSED = ("beta_schedule", "prediction_type", "timestep_spacing")  # choices that all classes share
+LONGEST = 100_000  # values in a list: betas, one per timestep
+MOST_LAYERS = 64  # blocks times layers per block
+_CLOSED = (
+    "beta_schedule",
+    "prediction_type",
+    "timestep_spacing",
+)  # choices with the same values in all classes
 
 
 def shown(value: object) -> str:
-    """A value as an error names it."""
+    """A value in error messages."""
     return shortened(repr(value), most=60)
 
 
 def check_config(
     config: Mapping[str, Any], cls: Any, where: object, ranges: Mapping[str, Range]
 ) -> None:
-    """Raise `UserError` naming the first value that is of another type, or out of its range.
+    """Raise `UserError` naming the first value of the wrong type or out of range.
 
-    Names that the class does not know are left alone, as diffusers leaves them.
+    Names that the class does not know are ignored, as in diffusers.
     """
     for name, annotation in _annotations(cls).items():
         if name not in config:
@@ -94,7 +98,7 @@ def check_config(
         value, default = config[name], inspect.signature(cls.__init__).parameters[name].default
         own = list(default) if isinstance(default, tuple) else default
         if type(value) is type(own) and value == own:
-            continue  # some of diffusers' own defaults are not of their annotated type
+            continue  # some defaults in diffusers contradict their annotation
         try:
             _adapter(cls, name).validate_json(json.dumps(value))
         except (ValidationError, TypeError, ValueError) as error:
@@ -106,14 +110,14 @@ def check_config(
 
 
 def class_name(config: Mapping[str, Any]) -> str:
-    """The class that a config.json of diffusers or of transformers names; "" for none."""
+    """The class named in a config.json of diffusers or transformers; "" for none."""
     named = config.get("_class_name") or config.get("architectures")
     name = named[0] if isinstance(named, list) and named else named
     return name if isinstance(name, str) else ""
 
 
 def network_class(name: str) -> Any:
-    """A network of diffusers, a narrowed one, or a causal language model of transformers, or None."""
+    """A network class of diffusers, narrowed or not, or of transformers; None for other names."""
     found = library_class(name.removeprefix(PREFIX), "diffusers", "ModelMixin")
     if found is None and "For" in name:
         return library_class(name, "transformers", "PreTrainedModel")
@@ -121,7 +125,7 @@ def network_class(name: str) -> Any:
 
 
 def library_class(name: str, library: str, base: str) -> Any:
-    """The class of this name in diffusers or transformers, of this base's kind; None for any other."""
+    """The class of this name in a library, if it derives from `base`; else None."""
     module = import_module(library)
     cls = getattr(module, name, None) if name.isidentifier() else None
     known = isinstance(cls, type) and name != base and issubclass(cls, getattr(module, base))
@@ -129,7 +133,7 @@ def library_class(name: str, library: str, base: str) -> Any:
 
 
 def read_network_config(folder: Path) -> dict[str, Any]:
-    """A network's config.json, its values checked. Raises `UserError`."""
+    """A network's config.json, checked. Raises `UserError` for unknown classes and bad values."""
     path = folder / "config.json"
     config = read_object(path)
     name = class_name(config)
@@ -139,24 +143,19 @@ def read_network_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds a {shown(name).strip(chr(39))}, which neither diffusers nor transformers "
             f"has; supported: their networks, by the class's name{nearest(name, list(ARCHITECTURES))}"
         )
-    if not hasattr(cls, "from_config"):  # of transformers, which checks its own configurations
+    if not hasattr(cls, "from_config"):  # transformers checks its own configurations
         return config
-    check_network_config(config, cls, path)
+    if issubclass(cls, UNet2DModel):
+        check_unet_config(config, path)
+    else:
+        check_config(config, getattr(cls, "dense_class", cls), path, NETWORK_RANGES)
     known = inspect.signature(cls.__init__).parameters
-    # an EMA's config also has its decay, of which diffusers would complain at every step
+    # an EMA's config also has its decay, about which diffusers would warn at every load
     return {n: value for n, value in config.items() if n in known or n.startswith("_")}
 
 
-def check_network_config(config: Mapping[str, Any], cls: Any, where: object) -> None:
-    """Raise `UserError` for values of another type, or out of range, or that make no network."""
-    if issubclass(cls, UNet2DModel):
-        check_unet_config(config, where)
-    else:
-        check_config(config, getattr(cls, "dense_class", cls), where, NETWORK_RANGES)
-
-
 def build(config: Mapping[str, Any]) -> Any:
-    """The network of a checked config, with weights of its own."""
+    """The network of a checked config, with initial weights."""
     cls = network_class(class_name(config))
     if hasattr(cls, "from_config"):
         return cls.from_config(dict(config))
@@ -164,7 +163,7 @@ def build(config: Mapping[str, Any]) -> Any:
 
 
 def check_unet_config(config: Mapping[str, Any], where: object) -> None:
-    """Raise `UserError` for values that no UNet of ours has."""
+    """Raise `UserError` for values that are not supported in a UNet2DModel."""
     check_config(config, UNet2DModel, where, UNET_RANGES)
     if config.get("sample_size") is None:
         raise UserError(
@@ -189,7 +188,7 @@ def check_unet_config(config: Mapping[str, Any], where: object) -> None:
 
 
 def check_timesteps(config: Mapping[str, Any], scheduler: Any, where: object) -> None:
-    """Raise `UserError` where the scheduler has timesteps that a learned embedding has not."""
+    """Raise `UserError` where the scheduler has more timesteps than a learned embedding."""
     known = config.get("num_train_timesteps")
     wanted = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     if config.get("time_embedding_type") == "learned" and known and wanted and wanted > known:
@@ -200,10 +199,10 @@ def check_timesteps(config: Mapping[str, Any], scheduler: Any, where: object) ->
 
 
 def describe_network(config: Mapping[str, Any], where: object) -> Any:
-    """The network of a checked config on the meta device: shapes alone, run once on shapes alone.
+    """The network of a checked config on the meta device, tried once on example shapes.
 
-    One for all who ask about the same config: nobody may change it. Raises `UserError` where diffusers
-    cannot build it, or it cannot run on images of its size.
+    Cached, so callers must not change it. Raises `UserError` where diffusers cannot build it, or it
+    cannot run on images of its size.
     """
     try:
         return _described(json.dumps(dict(config), sort_keys=True))
@@ -217,7 +216,7 @@ def _described(config: str) -> Any:
     try:
         with torch.device("meta"):
             network = build(values).eval()
-    except Exception as error:  # diffusers and torch raise whatever they like
+    except Exception as error:  # diffusers and torch raise many types
         raise UserError(f"no {class_name(values)}: {first_line(error)[:160]}") from error
     record = architecture_named(type(network).__name__)
     if record is not None and not record.text:
@@ -230,7 +229,7 @@ def _check_runs(network: Any, shape: Shape) -> None:
     try:
         with torch.device("meta"), torch.no_grad():
             made_NCHW = answer(network, example_shapes(network, 2))
-    except NotImplementedError:  # an operation that knows no meta device
+    except NotImplementedError:  # an operation without a meta kernel
         return
     except Exception as error:
         raise UserError(
@@ -242,14 +241,14 @@ def _check_runs(network: Any, shape: Shape) -> None:
 
 @cache
 def _annotations(cls: Any) -> dict[str, Any]:
-    """Of the parameters that have one."""
+    """Annotations of the parameters of `__init__`."""
     hints = get_type_hints(cls.__init__)
     names = [n for n in inspect.signature(cls.__init__).parameters if n in hints]
     return {n: hints[n] if n in _CLOSED else _any_text(hints[n]) for n in names}
 
 
 def _any_text(annotation: Any) -> Any:
-    """Text for a choice of texts: a config that came by way of another class may have its words."""
+    """`str | None` in place of a Literal: a config converted from another class may have its values."""
     free = "Literal[" in str(annotation) and "fixed_small" not in str(annotation)
     return str | None if free else annotation
 

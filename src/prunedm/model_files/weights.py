@@ -1,7 +1,7 @@
-"""A denoiser's weight files: which they are, and a network filled from them, whole and finite.
+"""A denoiser's weight files: finding them, checking them, and filling a network from them.
 
-Tensors are looked at by name, shape and type before any is read, and copied one by one into memory
-of their own: nothing then depends on how the file is aligned, or on the file staying as it is.
+Names, shapes and types are checked before any tensor is read. Tensors are copied one by one into
+their own memory, so nothing depends on the file's alignment or on later changes of the file.
 """
 
 import math
@@ -23,13 +23,13 @@ from prunedm.model_files.configs import build, describe_network, shown
 from prunedm.reading import check_regular
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
-LARGE = 1 << 30  # weights; from here on they stay in the type of the file
-# .fp16 stands before the shard's number in some repositories, behind it in others
+LARGE = 1 << 30  # weights from which a network keeps the types of the file
+# .fp16 comes before the shard's number in some repositories, after it in others
 _NAME = re.compile(
     rf"(?:{'|'.join(STEMS)})" + r"(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.(safetensors|bin)"
 )
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DDP and of torch.compile
-_REPEATED = 4  # times the size of a .bin file that its tensors may have: some are tied
+_REPEATED = 4  # times the size of a .bin file that its tensors may reach: some are tied
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -55,16 +55,16 @@ def weight_files(folder: Path) -> tuple[list[Path], str]:
 
 @dataclass(frozen=True)
 class Types:
-    """Types of stored tensors: that of most numbers, and the others by name."""
+    """Types of stored tensors: the most common one, and exceptions by name."""
 
     most: torch.dtype = torch.float32
     others: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, Types, str]:
-    """The network of a checked config with the folder's weights; the types stored, and the variant.
+    """The network of a checked config with the folder's weights, their stored types, the variant.
 
-    A network of fewer than `LARGE` weights computes in float32, a larger one in the types stored. Raises
+    A network of fewer than `LARGE` weights becomes float32, a larger one keeps the stored types. Raises
     `UserError` where config and files disagree, a file is damaged, or a weight is not finite.
     """
     shapes = describe_network(config, folder / "config.json")
@@ -81,7 +81,7 @@ def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, Types, s
             }
         except UserError:
             raise
-        except Exception as error:  # damaged files make safetensors and torch raise a dozen types
+        except Exception as error:  # safetensors and torch raise many types for damaged files
             raise UserError(
                 f"cannot load weights in {folder}: {first_line(error)[:160]}; download it again?"
             ) from error
@@ -90,8 +90,8 @@ def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, Types, s
 
 
 def filled(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
-    """A network of these very tensors, for evaluation."""
-    with init_empty_weights():  # buffers that no file holds are real
+    """A network that owns these tensors, in evaluation mode."""
+    with init_empty_weights():  # buffers that are not in the file keep their values
         network = build(config)
     missing, _ = network.load_state_dict(state, assign=True, strict=False)
     assert set(missing) <= tied(network), missing
@@ -101,14 +101,14 @@ def filled(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
 
 
 def tied(network: Any) -> set[str]:
-    """Names of parameters that are others again: language models tie their head to the embedding."""
+    """Names of parameters tied to others, such as a language model's head to its embedding."""
     if not getattr(network.config, "tie_word_embeddings", False):
         return set()
     return set(getattr(network, "_tied_weights_keys", None) or ())
 
 
 def check_state(config: Mapping[str, Any], state: dict[str, torch.Tensor], path: Path) -> None:
-    """Make the floats of a whole `state` float32, one by one. Raises `UserError` as `load_network`."""
+    """Check a `state` and make its floats float32 in place. Raises `UserError` as `load_network`."""
     shapes = describe_network(config, path.with_name("config.json"))
     _check_shapes(shapes, {n: tuple(t.shape) for n, t in state.items()}, path)
     for name, tensor in state.items():
@@ -116,7 +116,7 @@ def check_state(config: Mapping[str, Any], state: dict[str, torch.Tensor], path:
 
 
 class _Stored:
-    """What weight files hold: shapes by name, and each tensor once."""
+    """The contents of weight files: shapes by name, and each tensor for reading once."""
 
     def __init__(self, files: list[Path], open_files: ExitStack) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -124,7 +124,7 @@ class _Stored:
         sizes: Counter[str] = Counter()
         kinds: dict[str, str] = {}
         for path in files:
-            if not path.is_file():  # a pipe would hang whoever opens it
+            if not path.is_file():  # opening a pipe would hang
                 raise UserError(f"{path} is not a file")
             for name, shape, kind, read in self._tensors(path, open_files):
                 if name in self.shapes:
@@ -137,7 +137,9 @@ class _Stored:
         self.types = {n: _TYPES.get(k, torch.float32) for n, k in kinds.items() if k != most}
 
     def take(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._read.pop(name)()  # let go of: a .bin file's are in memory
+        tensor: torch.Tensor = self._read.pop(
+            name
+        )()  # frees tensors of a .bin file, which are in memory
         return tensor
 
     def _tensors(self, path: Path, open_files: ExitStack) -> Iterator[tuple[str, Any, str, Any]]:
@@ -158,9 +160,9 @@ class _Stored:
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a file of torch.save, of which nothing is executed.
+    """Tensors of a torch.save file, read without executing anything.
 
-    Raises `UserError` for anything else in it, and where they are many times as large as the file.
+    Raises `UserError` for anything else in it, and for tensors many times as large as the file.
     """
     size = check_regular(path).stat().st_size
     if is_zipfile(path):
@@ -178,12 +180,12 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _current_names(network: Any, stored: Mapping[str, object], folder: Path) -> dict[str, str]:
-    """Names of the network's state => names in the file, which may be wrapped or of old versions."""
+    """Names of the network's state => names in the file, from wrappers or old versions."""
     names: dict[str, str] = {}
     for old in stored:
         if names.setdefault(new := _WRAPPERS.sub("", old), old) != old:
             raise UserError(f"weights in {folder} hold {new} twice, as {names[new]} and {old}")
-    if hasattr(network, "_fix_state_dict_keys_on_load"):  # of diffusers: query => to_q and so on
+    if hasattr(network, "_fix_state_dict_keys_on_load"):  # diffusers: query => to_q etc.
         network._fix_state_dict_keys_on_load(names)
     return names
 
@@ -204,13 +206,12 @@ def _check_shapes(network: Any, stored: Mapping[str, tuple[int, ...]], where: Pa
 
 
 def _whole(tensor: torch.Tensor, name: str, where: Path, *, keep: bool = False) -> torch.Tensor:
-    """A copy, float32 unless its type stays. Raises `UserError` where it is not finite floats."""
+    """A copy, float32 unless `keep`. Raises `UserError` unless it holds finite floats."""
     if not tensor.is_floating_point():
-        raise UserError(f"{where}: {name} holds {tensor.dtype}, which are no weights")
+        raise UserError(f"{where}: {name} holds {tensor.dtype}, which are not weights")
     dtype = tensor.dtype if keep else torch.float32
     copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if copy.numel() and not all(
-        bool(end.isfinite()) for end in copy.aminmax()
-    ):  # no mask in memory
+    ends = copy.aminmax() if copy.numel() else ()  # needs no mask in memory
+    if not all(bool(end.isfinite()) for end in ends):
         raise UserError(f"{where}: {name} has NaN or infinite values; get the weights again")
     return copy

@@ -1,1 +1,1 @@
-"""The inside of a network, whatever its family: kinds of layers, widths, blocks, narrowed classes."""
+"""Parts of networks of any family: kinds of layers, widths, blocks, narrowed classes."""

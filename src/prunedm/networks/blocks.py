@@ -1,8 +1,8 @@
-"""Whole blocks that a network goes without: what came in is handed on.
+"""Dropping whole residual blocks: a dropped block passes its inputs on.
 
-A dropped block leaves a `Skipped` in its place. So the other blocks keep their numbers, and with them
-their names in masks, adapters and checkpoints, the layers that a ControlNet adds to, and the lists of
-indexes in a config (SD3's `dual_attention_layers`).
+A `Skipped` takes its place, so the other blocks keep their numbers: their names in masks, adapters and
+checkpoints, the layers that a ControlNet adds to, and indices in a config (SD3's
+`dual_attention_layers`).
 """
 
 import ast
@@ -21,7 +21,7 @@ from prunedm.networks.layers import replace_module
 
 
 class Skipped(nn.Module):
-    """What is left of a residual block: its inputs come out as its answer."""
+    """Stands for a dropped residual block: returns its inputs."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Skipped(nn.Module):
         self.inputs, self.wrapped = _passed_on(kind)
 
     def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> object:
-        """The block's inputs in the places where it would return them changed."""
+        """The block's inputs, at the positions where it would return their changed versions."""
         passed = tuple(
             args[place] if place < len(args) else named.get(name) for name, place in self.inputs
         )
@@ -37,25 +37,20 @@ class Skipped(nn.Module):
 
 
 def drop_blocks(network: nn.Module, names: Iterable[str]) -> None:
-    """Leave these residual blocks out, in place. Raises `UserError` for what cannot be left out."""
+    """Drop these residual blocks in place. Raises `UserError` for one that cannot be dropped."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise UserError("dropped is not a list of names of blocks")
     for name in names:
-        block = _block(network, name)
+        block = dict(network.named_modules()).get(name) if isinstance(name, str) else None
+        if block is None or not name:
+            raise UserError(f"dropped: the architecture has no block named {name!r}")
         _check_droppable(network, name, block)
         replace_module(network, name, Skipped(block))
 
 
 def dropped_blocks(network: nn.Module) -> list[str]:
-    """The names of the blocks that were dropped, in the network's order."""
+    """Names of the dropped blocks, in the network's order."""
     return [name for name, module in network.named_modules() if isinstance(module, Skipped)]
-
-
-def _block(network: nn.Module, name: object) -> nn.Module:
-    modules = dict(network.named_modules())
-    if not isinstance(name, str) or name not in modules or not name:
-        raise UserError(f"dropped: the architecture has no block named {name!r}")
-    return modules[name]
 
 
 def _check_droppable(network: nn.Module, name: str, block: nn.Module) -> None:
@@ -83,15 +78,15 @@ def _check_droppable(network: nn.Module, name: str, block: nn.Module) -> None:
 
 @cache
 def _passed_on(cls: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
-    """Names and places of the inputs that a block returns, and whether it returns them in a tuple.
+    """Names and positions of the inputs that a block returns, and whether it returns a tuple.
 
-    They are read from its source: a block assigns what it adds to its inputs to their names, and
-    returns these; blocks of two streams differ in their order.
+    Read from the block's source: it assigns the sums to the names of its inputs and returns those;
+    two-stream blocks differ in their order.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
     names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
     answers = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    if "return_dict" in names:  # the blocks of UNets ask for a tuple
+    if "return_dict" in names:  # UNets call their blocks for a tuple
         return ((names[0], 0),), True
     forms = {_form(answer, names) for answer in answers}
     if len(forms) != 1 or None in forms:
@@ -104,12 +99,10 @@ def _passed_on(cls: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
 
 
 def _form(answer: ast.expr | None, names: list[str]) -> tuple[tuple[str, ...], bool] | None:
+    if isinstance(answer, ast.Name) and answer.id in names:
+        return (answer.id,), False
     if not isinstance(answer, ast.Tuple):
-        own = isinstance(answer, ast.Name) and answer.id in names
-        return (answer.id if own and isinstance(answer, ast.Name) else names[0],), False
+        return (names[0],), False
     returned = tuple(part.id for part in answer.elts if isinstance(part, ast.Name))
-    return (
-        (returned, True)
-        if len(returned) == len(answer.elts) and set(returned) <= set(names)
-        else None
-    )
+    known = len(returned) == len(answer.elts) and set(returned) <= set(names)
+    return (returned, True) if known else None

@@ -1,4 +1,4 @@
-"""A network as it is evaluated: the same bits whatever was being trained."""
+"""Evaluating a network to the same bits whether or not it is being trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout, and no weight wants gradients; afterwards the network is as it was.
+    """Within the context: no dropout, and no weight requires gradients; afterwards as before.
 
-    Where one does, PyTorch multiplies by another kernel, even under `no_grad` (at::matmul folds its
-    batch), whose last bits differ on CPUs without AVX-512.
+    With a weight that requires gradients, PyTorch multiplies by another kernel even under `no_grad`
+    (at::matmul folds its batch), with other last bits on CPUs without AVX-512.
     """
     modes = [(module, module.training) for module in network.modules()]
     wanting = [parameter for parameter in network.parameters() if parameter.requires_grad]

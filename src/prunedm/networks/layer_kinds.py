@@ -1,7 +1,7 @@
-"""What the package must know of a class of layers: its weight, its patches, its widths.
+"""What the package must know about a class of layers: its weight, patches and widths.
 
 Each of these layers multiplies patches of its input by one matrix, y[P, O] = x[P, K] W[O, K]^T + b.
-To add a class: a line in `KINDS`.
+To add a class, add a line to `KINDS`.
 
 Letters: N problems; O, I output and input channels; P positions (pixels, tokens) of all problems;
 K columns: kernel taps times input channels, the channel innermost, so that M consecutive columns
@@ -24,8 +24,8 @@ CHUNK = 1 << 24  # entries of patches held at once
 class LayerKind:
     """One class of layers.
 
-    inputs, outputs: names of the attributes that hold its widths.
-    axes: of positions, behind the channels; 0 where the channels come last.
+    inputs, outputs: names of the attributes with its widths.
+    axes: number of position axes after the channels; 0 where the channels come last.
     transposed: whether its weight is stored as [I, O].
     """
 
@@ -36,7 +36,7 @@ class LayerKind:
 
     @property
     def channel_axis(self) -> int:
-        """The axis of the channels in what the layer reads and makes."""
+        """The channel axis of the layer's input and output."""
         return -1 - self.axes
 
 
@@ -45,14 +45,14 @@ KINDS: dict[type[nn.Module] | str, LayerKind] = {
     nn.Conv1d: LayerKind("in_channels", "out_channels", axes=1),
     nn.Conv2d: LayerKind("in_channels", "out_channels", axes=2),
     nn.Conv3d: LayerKind("in_channels", "out_channels", axes=3),
-    # by name: GPT-2's must not cost an import of transformers
+    # by name, to avoid importing transformers
     "transformers.pytorch_utils.Conv1D": LayerKind("nx", "nf", transposed=True),
 }
 NAMES = "Linear, Conv1d, Conv2d, Conv3d or Conv1D"
 
 
 def find_kind(layer: nn.Module) -> LayerKind | None:
-    """The kind of a layer, its own or that of a class it derives from; None for other modules."""
+    """The kind of a layer by its class or a base class; None for other modules."""
     for base in type(layer).__mro__:
         kind = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
         if kind is not None:
@@ -61,28 +61,25 @@ def find_kind(layer: nn.Module) -> LayerKind | None:
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
-    """As `find_kind`, of a layer that is known to have one."""
+    """As `find_kind`, for a layer that is known to have one."""
     kind = find_kind(layer)
     assert kind is not None, f"a {type(layer).__name__} is none of {NAMES}"
     return kind
 
 
 def oriented(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A tensor of the shape of the layer's weight as [O, I, *taps], and back again: a view.
-
-    Masks and scores are all oriented so.
-    """
+    """A view of a tensor in the weight's shape as [O, I, *taps], as masks and scores are, or back."""
     kind = find_kind(layer)
     return weight.t() if kind is not None and kind.transposed else weight
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as [O, I, *taps], a view: what is written into it is in the layer."""
+    """The layer's weight as [O, I, *taps], a view: writing to it changes the layer."""
     return oriented(layer, layer.get_parameter("weight"))
 
 
 def groups_of(layer: nn.Module) -> int:
-    """Groups of a convolution, in which outputs read only inputs of their own group; else 1."""
+    """Groups of a convolution (outputs read only inputs of their group); 1 for other layers."""
     groups = getattr(layer, "groups", 1)
     assert isinstance(groups, int)
     return groups
@@ -94,36 +91,31 @@ def to_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 def from_matrix(matrix: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The inverse of `to_matrix` for a weight [O, I, *taps]; takes its values in any shape."""
+    """The inverse of `to_matrix` for a weight [O, I, *taps], from values in any shape."""
     outputs, inputs, *taps = shape
     return matrix.reshape(outputs, *taps, inputs).movedim(-1, 1)
 
 
 def width_of(layer: nn.Module, side: Side) -> int:
-    """Channels that the layer reads or makes, those of all its groups."""
+    """Channels that a layer reads or makes, over all its groups; a GroupNorm's on both sides."""
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
     kind = kind_of(layer)
     size: int = getattr(layer, kind.inputs if side == "in" else kind.outputs)
     return size
 
 
-def set_widths(layer: nn.Module, inputs: int, outputs: int) -> None:
-    """Say other widths; the parameters stay."""
-    kind = kind_of(layer)
-    setattr(layer, kind.inputs, inputs)
-    setattr(layer, kind.outputs, outputs)
-
-
 def patches(layer: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A layer's input as its matrix meets it, x[P, K], in chunks of at most about `CHUNK` entries.
+    """A layer's input as rows x[P, K] for its matrix, in chunks of at most about `CHUNK` entries.
 
-    Of a grouped convolution the columns are those of all groups, one group behind the other.
+    A grouped convolution has the columns of all groups, one group after the other.
     """
     axes = kind_of(layer).axes
     if not axes:
         x_PK = x.reshape(-1, x.shape[-1])
         yield from x_PK.split(max(1, CHUNK // x_PK.shape[1]))
         return
-    view = _padded(layer, x)  # (N, I, *positions, *taps) in the end, and a view all the way
+    view = _padded(layer, x)  # becomes (N, I, *positions, *taps), always a view
     for axis in range(axes):
         view = _taps_behind(layer, view, axis, 2 + axis)
     view = view.unflatten(1, (groups_of(layer), -1))
@@ -138,10 +130,10 @@ def patches(layer: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def tap_means(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Means over positions of what each weight of one output meets: (N, I, *taps).
+    """Means over positions of the inputs that each weight of one output multiplies: (N, I, *taps).
 
-    The means of `patches`, without making any. Of a grouped convolution, I are the channels of all
-    groups; `for_weight` gives each weight its own.
+    The means of `patches`, without building them. For a grouped convolution, I counts the channels
+    of all groups; `for_weight` assigns them to the weights.
     """
     axes = kind_of(layer).axes
     if not axes:
@@ -168,14 +160,14 @@ def _tap_means(layer: nn.Module, x: torch.Tensor, axes: int) -> torch.Tensor:
 
 
 def _padded(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The input of a convolution with its own padding around it, whatever its mode, "same" too."""
+    """The input of a convolution with its padding, in any mode, "same" included."""
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
 
 def _taps_behind(layer: nn.Module, x: torch.Tensor, axis: int, dim: int) -> torch.Tensor:
-    """Positions of the kernel's axis in `dim`, and what its taps meet there behind all others."""
+    """Unfold `dim` along a kernel axis: positions stay in `dim`, taps become the last axis."""
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     spread = layer.dilation[axis]
     reach = spread * (layer.kernel_size[axis] - 1) + 1

@@ -6,7 +6,7 @@ output channel and kernel tap, the one layout that sparse hardware accepts:
     Linear       W[O, I]          -> (O * I/M, M)
     Convolution  W[O, I, *taps]   -> [O, *taps, I] -> (O * taps * I/M, M)
 
-Weights, masks and scores come here as [O, I, *taps] (`layer_kinds.oriented`).
+Weights, masks and scores are [O, I, *taps] here (`layer_kinds.oriented`).
 """
 
 import difflib
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.architecture import architecture_of
+from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import UserError
-from prunedm.networks.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, width_of
+from prunedm.networks.layer_kinds import find_kind, groups_of, to_matrix, width_of
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, inputs, output
 
 
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
-    """`hook(name, module, inputs, output)` after every call of these modules, while this lasts."""
+    """Within the context, call `hook(name, module, inputs, output)` after every call of a module."""
     handles = [
         module.register_forward_hook(partial(hook, name)) for name, module in modules.items()
     ]
@@ -42,9 +42,9 @@ def hooked(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
 def prunable_layers(
     denoiser: nn.Module, targets: Iterable[str] = (), *, protect: Iterable[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Layers of a kind in `layer_kinds.KINDS` by name, but those that the architecture protects.
+    """Layers of a kind in `layer_kinds.KINDS` by name, except those that the architecture protects.
 
-    `targets` narrows them: each is a prefix of module names, or a regular expression found in them.
+    `targets` selects some: each is a prefix of module names, or a regular expression found in them.
     Raises `UserError` for a target that matches nothing.
     """
     protect = architecture_of(denoiser).protect if protect is None else tuple(protect)
@@ -64,30 +64,42 @@ def prunable_layers(
     return {n: m for n, m in layers.items() if any(_matches(n, t) for t in wanted)}
 
 
+@torch.no_grad()
+def layer_positions(network: nn.Module, inputs: Inputs) -> dict[str, int]:
+    """Output positions (pixels, tokens) of each layer, per row of `inputs`."""
+    positions: dict[str, int] = {}
+    rows = len(next(iter(inputs.values())))  # a layer may see more: tokens folded into its batch
+
+    def record(name: str, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        positions[name] = output.numel() // (rows * width_of(layer, "out"))
+
+    with hooked(prunable_layers(network, protect=()), record):
+        answer(network, inputs)
+    return positions
+
+
 def why_not_nm(layer: nn.Module, m: int) -> str | None:
-    """None where the layer can take groups of M, else the reason it stays dense.
+    """None where the layer can have groups of M, else the reason why not.
 
     A last group is never padded: a padded slot could be kept and break N.
     """
     if groups_of(layer) > 1:
         return "grouped convolution"
     inputs = width_of(layer, "in")
-    return f"{inputs} input channels are no multiple of {m}" if inputs % m else None
+    return f"{inputs} input channels are not a multiple of {m}" if inputs % m else None
 
 
 def to_groups(weight: torch.Tensor, m: int) -> torch.Tensor:
-    """W[O, I, *taps] => (groups, M). A view for linear layers, a copy for kernels of several taps."""
+    """W[O, I, *taps] => (groups, M), the inverse of `layer_kinds.from_matrix`.
+
+    A view for linear layers, a copy for kernels of several taps.
+    """
     assert weight.shape[1] % m == 0, f"{tuple(weight.shape)} has no groups of {m}"
     return to_matrix(weight).reshape(-1, m)
 
 
-def from_groups(groups_GM: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The inverse of `to_groups` for a weight of `shape`."""
-    return from_matrix(groups_GM, shape)
-
-
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the one that is reached by `name`, dotted."""
+    """Replace the module with this dotted name."""
     parent, _, own = name.rpartition(".")
     setattr(root.get_submodule(parent), own, module)
 
@@ -98,7 +110,7 @@ def is_under(name: str, parents: Iterable[str]) -> bool:
 
 
 def _near(target: str, names: Iterable[str]) -> str:
-    """The modules whose names are closest to a target, or where there are none, the blocks."""
+    """The modules whose names are closest to a target, or the blocks where none is close."""
     parts = [name.split(".") for name in names]
     modules = {".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)}
     near = difflib.get_close_matches(target, sorted(modules), n=3, cutoff=0.6)
@@ -113,4 +125,4 @@ def _matches(name: str, target: str) -> bool:
     try:
         return re.search(target, name) is not None
     except re.error as error:
-        raise UserError(f"target {target!r} is no regular expression: {error}") from error
+        raise UserError(f"target {target!r} is not a regular expression: {error}") from error

@@ -1,9 +1,9 @@
 """Narrowed networks of any diffusers class, which plain diffusers loads once `prunedm` is imported.
 
-diffusers' own configs say one width for a whole stage, and its classes build every block.
-`narrowed(UNet2DModel)` is the class `PrunedUNet2DModel`: its config holds the dense architecture, and
-    widths:  module name => the sizes that differ from it (`prunedm.networks.widths`)
-    dropped: names of the blocks that it goes without (`prunedm.networks.blocks`)
+diffusers' configs give one width for a whole stage, and its classes build every block.
+`narrowed(UNet2DModel)` is the class `PrunedUNet2DModel`: its config has the dense architecture, and
+    widths:  module name => sizes that differ from it (`prunedm.networks.widths`)
+    dropped: names of the dropped blocks (`prunedm.networks.blocks`)
 """
 
 import inspect
@@ -21,17 +21,17 @@ from prunedm.networks.blocks import drop_blocks, dropped_blocks
 from prunedm.networks.widths import Widths, attributes, resize, sizes, sync_attributes
 
 PREFIX = "Pruned"
-_OTHERS: dict[str, type] = {}  # narrowed classes of classes that are not diffusers' own
+_OTHERS: dict[str, type] = {}  # narrowed versions of classes outside diffusers
 
 
 class Narrowed:
-    """What all narrowed classes are; `dense_class` is the class of the dense architecture."""
+    """Base of all narrowed classes; `dense_class` is the class of the dense architecture."""
 
     dense_class: type
 
 
 def __getattr__(name: str) -> type:
-    """`PrunedX`, for every class X of diffusers: how it finds the class in a model_index.json."""
+    """`PrunedX` for every class X of diffusers, which looks here for classes of a model_index.json."""
     cls = getattr(diffusers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if name in _OTHERS:
         return _OTHERS[name]
@@ -44,7 +44,8 @@ def __getattr__(name: str) -> type:
 def narrowed(cls: Any) -> Any:
     """The class of narrowed networks of a diffusers model class.
 
-    Its arguments are those of `cls`, which describe the dense architecture, and `widths` and `dropped`.
+    Its arguments are those of `cls`, for the dense architecture, and `widths` and `dropped`. Raises
+    `UserError` where `cls` is not a model class.
     """
     if not _is_model(cls):
         raise UserError(
@@ -52,7 +53,7 @@ def narrowed(cls: Any) -> Any:
         )
     if issubclass(cls, Narrowed):
         return cls
-    # diffusers writes the module into model_index.json, and wants ModelMixin in there
+    # diffusers writes the module into model_index.json, and looks for ModelMixin in it
     own = {"__init__": _init(cls), "__module__": "prunedm", "dense_class": cls}
     made = type(PREFIX + cls.__name__, (Narrowed, cls), own | {"__doc__": _init.__doc__})
     if getattr(diffusers, cls.__name__, None) is not cls:
@@ -61,10 +62,10 @@ def narrowed(cls: Any) -> Any:
 
 
 def as_narrowed(network: Any) -> Any:
-    """Make `network`, whose layers were narrowed or blocks dropped, one that can be saved, in place.
+    """Turn a network with narrowed layers or dropped blocks into one that can be saved, in place.
 
-    Raises `UserError` unless a network built from the new config alone is the same in every shape and
-    every whole number that a module holds: so it is known to load again.
+    Raises `UserError` unless a network built from the new config has the same shapes and integer
+    attributes, and so will load again.
     """
     cls = narrowed(_dense_class(network))
     sync_attributes(network)
@@ -81,7 +82,7 @@ def as_narrowed(network: Any) -> Any:
 
 
 def widths_of(network: Any) -> Widths:
-    """Sizes of the modules that differ from the dense architecture of `network.config`."""
+    """Sizes of modules that differ from the dense architecture of `network.config`."""
     with torch.device("meta"):
         dense = _dense_class(network)(**_dense_config(network))
     drop_blocks(dense, dropped_blocks(network))
@@ -90,7 +91,7 @@ def widths_of(network: Any) -> Widths:
     widths = {name: own for name, own in after.items() if own and own != before.get(name)}
     resize(dense, widths)
     twins = dict(dense.named_modules())
-    for name, module in network.named_modules():  # what no rule derives from the layers
+    for name, module in network.named_modules():  # attributes that no rule derives from the layers
         rest = attributes(module).items() - attributes(twins[name]).items()
         if rest and not sizes(module).keys() & {"in", "channels"}:
             widths[name] = widths.get(name, {}) | dict(sorted(rest))
@@ -102,7 +103,7 @@ def _is_model(cls: object) -> bool:
 
 
 def _init(cls: Any) -> Callable[..., None]:
-    """The dense architecture of the arguments, without the blocks `dropped`, narrowed to `widths`."""
+    """Build the dense architecture of the arguments, drop `dropped`, narrow to `widths`."""
 
     def __init__(
         self: Any,
@@ -112,7 +113,7 @@ def _init(cls: Any) -> Callable[..., None]:
         **dense: Any,
     ) -> None:
         cls.__init__(self, *args, **dense)
-        # configs of networks that have all their blocks stay as they were before there was `dropped`
+        # without dropped blocks, configs are the same as those of older versions
         self.register_to_config(widths=widths, **({"dropped": dropped} if dropped else {}))
         drop_blocks(self, () if dropped is None else dropped)
         resize(self, widths or {})
@@ -122,7 +123,7 @@ def _init(cls: Any) -> Callable[..., None]:
         for name in ("widths", "dropped")
     ]
     dense = inspect.signature(cls.__init__)
-    # diffusers reads the keys of a config there
+    # diffusers takes the keys of a config from it
     signature = dense.replace(parameters=[*dense.parameters.values(), *own])
     setattr(__init__, "__signature__", signature)  # noqa: B010 (functions have none for mypy)
     return __init__

@@ -1,8 +1,8 @@
-"""How wide the layers of a network are, and everything else that must follow when they get narrower.
+"""The widths of a network's layers, and the attributes that must follow when they get narrower.
 
-A size is a number of a module that narrowing may change, by the name that a config gives it:
+A size is a number of a module that narrowing may change, under its name in a config:
 Linear, Conv1d/2d/3d, Embedding: `in`, `out` (grouped convolutions: `groups`); norms: `channels`
-(GroupNorm: `groups`); a module of layers: its own attributes, of which its layers do not tell `heads`.
+(GroupNorm: `groups`); a module of layers: attributes that cannot be derived from them, as `heads`.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.networks.layer_kinds import find_kind, groups_of, set_widths, width_of
+from prunedm.networks.layer_kinds import find_kind, groups_of, width_of
 
 Widths = dict[str, dict[str, int]]  # module name => its sizes
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# counts that no layer's width tells
+# counts that cannot be derived from a layer's width
 _HEADS = ("heads", "num_heads", "num_attention_heads")
 _KV_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
-# attribute of a module => the sides of layers inside it that it repeats; the first that exists counts
+# attribute of a module => sides of layers inside it with the same value; the first that exists counts
 _FOLLOWS = {
     "inner_dim": ("to_q.out", "proj_in.out"),
     "inner_kv_dim": ("to_k.out",),
@@ -35,7 +35,7 @@ _FOLLOWS = {
     "out_channels": ("conv2.out", "conv.out", "Conv2d_0.out"),
 }
 _PER_HEAD = ("head_dim", "dim_head", "attention_head_dim")
-# sides of layers inside a module that are equally wide, whatever the width
+# sides of layers inside a module that must be equally wide
 _AGREE = (
     ("to_q.out", "add_q_proj.out", "to_out.0.in", "to_add_out.in"),
     ("to_k.out", "to_v.out", "add_k_proj.out", "add_v_proj.out"),
@@ -46,7 +46,7 @@ _AGREE = (
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
-    """The sizes of a layer; of a module of layers, those that its layers do not tell."""
+    """The sizes of a layer; for a module of layers, those that its layers do not determine."""
     if find_kind(module) is not None:
         grouped = {"groups": groups_of(module)} if groups_of(module) > 1 else {}
         return {"in": width_of(module, "in"), "out": width_of(module, "out"), **grouped}
@@ -60,7 +60,7 @@ def sizes(module: nn.Module) -> dict[str, int]:
 
 
 def attributes(module: nn.Module) -> dict[str, int]:
-    """The whole numbers that a module holds in its own attributes."""
+    """The integer attributes of a module itself."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -69,10 +69,10 @@ def attributes(module: nn.Module) -> dict[str, int]:
 
 
 def resize(network: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> None:
-    """Give the named modules smaller sizes, with freshly initialised parameters, in place.
+    """Give the named modules smaller sizes and freshly initialised parameters, in place.
 
     Modules are changed rather than replaced: diffusers registers some convolutions under two names.
-    Raises `UserError` before anything is allocated where a size does not fit its module.
+    Raises `UserError`, before anything is allocated, where a size does not fit its module.
     """
     if not isinstance(widths, Mapping) or not all(isinstance(s, Mapping) for s in widths.values()):
         raise UserError("widths is not a table of module, size and number")
@@ -91,7 +91,7 @@ def narrow_layer(
 ) -> None:
     """Keep these positions of a layer's two sides, in place; None keeps a side whole.
 
-    Of a norm, and of a depthwise convolution, the outputs count.
+    For norms and depthwise convolutions `keep_out` applies to both sides.
     """
     depthwise = isinstance(layer, _CONVOLUTIONS) and layer.groups > 1
     sides = (keep_out, None if depthwise else keep_in)
@@ -111,9 +111,9 @@ def narrow_layer(
 
 
 def sync_attributes(network: nn.Module) -> None:
-    """Set what modules say (and diffusers reads) about the widths of the layers inside them.
+    """Update the attributes (read by diffusers) that repeat the widths of layers inside a module.
 
-    Raises UserError where the layers of one module do not fit each other.
+    Raises `UserError` where the layers of one module do not fit together.
     """
     for name, module in network.named_modules():
         _check_attention(name, module)
@@ -128,20 +128,21 @@ def sync_attributes(network: nn.Module) -> None:
         _sync_parallel(name, module)
         for resampler in (getattr(module, "upsample", None), getattr(module, "downsample", None)):
             if isinstance(resampler, nn.Module) and hasattr(module, "conv1"):
-                # it may have no convolution to derive it from
+                # it may have no convolution to derive them from
                 resampler.channels = resampler.out_channels = module.in_channels
 
 
 def replace_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put `value` in the place of parameter `name`, trainable if the old one was."""
+    """Replace parameter `name` by `value`, trainable if the old one was."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def set_layer_widths(layer: nn.Module, width_in: int, width_out: int) -> None:
-    """Set the width attributes of a layer; its parameters stay."""
-    if find_kind(layer) is not None:
-        set_widths(layer, width_in, width_out)
+    """Set the width attributes of a layer; its parameters do not change."""
+    if kind := find_kind(layer):
+        setattr(layer, kind.inputs, width_in)
+        setattr(layer, kind.outputs, width_out)
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = width_in, width_out
     elif isinstance(layer, nn.GroupNorm):
@@ -154,7 +155,7 @@ def set_layer_widths(layer: nn.Module, width_in: int, width_out: int) -> None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether its parameters are vectors of one length, as of LayerNorm and the many RMSNorms."""
+    """Whether its parameters are vectors of one length, as in LayerNorm and the various RMSNorms."""
     shapes = {tuple(parameter.shape) for parameter in module.parameters(recurse=False)}
     return len(shapes) == 1 and len(*shapes) == 1 and not list(module.children())
 
@@ -233,7 +234,7 @@ def _check_agreement(name: str, module: nn.Module, sides: tuple[str, ...]) -> No
 
 
 def _check_residual(name: str, module: nn.Module) -> None:
-    """What is added to a module's input is as wide as that."""
+    """Raise `UserError` unless residual, time and feed-forward widths of a block agree."""
     conv_in, conv_out = _side(module, "conv1.in"), _side(module, "conv2.out")
     if conv_in and conv_out and getattr(module, "conv_shortcut", 0) is None:
         _agree(name, "conv2.out", conv_out, conv_in)
@@ -283,11 +284,11 @@ def _sync_heads(module: nn.Module) -> None:
 
 
 def _sync_parallel(name: str, module: nn.Module) -> None:
-    """Blocks whose last layer reads the attention's output and a feed-forward's hidden units."""
+    """Update blocks whose last layer reads the attention output joined with feed-forward units."""
     held = attributes(module)
     inner, reads = _side(module, "attn.to_q.out"), _side(module, "proj_out.in")
     made, joint = _side(module, "to_qkv_mlp_proj.out"), _side(module, "to_out.in")
-    if made and joint:  # Flux.2 makes all in one layer
+    if made and joint:  # Flux.2 computes all in one layer
         module.inner_dim = inner = held["heads"] * held["head_dim"]  # type: ignore[assignment]
         hidden, reads = held["mlp_mult_factor"] * (joint - inner), joint
         _agree(name, "to_qkv_mlp_proj.out", made, 3 * inner + hidden)
@@ -297,7 +298,7 @@ def _sync_parallel(name: str, module: nn.Module) -> None:
     if made := _side(module, "proj_mlp.out"):
         gated = isinstance(getattr(module, "act_mlp", None), nn.SiLU)
         _agree(name, "proj_mlp.out", made, (2 if gated else 1) * hidden)
-    for reader in module.children():  # tensor parallelism cuts it there
+    for reader in module.children():  # tensor parallelism splits it there
         if hasattr(reader, "_tp_packed_row_blocks"):
             setattr(reader, "_tp_packed_row_blocks", [inner, hidden])  # noqa: B010
         if hasattr(reader, "_tp_packed_col_blocks"):

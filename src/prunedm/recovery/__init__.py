@@ -1,1 +1,1 @@
-"""Bringing quality back: what fine-tuning aims at."""
+"""Recovering quality: the objectives of fine-tuning."""

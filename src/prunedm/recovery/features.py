@@ -22,22 +22,20 @@ class BlockOutputs:
         self._found: dict[str, torch.Tensor] = {}
 
     def take(self, count: int) -> dict[str, torch.Tensor]:
-        """The first `count` rows of what was heard since the last `take`."""
-        found, rows = dict(self._found), {}
+        """The first `count` rows of each output, which are then forgotten."""
+        rows = {name: output_NCHW[:count] for name, output_NCHW in self._found.items()}
         self._found.clear()  # else a whole pass would stay in memory
-        for name, output_NCHW in found.items():
-            rows[name] = output_NCHW[:count]
         return rows
 
     def keep(self, name: str, _: nn.Module, __: Any, output: Any) -> None:
-        # a down block gives its skips too, in a tuple; a block of two streams gives the image's last
+        # a down block also returns its skips, in a tuple; two-stream blocks return the image last
         parts = output if isinstance(output, tuple) else (output,)
         self._found[name] = [part for part in parts if torch.is_tensor(part)][-1]
 
 
 @contextmanager
 def block_outputs(denoiser: nn.Module) -> Iterator[BlockOutputs]:
-    """Listens to the blocks of a network while the context lasts."""
+    """Within the context, record the outputs of a network's blocks."""
     outputs = BlockOutputs()
     blocks = {name: denoiser.get_submodule(name) for name in block_names(denoiser)}
     with hooked(blocks, outputs.keep):
@@ -45,7 +43,7 @@ def block_outputs(denoiser: nn.Module) -> Iterator[BlockOutputs]:
 
 
 def block_names(network: nn.Module) -> list[str]:
-    """Names of the blocks, in the order of computation. Raises `UserError` if none are known."""
+    """Names of the blocks in execution order. Raises `UserError` where none are known."""
     names = [name for name, _ in network.named_modules()]
     patterns = architecture_of(network).blocks
     blocks = [name for p in patterns for name in names if re.fullmatch(p, name)]
@@ -72,11 +70,11 @@ def feature_losses(
 def block_losses(
     student_NCHW: torch.Tensor, teacher_NDHW: torch.Tensor, *, reordered: bool = False
 ) -> torch.Tensor:
-    """How far one block's outputs are apart, free of their scale: (N,).
+    """Relative distance between one block's outputs: (N,).
 
     Equal widths: |s - t|^2 / |t|^2 of each problem (FitNets, Romero et al. 2015, without the
-    projection). Else, or where channels are `reordered`, one minus linear CKA, which asks that the
-    same positions be alike.
+    projection). Other widths or `reordered` channels: one minus linear CKA, which compares the
+    similarities of positions.
     """
     student_NCP, teacher_NDP = _positions(student_NCHW), _positions(teacher_NDHW)
     if student_NCP.shape == teacher_NDP.shape and not reordered:
@@ -88,7 +86,7 @@ def block_losses(
 def alignment(student_NCP: torch.Tensor, teacher_NDP: torch.Tensor) -> torch.Tensor:
     """Linear CKA of each problem over its P positions (Kornblith et al. 2019): (N,), 0 to 1.
 
-    The cosine between the P x P similarities of positions, S^T S and T^T T, worked out through
+    The cosine between the P x P similarities of positions, S^T S and T^T T, computed through
     channels: <S^T S, T^T T> = |S T^T|^2. Neither the order nor the number of channels matters, so
     no projection has to be learned. For segmentation: Liu et al. 2019 (pair-wise distillation).
     """

@@ -1,8 +1,7 @@
-"""What fine-tuning aims at: the data, and the dense teacher by its output, blocks and sensitivity.
+"""Objectives of fine-tuning: the data, and the dense teacher's output, blocks and sensitivity.
 
-Output distillation (Hinton et al. 2015) pulls to the same optimum as the data: the teacher's output
-is the data target's mean as the dense model knows it, without the noise that the data target
-carries.
+Output distillation (Hinton et al. 2015) has the same optimum as the data: the teacher's output is its
+estimate of the data target's mean, without the noise of the data target.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +31,9 @@ Outputs = Callable[[Batch], torch.Tensor]  # the teacher's, NCHW
 class Mixture:
     """(1 - output) * data + output * teacher's output + features * F + sensitivity * S.
 
-    F and S are relative errors (`feature_losses`, `sensitivity_losses`). S is taken on one pair of
-    problems of `every`, `size` away from them, along directions that `seed` decides. `reordered`:
-    the student's channels stand in another order than the teacher's.
+    F and S are relative errors (`feature_losses`, `sensitivity_losses`). S uses one pair of problems
+    in `every`, perturbed by `size` along directions that `seed` decides. `reordered`: the student's
+    channels are in another order than the teacher's.
     """
 
     output: float = 0.0
@@ -55,36 +54,25 @@ def data_objective(module: nn.Module, batch: Batch, _: int = 0) -> torch.Tensor:
 def recovery_objective(
     student: nn.Module, teacher: nn.Module, mixture: Mixture, *, outputs: Outputs | None = None
 ) -> Iterator[Objective]:
-    """The objective of this mixture; while it is open, both networks' blocks may be listened to.
+    """The objective of this mixture; within the context, both networks' blocks may be recorded.
 
-    Every term is a mean over problems, so several processes with a share of a batch each have the
-    mean of their gradients in common with one process.
-    outputs: the teacher's, where they may be known already. Raises `UserError` where features are
-    to be matched between networks of other blocks.
+    Every term is a mean over problems, so the mean of the gradients of several processes, each with
+    a share of the batch, is the gradient of one process.
+    outputs: the teacher's outputs, for a mixture of outputs alone, where they may be cached. Raises
+    `UserError` where features should match between networks with other blocks.
     """
-    if not (mixture.features or mixture.sensitivity):
-        known = outputs or (lambda batch: answer(teacher, batch.inputs))
-        yield partial(_plain, outputs=known, share=mixture.output)
-        return
+
+    def answers(batch: Batch) -> torch.Tensor:
+        return answer(teacher, batch.inputs)
+
+    if mixture.features or mixture.sensitivity:
+        outputs = None  # cached ones have neither blocks nor perturbed copies
     if mixture.features and block_names(student) != block_names(teacher):
         raise UserError("match_features: the teacher has other blocks; give --match-features 0")
     networks = (student, teacher) if mixture.features else ()
     with ExitStack() as stack:
         watched = [stack.enter_context(block_outputs(network)) for network in networks]
-        yield partial(_mixed, teacher=teacher, mixture=mixture, watched=watched)
-
-
-def _plain(
-    student: nn.Module, batch: Batch, _: int, *, outputs: Outputs, share: float
-) -> torch.Tensor:
-    """One pass of the student; the teacher's output alone."""
-    output_NCHW = answer(student, batch.inputs)
-    data = batch.losses(output_NCHW).mean()
-    if share == 0:
-        return data
-    with torch.no_grad():
-        wanted_NCHW = outputs(batch)
-    return (1 - share) * data + share * batch.distances(output_NCHW, wanted_NCHW).mean()
+        yield partial(_mixed, outputs=outputs or answers, mixture=mixture, watched=watched)
 
 
 def _mixed(
@@ -92,16 +80,18 @@ def _mixed(
     batch: Batch,
     _: int,
     *,
-    teacher: nn.Module,
+    outputs: Outputs,
     mixture: Mixture,
     watched: list[BlockOutputs],
 ) -> torch.Tensor:
-    """One pass of each network over the problems and the perturbed copies behind them."""
+    """One pass of each network over the problems and, behind them, their perturbed copies."""
+    if not (mixture.output or mixture.features or mixture.sensitivity):
+        return data_objective(student, batch)
     count = len(batch)
     rows = perturbed_rows(batch, mixture.every) if mixture.sensitivity else []
     joined = with_perturbed(batch, rows, seed=mixture.seed, size=mixture.size)
     with torch.no_grad():
-        wanted_NCHW = answer(teacher, joined.inputs)
+        wanted_NCHW = outputs(joined)
     output_NCHW = answer(student, joined.inputs)
     data = batch.losses(output_NCHW[:count]).mean()
     copy = batch.distances(output_NCHW[:count], wanted_NCHW[:count]).mean()

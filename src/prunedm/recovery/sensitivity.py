@@ -1,9 +1,8 @@
-"""Sensitivity matching: student and teacher answer alike to small changes of the noisy image.
+"""Sensitivity matching: student and teacher respond equally to small changes of the noisy image.
 
-In the manner of 2ndMatch (CVPR 2026), which matches J_s^T J_s v with J_t^T J_t v. Here the
-Jacobian-vector products J v themselves are matched, by finite differences: equal J v along all v
-imply equal J^T J v, at the cost of one more forward and backward pass of the perturbed problems
-instead of a double backward pass.
+After 2ndMatch (CVPR 2026), which matches J_s^T J_s v with J_t^T J_t v. Here the Jacobian-vector
+products J v are matched by finite differences: equal J v along all v imply equal J^T J v, and cost
+one forward and backward pass of the perturbed problems instead of a double backward pass.
 """
 
 from dataclasses import replace
@@ -17,9 +16,9 @@ _TINY = 1e-12
 
 
 def perturbed_rows(batch: Batch, every: int) -> list[int]:
-    """Rows of the problems that are perturbed: one antithetic pair (2k, 2k + 1) of `every`.
+    """Rows of the problems to perturb: one antithetic pair (2k, 2k + 1) in `every`.
 
-    By the problems' numbers, so that the same are taken however they are batched.
+    Chosen by the problems' numbers, whatever the batches.
     """
     return [row for row, number in enumerate(batch.numbers) if number // 2 % every == 0]
 
@@ -35,7 +34,7 @@ def directions(batch: Batch, rows: list[int], seed: int) -> torch.Tensor:
 
 
 def with_perturbed(batch: Batch, rows: list[int], *, seed: int, size: float) -> Batch:
-    """The N problems, and behind them copies of M `rows` at x + size * v: one pass takes both."""
+    """The N problems, followed by copies of M `rows` at x + size * v, for a single pass."""
     if not rows:
         return batch
     copies = batch.rows(rows)

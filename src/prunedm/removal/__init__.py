@@ -1,1 +1,1 @@
-"""How weights go: scores in, masks or a channel plan out."""
+"""Removing weights: from scores to masks or a channel plan."""

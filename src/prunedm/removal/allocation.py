@@ -1,12 +1,11 @@
-"""Which layer gives up how much: a knapsack over measured losses (SPDY, Frantar & Alistarh 2022).
+"""How much each layer is pruned: a knapsack over measured losses (SPDY, Frantar & Alistarh 2022).
 
-Each layer takes one choice: an N:M pattern, a share of its weights removed, or dense. What a choice
-costs in loss is measured; the cheapest assignment under a budget of weights or MACs is found by the
-list of undominated (cost, loss) pairs (Nemhauser & Ullmann 1969), whose costs stay exact.
+Each layer takes one choice: an N:M pattern, a share of its weights removed, or dense. The loss of a
+choice is measured; the best assignment under a budget of weights or MACs comes from the list of
+undominated (cost, loss) pairs (Nemhauser & Ullmann 1969), whose costs stay exact.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import TypeAlias
@@ -16,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from prunedm.architecture import device_of
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
-from prunedm.masks import Pattern
-from prunedm.networks.layer_kinds import weight_of
+from prunedm.masks import Masks, Pattern
 from prunedm.networks.layers import why_not_nm
 from prunedm.progress import Progress, Silent
 from prunedm.task import Batch, predict
@@ -49,7 +48,7 @@ def kept_share(choice: Choice) -> float:
 def fitting(
     layers: Mapping[str, nn.Module], choices: Sequence[Choice]
 ) -> dict[str, tuple[Choice, ...]]:
-    """Each layer's candidates: the choices it can take, and dense where it can take none of them."""
+    """Each layer's candidates: the choices that fit it, or dense alone where none does."""
     return {
         name: tuple(c for c in choices if _why_not(layer, c) is None) or (None,)
         for name, layer in layers.items()
@@ -61,7 +60,7 @@ def weight_costs(
     candidates: Mapping[str, Sequence[Choice]],
     positions: Mapping[str, int] | None = None,
 ) -> dict[str, dict[Choice, float]]:
-    """Weights kept by each candidate; with a layer's output positions, the MACs that these make.
+    """Weights kept by each candidate; with the layers' output positions, the MACs they cost.
 
     Raises `UserError` for a pattern that does not fit its layer.
     """
@@ -73,14 +72,13 @@ def weight_costs(
 
 
 @torch.no_grad()
-def dense_targets(
-    denoiser: nn.Module, batches: Sequence[Batch], *, device: torch.device | str = "cpu"
-) -> list[Batch]:
+def dense_targets(denoiser: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     """The same problems with the denoiser's own output as target.
 
-    `sensitivities` on them are squared distances to the dense output: never negative, and free of
+    `sensitivities` on them are squared distances to the dense output: never negative, and without
     the cross term with the dense error, which is most of the noise of a data loss.
     """
+    device = device_of(denoiser)
     was_training = denoiser.training
     denoiser.eval()
     outputs = [predict(denoiser, batch.to(device)).to(batch.target.device) for batch in batches]
@@ -96,15 +94,15 @@ def sensitivities(
     candidates: Mapping[str, Sequence[Choice]],
     *,
     batches: Sequence[Batch],
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, dict[Choice, float]]:
     """Increase of the mean denoising loss when one layer alone is pruned by one choice.
 
     All choices see the same problems, so the problems' own noise cancels. Each costs one pass over
-    `batches`; what removes nothing is 0 by definition. The weights end as they began, bit for bit,
-    also where the work is interrupted.
+    `batches`; a choice that removes nothing is 0 by definition. The weights are restored bit for
+    bit, also after an interruption.
     """
+    device = device_of(denoiser)
     held = [batch.to(device) for batch in batches]
     passes = 1 + sum(kept_share(c) < 1 for choices in candidates.values() for c in choices)
     losses: dict[str, dict[Choice, float]] = {}
@@ -112,12 +110,12 @@ def sensitivities(
         dense = denoising_loss(denoiser, held, device=device).mean
         bar.advance()
         for name, choices in candidates.items():
-            weight, losses[name] = weight_of(layers[name]), {}
+            losses[name] = {}
             for choice in choices:
                 if kept_share(choice) == 1:
                     losses[name][choice] = 0.0
                     continue
-                with _pruned(weight, masks_for(name, choice)):
+                with Masks({name: masks_for(name, choice)}).applied(denoiser):
                     loss = denoising_loss(denoiser, held, device=device).mean
                 losses[name][choice] = loss - dense
                 bar.advance(note=f"{name} {choice} {loss - dense:+.2g}")
@@ -131,13 +129,13 @@ def allocate(
 ) -> dict[str, Choice]:
     """One choice a layer: the least sum of losses whose sum of costs is at most `budget`.
 
-    A choice counts for no less loss than 0 or any costlier choice of its layer: removing more
-    weights helps by chance only, and would be paid for with the noise of few problems. Of choices
-    with equal loss the costlier is taken where the budget allows it.
+    The loss of a choice is raised to 0 or to that of any costlier choice of its layer: removing more
+    weights helps only by chance, from the noise of few problems. Among choices of equal loss the
+    costlier is taken where the budget allows.
 
-    The sum is the least one as long as `RESOLUTION` undominated pairs describe all assignments
-    (whole-number costs with a large common divisor). Beyond that it is at most the least one of a
-    budget that is smaller by layers / RESOLUTION of the costs' range; costs are never rounded.
+    The sum is optimal as long as `RESOLUTION` undominated pairs describe all assignments
+    (whole-number costs with a large common divisor). Beyond that it is at most the optimum of a
+    budget smaller by layers / RESOLUTION of the costs' range; costs are never rounded.
 
     Raises `UserError` where the cheapest choices exceed the budget, or a loss is not finite.
     """
@@ -194,7 +192,7 @@ def _knapsack(layers: Sequence[_Options], budget: float) -> list[int]:
     for number, layer in enumerate(layers):
         cost_FK = cost_F[:, None] + layer.cost_K
         loss_FK = loss_F[:, None] + layer.loss_K
-        # the slack is for rounding; the final choice is made by the true budget
+        # slack for rounding; the final choice uses the true budget
         room = (budget - sum(cheapest[number + 1 :])) * (1 + 1e-12)
         kept = _undominated(cost_FK.ravel(), loss_FK.ravel(), room)
         parent, choice = np.divmod(kept, len(layer.choices))
@@ -209,10 +207,10 @@ def _knapsack(layers: Sequence[_Options], budget: float) -> list[int]:
 
 
 def _undominated(cost_A: Floats, loss_A: Floats, room: float) -> NDArray[np.int64]:
-    """Indices of the pairs that no cheaper one equals in loss, by rising cost; `RESOLUTION` at most.
+    """Indices of the undominated pairs by rising cost, at most `RESOLUTION`.
 
-    Of the pairs in one interval of costs the last, the best, stays; so does the cheapest of all, so
-    that rounding never leaves none within the budget.
+    To thin them, the last and best pair of each cost interval stays, and the cheapest pair of all,
+    so that rounding always leaves one within the budget.
     """
     order = np.lexsort((loss_A, cost_A))
     order = order[: max(1, int(np.searchsorted(cost_A[order], room, side="right")))]
@@ -229,10 +227,10 @@ def _undominated(cost_A: Floats, loss_A: Floats, room: float) -> NDArray[np.int6
 
 
 def _fill(layers: Sequence[_Options], picks: list[int], budget: float) -> list[int]:
-    """Spend what is left: the costlier choice that lowers the loss most, or fills most, until none.
+    """Spend the rest of the budget on costlier choices: those that lower the loss most, then fill most.
 
-    A costlier choice never counts for more loss. Ties are settled here, and what a thinned list has
-    lost, by exact arithmetic.
+    This settles ties, and recovers with exact arithmetic what a thinned list has lost. A costlier
+    choice never has more loss.
     """
     picks = list(picks)
     while True:
@@ -247,17 +245,6 @@ def _fill(layers: Sequence[_Options], picks: list[int], budget: float) -> list[i
             return picks
         _, _, i, j = max(gains, key=lambda gain: gain[:2])
         picks[i] = j
-
-
-@contextmanager
-def _pruned(weight: torch.Tensor, mask: torch.Tensor) -> Iterator[None]:
-    """The weight without what the mask removes; afterwards its own bits."""
-    before = weight.detach().clone()
-    try:
-        weight.mul_(mask.to(weight.device))
-        yield
-    finally:
-        weight.copy_(before)
 
 
 def _kept(name: str, layer: nn.Module, choice: Choice) -> int:

@@ -10,14 +10,14 @@ from prunedm.masks import Masks, Pattern
 from prunedm.networks.layers import to_groups, why_not_nm
 
 LARGEST_M = 16
-_CHUNK = 1 << 18  # weights at a time: what is compared stays in the cache
+_CHUNK = 1 << 18  # weights at a time: they stay in the processor's cache
 
 
 def nm_mask(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """Boolean mask of the score's shape with exactly N kept in every group; ties keep the first.
 
-    A weight's rank is the number of weights of its group that go before it. M (M-1) / 2 comparisons
-    of whole tensors count it, many times faster than sorting rows of M.
+    A weight's rank is the number of larger weights in its group, counted by M (M-1) / 2 comparisons
+    of whole tensors, which is many times faster than sorting rows of M.
     """
     m = pattern.m
     outputs, inputs = score.shape[:2]
@@ -40,7 +40,7 @@ def nm_mask(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 def eligible_layers(
     layers: Mapping[str, nn.Module], pattern: Pattern
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers that can take the pattern, and of the others why not. `UserError` if none can."""
+    """Layers that can have the pattern, and why the others cannot. `UserError` if none can."""
     reasons = {name: why_not_nm(layer, pattern.m) for name, layer in layers.items()}
     eligible = {name: layer for name, layer in layers.items() if reasons[name] is None}
     if not eligible:
@@ -52,20 +52,20 @@ def eligible_layers(
 def nm_masks(
     layers: Mapping[str, nn.Module], scores: Mapping[str, torch.Tensor], pattern: Pattern
 ) -> Masks:
-    """Masks for every layer that can take the pattern. Raises `UserError` if none can."""
+    """Masks for every layer that can have the pattern. Raises `UserError` if none can."""
     eligible, _ = eligible_layers(layers, pattern)
     return Masks.uniform({name: nm_mask(scores[name].abs(), pattern) for name in eligible}, pattern)
 
 
 def project(mask: torch.Tensor, score: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, int]:
-    """The mask with exactly N kept in every group, changed as little as can be; groups changed.
+    """The nearest mask with exactly N kept in every group, and the number of changed groups.
 
-    Where a group keeps more than N, the lowest-scored of them go; where it keeps fewer, the
-    highest-scored of the others come in. Ties keep the first. Scores are finite, of any sign.
+    A group with more than N loses its lowest scores; one with fewer gains the highest of the others.
+    Ties keep the first. Scores are finite, of any sign.
     """
     assert bool(score.isfinite().all())
     score = score.float()
-    best = nm_mask(score.masked_fill(~mask, -torch.inf), pattern) & mask  # at most N in a group
+    best = nm_mask(score.masked_fill(~mask, -torch.inf), pattern) & mask  # at most N per group
     projected = nm_mask(score.masked_fill(mask, -torch.inf).masked_fill(best, torch.inf), pattern)
     changed_G = to_groups(projected != mask, pattern.m).any(1)
     return projected, int(changed_G.sum())
@@ -74,7 +74,7 @@ def project(mask: torch.Tensor, score: torch.Tensor, pattern: Pattern) -> tuple[
 def exact_pattern(layer: nn.Module, mask: torch.Tensor) -> Pattern | None:
     """The N:M that holds in every group of the layer's mask, or None.
 
-    Of several, the one of the smallest M: it implies the others (1:2 is also 2:4, 2:4 is also 4:8).
+    The one with the smallest M, which implies the others (1:2 is also 2:4, 2:4 is also 4:8).
     """
     for m in range(2, LARGEST_M + 1):
         if why_not_nm(layer, m) is None:

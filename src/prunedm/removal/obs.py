@@ -2,8 +2,8 @@
 
 For each layer, with H = X^T X of its inputs (weighted by time as in OBS-Diff, 2025, and by the
 positions' influence on the model's output as in GuidedQuant, 2025): a sweep over the columns
-removes weights and moves the later columns to make up for them. The sweep cannot mend
-columns that it has passed, so in the end the kept weights are fitted once more, all together.
+removes weights and adjusts the later columns to compensate. The sweep cannot correct columns that
+it has passed, so in the end the kept weights are fitted once more, all together.
 
 Letters: O output channels; K columns, ordered (*taps, I); B columns of a block; S of a span.
 """
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from prunedm.architecture import device_of
 from prunedm.errors import UserError
 from prunedm.masks import Pattern
 from prunedm.networks.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, weight_of
@@ -21,16 +22,15 @@ from prunedm.networks.layers import why_not_nm
 from prunedm.progress import Progress, Silent
 from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
 from prunedm.removal.nm import nm_mask
-from prunedm.removal.refit import refit
-from prunedm.removal.swaps import swap_search
+from prunedm.removal.swaps import refit, swap_search
 from prunedm.task import Batch
 
 Choice = Pattern | float | torch.Tensor
 Choose = Callable[[torch.Tensor, int], torch.Tensor]  # saliency_OS, its first column => keep_OS
 
-BLOCK = 128  # columns whose updates are gathered before the columns behind them are touched
-FIT_STEPS = 30  # of conjugate gradients; the loss is the same from 20 on
-DAMPINGS = 6  # tried, each ten times the one before
+BLOCK = 128  # columns whose updates are gathered before the later columns are updated
+FIT_STEPS = 30  # of conjugate gradients; the loss no longer changes from 20 on
+DAMPINGS = 6  # attempts, each with ten times the damping
 
 
 def obs_prune(
@@ -43,22 +43,20 @@ def obs_prune(
     swaps: int = 0,
     guidance: float = 0.0,
     memory: int = 2 << 30,
-    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Prune the named layers in place; returns their masks (True = kept).
 
-    `choices`, by layer: an N:M pattern; a share of the layer's weights to remove; or a boolean mask
-    of the weight's shape [O, I, *taps], whose kept weights are then only updated.
-    `time_weights`: of a problem at the noisiest timestep and at the last one, logarithmic between.
+    `choices`, by layer: an N:M pattern; the share of the layer's weights to remove; or a boolean
+    mask of the weight's shape [O, I, *taps], whose kept weights are then only updated.
+    `time_weights`: of problems at the noisiest timestep and at the last one, logarithmic between.
     `damping`: added to the diagonal of H, as a share of its mean.
     `swaps`: rounds of a search for better N:M masks after the sweep (removal/swaps.py).
-    `guidance`: power to which positions count by their influence on the model's output; 0 is
-    SparseGPT's H = X^T X (removal/influence.py).
-    `memory`: bytes of Grams held at once (a layer that needs more is taken alone). Layers are taken
-    in the order of execution, as many as fit; each such set reads `batches` once, with the layers
-    before it already pruned.
-    Raises `UserError` for a choice that does not fit its layer, and a Gram that has no inverse.
+    `guidance`: the power of a position's influence on the model's output that weighs it; 0 is
+    SparseGPT's H = X^T X (removal/input_grams.py).
+    `memory`: bytes of Grams held at once. Layers are taken in execution order, as many as fit and at
+    least one; each such set reads `batches` once, with the earlier layers already pruned.
+    Raises `UserError` for a choice that does not fit its layer, and a Gram without an inverse.
     """
     layers = {name: denoiser.get_submodule(name) for name in choices}
     for name, layer in layers.items():
@@ -68,7 +66,7 @@ def obs_prune(
     was_training = denoiser.training
     denoiser.eval()
     weigh = partial(log_time_weights, ends=time_weights)
-    order = execution_order(denoiser, layers, batches[0].to(device))
+    order = execution_order(denoiser, layers, batches[0].to(device_of(denoiser)))
     if missed := sorted(layers.keys() - set(order)):
         raise UserError(f"{missed[0]} takes no part in the forward pass; leave it out")
     sets = _sets_that_fit(layers, order, memory)
@@ -77,9 +75,7 @@ def obs_prune(
     with (progress or Silent()).task("second-order pruning", total) as bar:
         for names in sets:
             some = {name: layers[name] for name in names}
-            grams = input_grams(
-                denoiser, some, batches, weigh=weigh, guidance=guidance, device=device, bar=bar
-            )
+            grams = input_grams(denoiser, some, batches, weigh=weigh, guidance=guidance, bar=bar)
             for name in names:
                 masks[name] = _prune_layer(
                     name, layers[name], grams.pop(name), choices[name], damping, swaps=swaps
@@ -167,7 +163,7 @@ def _damped_factor(
     share = damping
     for _ in range(DAMPINGS):
         damped_KK = h_KK + share * mean * identity_KK
-        dead_K = damped_KK.diagonal() == 0  # where nothing is damped, or all inputs are zero
+        dead_K = damped_KK.diagonal() == 0  # no damping, or all inputs are zero
         damped_KK.diagonal()[dead_K] = mean if mean > 0 else 1
         # H = R R^T with R upper, by a Cholesky from the last column to the first; U = R^-1
         lower_KK, info = torch.linalg.cholesky_ex(damped_KK.flip(0, 1))
@@ -181,15 +177,15 @@ def _damped_factor(
 
 
 def _chooser(choice: Choice, w_OK: torch.Tensor, u_KK: torch.Tensor) -> tuple[Choose, int]:
-    """How the sweep chooses, and for how many columns at once."""
+    """How the sweep chooses what to keep, and for how many columns at once."""
     if isinstance(choice, Pattern):
         pattern = choice
         return lambda saliency_OM, _: nm_mask(saliency_OM, pattern), pattern.m
     if isinstance(choice, torch.Tensor):
         given_OK = to_matrix(choice).to(w_OK.device)
         return lambda saliency_OB, first: given_OK[:, first : first + saliency_OB.shape[1]], BLOCK
-    # How many go from each block is ranked over the whole layer beforehand, which makes the total
-    # exact; which ones, when the sweep has come to them and the weights have moved.
+    # How many weights each block loses is ranked over the whole layer beforehand, so the total is
+    # exact; which ones is decided when the sweep reaches the block, after earlier updates.
     planned_OK = _without_lowest(_saliency(w_OK, u_KK), round(choice * w_OK.numel()))
 
     def choose(saliency_OB: torch.Tensor, first: int) -> torch.Tensor:
@@ -200,7 +196,7 @@ def _chooser(choice: Choice, w_OK: torch.Tensor, u_KK: torch.Tensor) -> tuple[Ch
 
 
 def _saliency(w_OS: torch.Tensor, u_SS: torch.Tensor) -> torch.Tensor:
-    """w^2 / [H^-1]_ii, the error that the removal of a weight leaves when later ones make up for it."""
+    """w^2 / [H^-1]_ii: the error left by removing a weight once later ones compensate."""
     return (w_OS / u_SS.diagonal()).square()
 
 
@@ -214,7 +210,7 @@ def _without_lowest(score: torch.Tensor, count: int) -> torch.Tensor:
 def _sweep(
     w_OK: torch.Tensor, u_KK: torch.Tensor, choose: Choose, span: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove column by column, moving the later columns (SparseGPT, algorithm 1): weights, mask."""
+    """Prune column by column, updating the later ones (SparseGPT, algorithm 1): weights, mask."""
     w_OK, columns = w_OK.clone(), w_OK.shape[1]
     keep_OK = torch.ones_like(w_OK, dtype=torch.bool)
     block = span * max(1, BLOCK // span)

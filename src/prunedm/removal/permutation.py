@@ -5,17 +5,16 @@
     scores = permuted(scores, permutation)
 
 Channels are reordered wherever they are coupled, so the denoiser computes the same function, while
-the N:M groups of the layers that read them keep more score (`stripes` has the search).
+the N:M groups of the layers that read them keep more score (the search is in `stripes`).
 
-Norm groups and attention heads must stay whole. A *cell* is a set of channels that every norm has
-in one group and every attention in one head. Single channels move within their cell; equal cells
-swap with each other where each norm sees both whole, or both inside one of its groups. A cell that
-is one stripe leaves nothing to choose: norm groups of M channels gain nothing.
+Norm groups and attention heads must stay whole. A *cell* is a set of channels that are in the same
+group of every norm and the same head of every attention. Single channels move within their cell;
+cells of equal size swap where each norm has both as whole groups, or both inside one group. A cell
+of one stripe leaves no choice: norm groups of M channels gain nothing.
 
-Left as they are: what channel removal treats as interface (the image's channels, the output of the
-time embedding and so the inputs of all `time_emb_proj`), and channels that share a stripe with
-channels of another set. Whole cells of M or more channels are not swapped, nor cells split over
-stripes.
+Not reordered: the interface as in channel removal (the image's channels, the output of the time
+embedding and so the inputs of all `time_emb_proj`), and channels that share a stripe with channels of
+another set. Cells of M or more channels, and cells split over stripes, are not swapped whole.
 
 C channels, or their slots; K copies of them in one layer's input; P positions; L norms and heads;
 Z cells.
@@ -32,22 +31,21 @@ from torch import nn
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError
 from prunedm.masks import Pattern
-from prunedm.networks.layer_kinds import find_kind, oriented, weight_of
+from prunedm.networks.layer_kinds import Side, find_kind, oriented, weight_of, width_of
 from prunedm.networks.layers import to_groups, why_not_nm
-from prunedm.removal.channel_costs import Side, width
-from prunedm.removal.channel_groups import ChannelGroup, free_groups
+from prunedm.removal.channels.groups import ChannelGroup, free_groups
 from prunedm.removal.stripes import View, best_content, kept_score, stripe_homes
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """New position -> old position by layer and side, and what it gains for each coupled set.
+    """New position -> old position by layer and side, and the gain of each coupled set.
 
-    `kept`: the score that N:M masks keep before and after, by the layer that makes the channels:
-    shares of the whole score of each layer that reads them, summed over these layers.
+    `kept`: the score that N:M masks keep before and after, by the layer that makes the channels, as
+    shares of the total score of each layer that reads them, summed over these layers.
     """
 
-    order: dict[tuple[str, Side], torch.Tensor]  # sides that stay as they are may be absent
+    order: dict[tuple[str, Side], torch.Tensor]  # unchanged sides may be absent
     kept: dict[str, tuple[float, float]]
 
 
@@ -59,12 +57,11 @@ def find_permutation(
 ) -> Permutation:
     """A permutation that raises the score kept by the `patterns` of these layers (local optimum).
 
-    `scores`: weight-shaped, for at least the layers in `patterns`; absolute values count, divided by
-    the layer's sum. Few scores compare across layers (magnitudes depend on
-    the scale of what a norm passes on), and undivided the largest layer would decide alone what
-    all layers on a residual stream get; so a single layer may keep less while the sum rises.
+    `scores`: weight-shaped, for at least the layers in `patterns`; absolute values, divided by the
+    layer's sum, since most scores do not compare across layers: otherwise the layer with the largest
+    would decide for a whole residual stream. A single layer may keep less while the sum rises.
     Deterministic; `denoiser` is not changed. Raises `UserError` where a pattern does not fit its
-    layer or a score is missing or of another shape.
+    layer or a score is missing or has another shape.
     """
     rows = {name: _normalised_rows(denoiser, name, scores, p) for name, p in patterns.items()}
     order: dict[tuple[str, Side], torch.Tensor] = {}
@@ -80,7 +77,7 @@ def find_permutation(
         kept[group.name] = (kept_score(views, start_C), kept_score(views, content_C))
         if not torch.equal(content_C, start_C):
             for (name, side), place_KC in places.items():
-                whole = torch.arange(width(denoiser.get_submodule(name), side))
+                whole = torch.arange(width_of(denoiser.get_submodule(name), side))
                 whole = order.setdefault((name, side), whole)
                 whole[place_KC] = place_KC[:, content_C]
     return Permutation(order, kept)
@@ -88,10 +85,10 @@ def find_permutation(
 
 @torch.no_grad()
 def permute_(denoiser: nn.Module, permutation: Permutation) -> None:
-    """Reorder the parameters in place. Raises `UserError` where the model is of other widths."""
+    """Reorder the parameters in place. Raises `UserError` where the model has other widths."""
     for (name, side), order in permutation.order.items():
         module = dict(denoiser.named_modules()).get(name)
-        if module is None or width(module, side) != len(order):
+        if module is None or width_of(module, side) != len(order):
             raise UserError(f"permutation of another model: {name} has no {len(order)} {side}puts")
     for name in dict.fromkeys(layer for layer, _ in permutation.order):
         module = denoiser.get_submodule(name)
@@ -119,10 +116,10 @@ def _reordered(value: torch.Tensor, name: str, permutation: Permutation) -> torc
 def _normalised_rows(
     denoiser: nn.Module, name: str, scores: Mapping[str, torch.Tensor], pattern: Pattern
 ) -> torch.Tensor:
-    """The layer's score as (rows, input channels), its absolute values adding up to one."""
+    """The layer's absolute score as (rows, input channels), with sum one."""
     layer = dict(denoiser.named_modules()).get(name)
     if layer is None or find_kind(layer) is None:
-        raise UserError(f"pattern {pattern} is for {name!r}, which is no layer of this model")
+        raise UserError(f"pattern {pattern} is for {name!r}, which is not a layer of this model")
     if reason := why_not_nm(layer, pattern.m):
         raise UserError(f"pattern {pattern} does not fit {name}: {reason}")
     score, shape = scores.get(name), weight_of(layer).shape
@@ -135,9 +132,9 @@ def _normalised_rows(
 
 
 def _places(group: ChannelGroup) -> dict[tuple[str, Side], torch.Tensor]:
-    """Where each channel is, by layer and side: position of copy k of channel c.
+    """The position of copy k of channel c, (K, C), by layer and side.
 
-    Empty where some layer does not hold whole copies: then the channels cannot be moved.
+    Empty where some layer does not have whole copies: the channels then cannot be moved.
     """
     found: dict[tuple[str, Side], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
     for coupling in group.couplings:
@@ -162,7 +159,7 @@ def _views(
     rows: Mapping[str, torch.Tensor],
     patterns: Mapping[str, Pattern],
 ) -> list[View]:
-    """The inputs that take a pattern; those of equal pattern and stripes are one view."""
+    """Views of the inputs with a pattern; inputs with equal pattern and stripes share one."""
     found: dict[tuple[Pattern, tuple[int, ...]], list[torch.Tensor]] = defaultdict(list)
     for (name, side), place_KC in places.items():
         if side == "in" and name in patterns:
@@ -191,19 +188,19 @@ def _cells(
     cells = [(cell_C == z).nonzero().flatten() for z in range(parts_LZ.shape[1])]
     families: dict[tuple[int, ...], list[torch.Tensor]] = defaultdict(list)
     for cell, parts in zip(cells, parts_LZ.T.tolist(), strict=True):
-        # -1: the cell is the whole of the norm group, so it may become the whole of another
+        # -1: the cell is a whole norm group, and may become another whole group
         key = [-1 if size == len(cell) else part for part, size in zip(parts, sizes, strict=True)]
         families[(len(cell), *key)].append(cell)
     return cells, [torch.stack(family) for family in families.values()]
 
 
 def _indivisible(denoiser: nn.Module, name: str, side: Side) -> int:
-    """How many neighbouring positions make a norm group or a head here; 0 where there is none."""
+    """Number of neighbouring positions in a norm group or head here; 0 without either."""
     module = denoiser.get_submodule(name)
     if isinstance(module, nn.GroupNorm):
         return module.num_channels // module.num_groups
     parent = denoiser.get_submodule(name.rpartition(".")[0])
     projects = name.rpartition(".")[2] in ("to_q", "to_k", "to_v") and side == "out"
     if isinstance(parent, Attention) and projects:
-        return width(module, "out") // parent.heads
+        return width_of(module, "out") // parent.heads
     return 0

@@ -1,9 +1,9 @@
-"""Which channels to put together into N:M groups: swaps, best first (Pool & Yu 2021, section 4).
+"""Choosing which channels share an N:M group: swaps, best first (Pool & Yu 2021, section 4).
 
-A *slot* is a place among a set of channels; a *stripe* is M slots that fall into one N:M group of
-the layers that read the channels. The search swaps the contents of two *units* (one slot, two, or
-a whole cell) until no swap gains. All swaps of a kind are evaluated at once, and again only where
-a stripe has changed.
+A *slot* is a position in a set of channels; a *stripe* is the M slots of one N:M group in the layers
+that read the channels. The search swaps the contents of two *units* (one slot, two, or a whole cell)
+until no swap gains. All swaps of a kind are evaluated at once, and re-evaluated only where a stripe
+has changed.
 
 R rows of scores, one for each output channel and kernel tap of the layers that read; C channels,
 or their slots; S stripes; A, B units; U slots of a unit; X the slots left in its stripe; V views.
@@ -29,7 +29,7 @@ class View:
 
     pattern: Pattern
     score_RC: torch.Tensor  # float64
-    home_C: torch.Tensor  # the stripe of each slot, or -1 where it may not be touched
+    home_C: torch.Tensor  # the stripe of each slot, or -1 where it must not change
 
     @property
     def stripe_SM(self) -> torch.Tensor:
@@ -39,7 +39,7 @@ class View:
 
 
 def stripe_homes(place_C: torch.Tensor, m: int) -> torch.Tensor:
-    """The stripe of each slot, counted from 0; -1 where foreign channels are in the stripe too."""
+    """The stripe of each slot, counted from 0; -1 where other channels share the stripe."""
     stripe_C = place_C // m
     whole = torch.bincount(stripe_C) == m
     return torch.where(whole[stripe_C], (whole.cumsum(0) - 1)[stripe_C], -1)
@@ -48,7 +48,7 @@ def stripe_homes(place_C: torch.Tensor, m: int) -> torch.Tensor:
 def best_content(
     views: Sequence[View], cells: Sequence[torch.Tensor], families: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The channel to put into each slot."""
+    """The best channel for each slot."""
     content_C = torch.arange(views[0].score_RC.shape[1])
     kinds = [units for units in _kinds(views, cells, families) if bool(_apart(views, units).any())]
     for _ in range(_ROUNDS):
@@ -66,7 +66,7 @@ def _kinds(
     """Sets of units (A, U) that may swap with each other: channels, pairs of them, whole cells."""
     for cell in cells:
         yield _in_stripes(views, cell[:, None])
-        # With pairs, two stripes of four cannot get stuck: each is at most two channels from best.
+        # Pairs avoid local optima of two stripes of four: each is at most two channels from its best.
         if max(view.pattern.m for view in views) <= 4:
             pairs = torch.tensor(list(combinations(cell.tolist(), 2)), dtype=torch.long)
             yield _in_stripes(views, pairs.reshape(-1, 2))
@@ -91,14 +91,14 @@ def _apart(views: Sequence[View], units_AU: torch.Tensor) -> torch.Tensor:
 
 
 def _swap_best(views: Sequence[View], content_C: torch.Tensor, units_AU: torch.Tensor) -> None:
-    """Swap the two units that gain most, in place, until no swap gains.
+    """Swap the two units with the largest gain, in place, until no swap gains.
 
-    A swap changes one stripe of each unit, so kept[a, b], unit a's stripe with b's content for a's
-    own, is all there is to know: the gain is kept[a, b] + kept[b, a] - kept[a, a] - kept[b, b].
+    A swap changes one stripe per unit. With kept[a, b], the score of unit a's stripe with b's content
+    in place of a's, the gain is kept[a, b] + kept[b, a] - kept[a, a] - kept[b, b].
     """
     apart_VAA = _apart(views, units_AU)
     kept_VAA = torch.stack([_kept_with(view, content_C, units_AU, units_AU) for view in views])
-    least = 1e-10 * kept_score(views, content_C)  # rounding must not keep swaps going round
+    least = 1e-10 * kept_score(views, content_C)  # rounding must not cause endless swaps
     for _ in range(_SWAPS * len(units_AU)):
         own_VA = kept_VAA.diagonal(dim1=1, dim2=2)
         gain_VAA = kept_VAA + kept_VAA.mT - own_VA[:, :, None] - own_VA[:, None, :]
@@ -117,9 +117,9 @@ def _swap_best(views: Sequence[View], content_C: torch.Tensor, units_AU: torch.T
 def _kept_with(
     view: View, content_C: torch.Tensor, units_AU: torch.Tensor, others_BU: torch.Tensor
 ) -> torch.Tensor:
-    """Score kept in the stripe of each unit, were its content that of another unit: (A, B).
+    """Score kept in each unit's stripe with the content of another unit in its place: (A, B).
 
-    The best N of two sets together are, for some j, the best N-j of one and the best j of the other.
+    The best N of the union of two sets are, for some j, the best N-j of one and the best j of the other.
     """
     n, stripe_AM = view.pattern.n, view.stripe_SM[view.home_C[units_AU[:, 0]]]
     leaving_AM = (stripe_AM[:, :, None] == units_AU[:, None, :]).any(2)
@@ -144,7 +144,7 @@ def _best_sums(values: torch.Tensor) -> torch.Tensor:
 
 
 def kept_score(views: Sequence[View], content_C: torch.Tensor) -> float:
-    """The score that masks keep in all stripes (those shared with foreign channels not counted)."""
+    """The score that masks keep in all stripes, except those shared with other channels."""
     return sum(
         float(_best_sums(view.score_RC[:, content_C[view.stripe_SM]])[..., view.pattern.n].sum())
         for view in views

@@ -1,4 +1,4 @@
-"""Unstructured masks: the lowest-scored weights go, per layer or over all layers together."""
+"""Unstructured masks without the lowest scores, per row, per layer or over all layers."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def weight_masks(
 
     `scope`: "row" (Wanda's for unstructured pruning), "layer" or "global".
 
-    With `positions`, a weight counts as often as its layer has output positions: `ratio` is then a
+    With `positions`, a weight costs as much as its layer has output positions: `ratio` is then a
     share of the layers' MACs.
     """
     if scope == "row":
@@ -42,7 +42,7 @@ def weight_masks(
 
 
 def keep_highest(score: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Boolean mask without the round(ratio * count) lowest absolute scores; ties go first to last."""
+    """Boolean mask without the round(ratio * count) lowest absolute scores; earlier ties go first."""
     size = score.abs().reshape(-1).cpu().numpy()
     removed = round(ratio * size.size)
     mask = np.ones(size.shape, dtype=bool)
@@ -69,10 +69,10 @@ def share_of_weights(
     total: int,
     positions: Mapping[str, int] | None = None,
 ) -> float:
-    """The share of the layers' weights (of their MACs, with `positions`) to remove for a target.
+    """The share of the layers' weights (with `positions`, of their MACs) to remove for a target.
 
-    `weights`: how many each layer has. `total`: parameters or MACs of the whole model; what the
-    layers do not have cannot go. Raises `UserError` where that leaves too few.
+    `weights`: the number in each layer. `total`: parameters or MACs of the whole model, some outside
+    these layers. Raises `UserError` where the layers have too few.
     """
     if kind == "weights":
         return ratio
@@ -88,7 +88,7 @@ def share_of_weights(
 
 
 def _keep_highest_by_cost(score: torch.Tensor, cost: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Without the lowest absolute scores, as many as make up `ratio` of the cost."""
+    """Remove the lowest absolute scores that together make up `ratio` of the cost."""
     order = score.abs().argsort(stable=True)
     gone = cost[order].cumsum(0)
     count = int(torch.searchsorted(gone, round(ratio * int(gone[-1])), right=True))

@@ -1,8 +1,8 @@
 """What matters: a score per weight, higher = keep. Any score works with any mechanism.
 
-A score is a small pure function of a layer's weight and one statistic of it. To add one: a file with
-a `Score`, and a line in `tables.SCORES`. A score may be signed: mechanisms sum it over the weights
-that go together, and compare absolute values.
+A score is a small pure function of a layer's weight and one statistic of the layer. To add one, write
+a file with a `Score` and add a line to `tables.SCORES`. A score may be signed: mechanisms sum it over
+the weights that are removed together, and compare absolute values.
 """
 
 from collections.abc import Mapping
@@ -24,27 +24,24 @@ from prunedm.errors import UserError
 from prunedm.networks.layer_kinds import for_weight, weight_of
 from prunedm.progress import Progress
 from prunedm.randomness import generator_for
-from prunedm.scores import diff_pruning, wanda
 from prunedm.scores.score import Score
+from prunedm.scores.wanda import OVER_TIME
 from prunedm.tables import Table
 from prunedm.task import Batch, Stream, Task
-
-Statistics = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The problems that scores are measured on, and how their statistics are taken."""
+    """The problems on which scores are measured, and how their statistics are taken."""
 
     problems: Task
     count: int = 512
     batch_size: int = 64
     time_bins: int = 10  # wanda
-    over_time: str = "mean"  # wanda: of OVER_TIME
+    over_time: str = "mean"  # wanda: a name in OVER_TIME
     over_problems: OverProblems = "mean"  # wanda: within a time bin
-    sweep_images: int = 16  # diff-pruning: the one batch that goes through the timesteps
+    sweep_images: int = 16  # diff-pruning: size of the batch that visits all timesteps
     stop_below: float = 0.05  # diff-pruning: share of the largest loss
-    device: torch.device | str = "cpu"
 
     @property
     def batches(self) -> Stream:
@@ -65,15 +62,15 @@ def score_layers(
 ) -> dict[str, torch.Tensor]:
     """The score of every weight of every layer, each as [O, I, *taps], on the CPU.
 
-    Raises `UserError` for calibration images of another shape than the model's, and for a score
-    that is not finite.
+    Raises `UserError` for calibration images whose shape is not the model's, and for scores that
+    are not finite.
     """
     score = SCORES[name]
     weights = {n: weight_of(layer).detach().cpu() for n, layer in layers.items()}
     if score.needs_problems:
         assert calibration is not None, f"{name} needs problems"
         _check_shape(denoiser, calibration.problems.batch([0]))
-        statistics = _STATISTICS[score.statistic](denoiser, layers, calibration, progress)
+        statistics = _statistics(score, denoiser, layers, calibration, progress)
     elif score.statistic == "noise":
         statistics = {
             n: torch.rand(w.shape, generator=generator_for(seed, f"score/{n}"))
@@ -91,8 +88,8 @@ def score_layers(
 
 
 def _check_shape(network: nn.Module, problems: Batch) -> None:
-    """Raise `UserError` where problems have another shape than the network was trained on."""
-    if getattr(getattr(network, "config", None), "sample_size", None) is None:  # it takes any
+    """Raise `UserError` where the problems' shape is not the one the network was trained on."""
+    if getattr(getattr(network, "config", None), "sample_size", None) is None:  # takes any shape
         return
     wanted = architecture_of(network).shape(network)
     given = tuple(problems.inputs["sample"].shape[1:])
@@ -103,71 +100,37 @@ def _check_shape(network: nn.Module, problems: Batch) -> None:
         )
 
 
-def _input_norms(
+def _statistics(
+    score: Score,
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
     calibration: Calibration,
     progress: Progress | None,
-) -> Statistics:
-    problems = calibration.problems
-    squares = input_squares(
-        denoiser,
-        layers,
-        calibration.batches,
-        bins=TimeBins.over(problems.times, calibration.time_bins),
-        over_problems=calibration.over_problems,
-        device=calibration.device,
-        progress=progress,
-    )
-    return {
-        n: for_weight(layers[n], wanda.OVER_TIME[calibration.over_time](squares_B.sqrt()))
-        for n, squares_B in squares.items()
-    }
-
-
-def _gradients(
-    denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
-    calibration: Calibration,
-    progress: Progress | None,
-) -> Statistics:
-    return loss_gradients(
-        denoiser, layers, calibration.batches, device=calibration.device, progress=progress
-    )
-
-
-def _low_noise_gradients(
-    denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
-    calibration: Calibration,
-    progress: Progress | None,
-) -> Statistics:
-    return diff_pruning.low_noise_gradients(
-        denoiser,
-        layers,
-        calibration.problems,
-        images=calibration.sweep_images,
-        threshold=calibration.stop_below,
-        device=calibration.device,
-        progress=progress,
-    )
-
-
-def _input_variances(
-    denoiser: nn.Module,
-    layers: Mapping[str, nn.Module],
-    calibration: Calibration,
-    progress: Progress | None,
-) -> Statistics:
-    variances = input_variances(
-        denoiser, layers, calibration.batches, device=calibration.device, progress=progress
-    )
-    return {n: for_weight(layers[n], variance) for n, variance in variances.items()}
-
-
-_STATISTICS = {
-    "gradient": _gradients,
-    "low-noise gradient": _low_noise_gradients,
-    "input norm": _input_norms,
-    "input variance": _input_variances,
-}
+) -> dict[str, torch.Tensor]:
+    """What the score wants to know of each layer, in a shape that broadcasts with its weight."""
+    problems, batches = calibration.problems, calibration.batches
+    if score.statistic == "gradient":
+        return loss_gradients(denoiser, layers, batches, progress=progress)
+    if score.statistic == "low-noise gradient":
+        return loss_gradients(
+            denoiser,
+            layers,
+            problems.sweep(calibration.sweep_images),
+            stop_below=calibration.stop_below,
+            total=problems.times.last - problems.times.first + 1,
+            progress=progress,
+        )
+    if score.statistic == "input variance":
+        found = input_variances(denoiser, layers, batches, progress=progress)
+    else:
+        squares = input_squares(
+            denoiser,
+            layers,
+            batches,
+            bins=TimeBins.over(problems.times, calibration.time_bins),
+            over_problems=calibration.over_problems,
+            progress=progress,
+        )
+        combine = OVER_TIME[calibration.over_time]
+        found = {n: combine(squares_B.sqrt()) for n, squares_B in squares.items()}
+    return {n: for_weight(layers[n], values) for n, values in found.items()}

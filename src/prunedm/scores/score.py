@@ -13,7 +13,7 @@ Statistic = Literal[
 
 @dataclass(frozen=True)
 class Score:
-    """`function(weight, statistic)`, and which statistic of a layer it wants."""
+    """`function(weight, statistic)`, and which statistic of the layer it takes."""
 
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     statistic: Statistic = "nothing"

@@ -2,6 +2,10 @@
 
 A diffusion model meets other activations at every noise level, so their norms are taken per time bin
 and then combined. Shapes: B time bins, noisiest last.
+
+Fluctuation (An et al. 2024, "Fluctuation-based adaptive structured pruning", arXiv:2312.11983) is
+Wanda without the inputs' mean: after SiLU most of E[x^2] is the mean, whose removal adds a constant
+that the next norm partly cancels. `docs/log.md` has the measured gain.
 """
 
 from collections.abc import Callable
@@ -12,8 +16,13 @@ from prunedm.scores.score import Score
 
 
 def wanda(weight: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
-    """|w| * |x|, x the inputs that this weight meets: per channel, and tap of a kernel."""
+    """|w| * |x|, x the inputs that this weight multiplies: per channel and kernel tap."""
     return weight.abs() * input_norm.to(weight.dtype)
+
+
+def fluctuation(weight: torch.Tensor, input_variance: torch.Tensor) -> torch.Tensor:
+    """|w| * sqrt(Var x), x the inputs that this weight multiplies: per channel and kernel tap."""
+    return weight.abs() * input_variance.sqrt().to(weight.dtype)
 
 
 def weighted_mean(norms_B: torch.Tensor) -> torch.Tensor:
@@ -30,5 +39,5 @@ OVER_TIME: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "weighted_mean": weighted_mean,
 }
 
-
 WANDA = Score(wanda, "input norm")
+FLUCTUATION = Score(fluctuation, "input variance")

@@ -196,7 +196,6 @@ def score_weights(
             over_problems=options.wanda.over_problems,
             sweep_images=options.diff_pruning.sweep_images,
             stop_below=options.diff_pruning.stop_below,
-            device=device,
         )
     return score_layers(
         model.denoiser.to(device),

@@ -1,1 +1,1 @@
-"""The machine and its processes: who runs, who is watched, who waits, what is locked or told outside."""
+"""The machine and its processes: running stages, locks, signals, environment, paths."""

@@ -1,4 +1,4 @@
-"""Locks that the system lets go of however their process ends."""
+"""Locks that the system releases however their process ends."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +11,9 @@ __all__ = ["Timeout", "locked"]
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, which is gone afterwards; `Timeout` where another process has it.
+    """Hold the lock file `path`, removed afterwards; raises `Timeout` where another process has it.
 
-    Whoever opened the file before it was removed, and locks it after, holds nothing: it looks again.
+    A process may lock a file that was removed meanwhile, which locks nothing; it then tries again.
     """
     while True:
         path.touch()

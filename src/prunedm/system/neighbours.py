@@ -1,22 +1,22 @@
-"""How much of the processor others use while something is timed."""
+"""Processor use by other processes while something is timed."""
 
 import os
 import time
 
 import psutil
 
-DISTURBED = 0.1  # share of the processor from which times are said to be too long
+DISTURBED = 0.1  # share of the processor from which a warning is due
 
 
 class Neighbours:
-    """Counts from when it is made; threads and reaped children of this process are not neighbours."""
+    """Counts from its creation; threads and reaped children of this process do not count."""
 
     def __init__(self) -> None:
         self._began = time.monotonic(), _busy_seconds(), _own_seconds()
 
     @property
     def share(self) -> float:
-        """Of all cores' time since then: what other processes, and other machines of the host, used."""
+        """Share of all cores' time that other processes, and other machines of the host, used."""
         began, busy, own = self._began
         cores_seconds = (time.monotonic() - began) * (os.cpu_count() or 1)
         others = (_busy_seconds() - busy) - (_own_seconds() - own)
@@ -24,7 +24,7 @@ class Neighbours:
 
 
 def disturbance(share: float) -> str:
-    """A sentence where times are not to be trusted, else nothing."""
+    """A warning where times cannot be trusted, else ""."""
     if share < DISTURBED:
         return ""
     return f"other processes used {share:.0%} of the processor meanwhile: these times are too long"
@@ -33,7 +33,7 @@ def disturbance(share: float) -> str:
 def _busy_seconds() -> float:
     times = psutil.cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
-    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # are in user, too
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # also in user
     return sum(times) - idle - guests
 
 

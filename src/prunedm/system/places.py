@@ -1,6 +1,6 @@
-"""Where results go and inputs are, as users name them: `~` expanded, links followed, refused early.
+"""Paths of results and inputs as users write them: `~` expanded, links followed.
 
-Raises `UserError` for what no folder or file can be called, before any work.
+Raises `UserError` for impossible names, before any work.
 """
 
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from prunedm.errors import UserError, shortened
 
-PARTIAL = ".partial"  # behind the name of a result: its working folder; in it: the same
+PARTIAL = ".partial"  # suffix of a result's working folder, or its name inside the result
 LONGEST_NAME = 255  # bytes, on every file system in use
-_BESIDE = len(".prunedm-replaced")  # the longest name of ours beside a result
+_BESIDE = len(".prunedm-replaced")  # our longest suffix beside a result
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` expanded; otherwise as it was given."""
+    """The path with `~` expanded."""
     shown = shortened(str(path))
     if "\0" in str(path):
         raise UserError(f"{shown!r} has a NUL byte; give a name without")
@@ -30,7 +30,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def target(out: str | Path) -> Path:
-    """The absolute place that `out` will have: `~` expanded, links followed, dangling ones too."""
+    """The absolute path of `out`: `~` expanded, links followed, dangling ones too."""
     if not str(out).strip():
         raise UserError("the output has no name; give a folder")
     path = expanded(out)
@@ -54,11 +54,11 @@ def target(out: str | Path) -> Path:
 
 
 def portable(path: str, folder: Path) -> str:
-    """`path` as a file in `folder` names it: no part of it tells whose machine this is.
+    """`path` as a file in `folder` refers to it, without user or machine names.
 
-    A local path becomes relative to `folder`, beginning with "./" or "../"; through the home
-    directory of the user it is "~/...". A hub id or another name stays as it is. A working folder
-    counts as the result that it will be.
+    A local path becomes relative to `folder`, starting with "./" or "../", or "~/..." where that would
+    lead through the user's home. A hub id or another name stays as it is. A working folder counts as
+    its future result.
     """
     local = _local(path)
     if local is None:
@@ -71,7 +71,7 @@ def portable(path: str, folder: Path) -> str:
 
 
 def located(path: str, folder: Path) -> str:
-    """The inverse of `portable`; what older versions wrote, an absolute path, stays."""
+    """The inverse of `portable`; absolute paths, from older versions, stay."""
     if path.startswith("~/"):
         return str(expanded(path))
     if path == ".." or path.startswith(("./", "../")):
@@ -80,13 +80,13 @@ def located(path: str, folder: Path) -> str:
 
 
 def bare(path: str) -> str:
-    """The last part of a local path; a hub id or another name as it is."""
+    """The last part of a local path; a hub id or another name unchanged."""
     local = _local(path)
     return path if local is None else local.name or path
 
 
 def _local(path: str) -> Path | None:
-    """The absolute path, None for a name of something that is not on this machine."""
+    """The absolute path; None for names of things that are not on this machine."""
     with suppress(OSError, RuntimeError, ValueError):
         there = Path(path).expanduser()
         if path and (there.is_absolute() or path.startswith(".") or there.exists()):

@@ -1,7 +1,7 @@
-"""Which stages run now: one small file a process, for `prunedm monitor` and whoever started them.
+"""Running stages: one small file per process, for `prunedm monitor` and parent processes.
 
-A process keeps its own up to date (watching.py). Writing is best effort: a full disk or a home that
-cannot be written never fails a stage.
+Each process updates its own (watching.py). Writing is best effort: a full disk or a read-only home
+never fails a stage.
 """
 
 import os
@@ -19,8 +19,8 @@ from prunedm.reading import read_text
 
 STATE = "PRUNEDM_STATE"
 FINISHED_LINES = 50
-_FORGET = 86_400.0  # seconds without news from another host, which nobody here can ask
-_SAME_START = 2.0  # seconds; the clock that processes are dated by may be set meanwhile
+_FORGET = 86_400.0  # seconds without news after which a process on another host is dropped
+_SAME_START = 2.0  # seconds of tolerance, since the clock may be adjusted meanwhile
 
 
 class Entry(BaseModel):
@@ -35,19 +35,19 @@ class Entry(BaseModel):
     cwd: str
     out: Path  # absolute
     stage: str = ""
-    about: str = ""  # what its name does not say: a run's settings in a sweep
+    about: str = ""  # details such as a run's settings in a sweep
     log: Path | None = None
     started: float
     updated: float
-    label: str = ""  # of the current bar
+    label: str = ""  # of the current task
     done: int = 0
     total: int = 0
     task_started: float = 0.0
-    rate: float | None = None  # units a second, lately
+    rate: float | None = None  # recent units per second
     note: str = ""
     figures: dict[str, tuple[int, float]] = Field({}, description="of the task: last step, value")
     held_out: list[tuple[int, float]] = Field([], description="of the task: step, held-out loss")
-    lines: list[str] = Field([], description="said last")
+    lines: list[str] = Field([], description="the last messages")
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Entry(BaseModel):
         return self.host == socket.gethostname()
 
     def process(self) -> psutil.Process | None:
-        """The process, where it is on this host and still the same one; a zombie is gone."""
+        """The process, if it is on this host, still the same one, and not a zombie."""
         if not self.here:
             return None
         try:
@@ -70,7 +70,7 @@ class Entry(BaseModel):
 
 
 class Finished(BaseModel):
-    """A stage that ended: its loss, or in `error` why it did not get to its end."""
+    """A stage that ended: its loss, or in `error` why it failed."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -83,16 +83,16 @@ class Finished(BaseModel):
 
 
 def state_folder() -> Path:
-    """Where the entries are. It need not exist."""
+    """The folder of the entries, which need not exist."""
     if os.environ.get(STATE):
         return Path(os.environ[STATE])
     with suppress(RuntimeError):
         return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "prunedm"
-    return Path(os.devnull) / "prunedm"  # there is no home: nobody will see it
+    return Path(os.devnull) / "prunedm"  # no home: writing there fails silently
 
 
 def entries() -> list[Entry]:
-    """All that run, oldest first; files of processes of this host that are gone are deleted."""
+    """All running processes, oldest first; deletes files of ended processes on this host."""
     found = []
     for path in sorted((state_folder() / "running").glob("*.json")):
         entry = _read(path)
@@ -107,13 +107,13 @@ def entries() -> list[Entry]:
 
 
 def entry_of(pid: int) -> Entry | None:
-    """What the process of this host runs."""
+    """The entry of a process on this host; None where it has none."""
     entry = _read(entry_file(socket.gethostname(), pid))
     return entry if entry is not None and entry.process() is not None else None
 
 
 def stop(entry: Entry) -> None:
-    """Interrupt this process and no other, as Ctrl-C does; its command goes on where it stopped.
+    """Interrupt this process alone, as Ctrl-C does; running its command again resumes the stage.
 
     Raises `UserError` where the process is on another host, another user's, or gone.
     """
@@ -133,7 +133,7 @@ def stop(entry: Entry) -> None:
 
 
 def finished() -> list[Finished]:
-    """Stages that ended lately, the last one first."""
+    """Recently ended stages, the latest first."""
     try:
         lines = _finished_file().read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -150,14 +150,14 @@ def entry_file(host: str, pid: int) -> Path:
 
 
 def write_entry(entry: Entry) -> None:
-    """Write the entry, aside first, so that nobody reads half of it."""
+    """Write the entry atomically, through a temporary file."""
     path = entry_file(entry.host, entry.pid)
     aside = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(entry.model_dump_json(), encoding="utf-8")
         aside.replace(path)
-    except (OSError, ValueError):  # or names that are not UTF-8
+    except (OSError, ValueError):  # ValueError: names that are not UTF-8
         with suppress(OSError):
             aside.unlink(missing_ok=True)
 
@@ -169,7 +169,7 @@ def remove_entry(entry: Entry) -> None:
 
 
 def add_finished(end: Finished) -> None:
-    """Append to the list; it is cut where it has grown to twice what is kept."""
+    """Append to the list, and shorten it once it has twice the kept lines."""
     path = _finished_file()
     with suppress(OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def _finished_file() -> Path:
 
 
 def _read(path: Path) -> Entry | None:
-    """None where the file is gone meanwhile, or of another version."""
+    """None where the file has vanished or is of another version."""
     try:
         return Entry.model_validate_json(read_text(path))
     except (OSError, ValidationError, UserError):

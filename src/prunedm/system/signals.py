@@ -8,12 +8,12 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: what a scheduler or torchrun ends a process with."""
+    """SIGTERM arrived, with which schedulers and torchrun end a process."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let both signals raise within; a shell's background jobs would else ignore SIGINT."""
+    """Within the context both signals raise; a shell's background jobs would otherwise ignore SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

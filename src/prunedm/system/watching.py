@@ -1,4 +1,4 @@
-"""A progress that keeps its process's entry among the running ones (running.py) up to date."""
+"""A progress that keeps its process's entry (running.py) up to date."""
 
 import atexit
 import os
@@ -17,7 +17,7 @@ from prunedm.errors import first_line, masked
 from prunedm.progress import Bar, Progress
 from prunedm.system.running import Entry, Finished, add_finished, remove_entry, write_entry
 
-LOG = "PRUNEDM_LOG"  # where whoever started the process sends what it prints
+LOG = "PRUNEDM_LOG"  # path of the log to which the parent process sends the output
 HELD_OUT = "held_out_loss"
 WRITE_EVERY = 1.0  # seconds
 SAID_LINES = 5
@@ -26,10 +26,10 @@ _OF_TASK = ("label", "done", "total", "task_started", "rate", "note", "figures",
 
 
 class Watched:
-    """Tells the wrapped progress everything, and others by the entry of this process.
+    """Forwards to the wrapped progress and writes the entry of this process.
 
-    out: the folder that is made. command: what starts the same again. about: more on the run. As
-    a context manager it also notes how the work ended. Where not `registered`, it only passes on.
+    out: the folder of the result. command: the command that starts it again. about: details. As a
+    context manager it also records how the work ended. Unless `registered`, it only forwards.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Watched:
         self._progress, self._clock, self._registered = progress, clock, registered
         self._begun = self._written = clock()
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_OVER)  # (seconds, done)
-        self._depth = 0  # of bars within bars
+        self._depth = 0  # of nested tasks
         self._loss: float | None = None
         self._tells_end = True
         atexit.register(self.close)
@@ -101,17 +101,17 @@ class Watched:
         self._write_if_due()
 
     def figures(self, values: Mapping[str, float], step: int) -> None:
-        """Keep the last ones; the `advance` that follows them writes."""
+        """Keep the latest figures; the next `advance` writes them."""
         self.entry.figures |= {name: (step, float(value)) for name, value in values.items()}
         if HELD_OUT in values:
             self.entry.held_out.append((step, float(values[HELD_OUT])))
 
     def result(self, figures: Mapping[str, Any], *, made: bool = True) -> None:
-        """What came out, for the list of what finished; what was there already is not on it."""
+        """Figures for the list of finished stages; not listed unless `made` now."""
         self._loss, self._tells_end = figures.get("loss"), made
 
     def close(self) -> None:
-        """Take the entry away. A forked worker has none of its own."""
+        """Remove the entry, except in forked workers, which have none."""
         atexit.unregister(self.close)
         if self._registered and os.getpid() == self.entry.pid:
             remove_entry(self.entry)
@@ -167,7 +167,7 @@ class _WatchedTask:
 def _folder() -> str:
     try:
         return str(Path.cwd())
-    except OSError:  # deleted under us
+    except OSError:  # it was deleted
         return ""
 
 

@@ -1,7 +1,7 @@
-"""What a network is asked, and how its answer counts: the one currency of every method.
+"""Problems for a network, and how its answers are scored: the common interface of all methods.
 
 A task is a seeded, endless stream of problems: problem p is a function of (seed, p) alone. Methods read
-batches of them and know nothing of images, noise or text.
+batches of problems and know nothing of images, noise or text.
 """
 
 import math
@@ -15,28 +15,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from prunedm.architecture import Inputs, answer
+from prunedm.randomness import generator_for
 
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # answers, targets => (N,)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How an answer counts: its loss against the data's target, its distance from another answer."""
+    """How an answer is scored: loss against the data's target, distance from another answer."""
 
     losses: Measure
     distances: Measure
 
 
 def squared_errors(answer: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each problem, in float32: (N,). A target has no variance, or both do."""
+    """Mean squared error of each problem, float32 (N,); an answer's learned variance is ignored."""
     prediction = without_variance(answer, target).float()
     return F.mse_loss(prediction, target.float(), reduction="none").flatten(1).mean(1)
 
 
 def without_variance(answer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The prediction in an answer: of twice the channels of `like` the first half.
+    """The prediction in an answer: the first half where it has twice the channels of `like`.
 
-    The rest interpolates the logarithm of the sampler's variance (Nichol & Dhariwal 2021).
+    The other half interpolates the logarithm of the sampler's variance (Nichol & Dhariwal 2021).
     `like`: the noisy data or the target.
     """
     channels = like.shape[1]
@@ -48,10 +49,10 @@ SQUARED_ERROR = Criterion(squared_errors, squared_errors)
 
 @dataclass(frozen=True)
 class Batch:
-    """N problems: what the network is told, what it should answer, and how noisy each is.
+    """N problems: the network's inputs, the targets, and the noise levels.
 
-    target: (N, ...). level_N: 0 clean to 1 noise alone, zeros where nobody says; float64, and on the CPU
-    wherever the rest is. numbers: which problems of their stream these are.
+    target: (N, ...). level_N: from 0 (clean) to 1 (pure noise), zeros by default; float64, always on
+    the CPU. numbers: the problems' numbers in their stream.
     """
 
     inputs: Inputs
@@ -72,7 +73,7 @@ class Batch:
         return self.criterion.losses(answer, self.target)
 
     def distances(self, answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """How far an answer is from another network's, for each problem: (N,), in float32."""
+        """Distance between an answer and another network's, for each problem: (N,), in float32."""
         return self.criterion.distances(answer, wanted)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -90,7 +91,7 @@ class Batch:
         )
 
     def cat(self, other: "Batch") -> "Batch":
-        """These problems, and the others behind them."""
+        """These problems followed by the others."""
         return replace(
             self,
             inputs={name: torch.cat([x, other.inputs[name]]) for name, x in self.inputs.items()},
@@ -101,13 +102,13 @@ class Batch:
 
 
 def predict(network: nn.Module, batch: Batch) -> torch.Tensor:
-    """The network's answer to a batch of problems, (N, ...), without a learned variance."""
+    """The network's answer to a batch, (N, ...), without a learned variance."""
     return without_variance(answer(network, batch.inputs), batch.target)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Steps first..last of `steps` noise levels, 0 the cleanest: those that problems are drawn at."""
+    """Steps first..last, of `steps` noise levels (0 is the cleanest), at which problems are drawn."""
 
     first: int = 0
     last: int = 0
@@ -115,16 +116,38 @@ class Times:
 
 
 class Task(ABC):
-    """A seeded, endless stream of problems."""
+    """A seeded, endless stream of problems over a set of items.
+
+    `shuffle` draws a new order of the items each epoch. With `cycle`, problem p is problem p mod cycle:
+    a fixed set that repeats.
+    """
 
     times = Times()
 
+    def __init__(self, *, seed: int, purpose: str, shuffle: bool = False, cycle: int = 0) -> None:
+        self.seed, self.purpose, self.shuffle, self.cycle = seed, purpose, shuffle, cycle
+        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
+
+    def number(self, p: int) -> int:
+        """The number of problem p within the cycle, if there is one."""
+        return p % self.cycle if self.cycle else p
+
+    def item(self, p: int, count: int) -> int:
+        """The item, 0..count-1, of problem p."""
+        epoch, position = divmod(p, count)
+        if not self.shuffle:
+            return position
+        if self._order[0] != epoch:
+            generator = generator_for(self.seed, self.purpose + "/order", epoch)
+            self._order = (epoch, torch.randperm(count, generator=generator))
+        return int(self._order[1][position])
+
     @abstractmethod
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The problems of these numbers, on the CPU."""
+        """The problems with these numbers, on the CPU."""
 
     def batches(self, number_lists: Sequence[Any], *, workers: int = 0) -> Iterator[Batch]:
-        """One batch a list of numbers, in order; what is slow to read, `workers` processes read."""
+        """One batch per list of numbers, in order; `workers` processes may read slow data."""
         return map(self.batch, number_lists)
 
     def sweep(self, count: int) -> Iterator[Batch]:
@@ -132,13 +155,13 @@ class Task(ABC):
         yield self.batch(range(count))
 
     def stream(self, count: int, *, size: int = 64) -> "Stream":
-        """Problems 0..count-1 in batches, each drawn when it is asked for."""
+        """Problems 0..count-1 in batches that are drawn on access."""
         return Stream(self, count, size)
 
 
 @dataclass(frozen=True)
 class Stream(Sequence[Batch]):
-    """Batches of problems 0..total-1, as often as wanted; none is kept."""
+    """Batches of problems 0..total-1, drawn on every access and not stored."""
 
     task: Task
     total: int

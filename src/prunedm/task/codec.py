@@ -1,4 +1,4 @@
-"""What a network sees in the place of images: their pixels, or the latents of an autoencoder.
+"""The data that a network denoises: pixels, or the latents of an autoencoder.
 
 Images are uint8 NCHW; clean data are float32, of about unit scale. edm2's `training/encoders.py` has
 the same two cases.
@@ -15,7 +15,7 @@ Shape = tuple[int, int, int]  # (C, H, W)
 
 
 class Codec(Protocol):
-    """Both ways between images and what is diffused."""
+    """Converts between images and clean data."""
 
     shape: Shape  # of one clean item
     image_shape: Shape
@@ -28,7 +28,7 @@ class Codec(Protocol):
 
 
 class Pixels:
-    """Images as they are, from -1 to 1."""
+    """Pixels from -1 to 1."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = self.image_shape = shape
@@ -45,9 +45,9 @@ class Pixels:
 class Latents:
     """Latents of a frozen autoencoder of diffusers (AutoencoderKL, AutoencoderTiny, VQModel).
 
-    An image is encoded once, to the mean of its distribution where there is one, and found by its
-    content from then on; one at a time, so that latents do not depend on an image's neighbours.
-    shape: of one latent. key: what tells this autoencoder from others.
+    Each image is encoded to the mean of its distribution, where there is one, and cached by content;
+    one at a time, so that a latent does not depend on the rest of the batch.
+    shape: of one latent. key: identifies the autoencoder.
     """
 
     def __init__(self, autoencoder: Any, shape: Shape, *, key: str) -> None:
@@ -67,7 +67,7 @@ class Latents:
 
     @torch.no_grad()
     def decode(self, clean_NCHW: torch.Tensor) -> torch.Tensor:
-        """Images one by one: an autoencoder wants much memory."""
+        """Decode one by one, since an autoencoder needs much memory."""
         z_NCHW = clean_NCHW / self.scale
         z_NCHW = z_NCHW * self.std + self.mean if self.std is not None else z_NCHW + self.shift
         weight = next(self.autoencoder.parameters())

@@ -1,7 +1,6 @@
 """What a network is told besides noise and time: nothing, a class, or a prompt."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -13,50 +12,38 @@ from prunedm.randomness import generator_for
 from prunedm.task.prompts import PromptEncoder
 
 
-class Condition(Protocol):
-    """Tensors for a network's inputs, N rows each. captions: whether a dataset's are needed."""
+class Condition:
+    """Tensors for a network's inputs besides noise and time, N rows each; here none.
 
-    captions: bool
-
-    def of(
-        self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
-    ) -> Inputs:
-        """What a dataset says of its images of these indices, in the problems of these numbers."""
-
-    def drawn(self, indices: Sequence[int]) -> Inputs:
-        """What the samples of these indices are told."""
-
-    def check(self, images: ImageSet) -> None:
-        """Raise `UserError` where a dataset does not say what the network must be told."""
-
-
-class Unconditional:
-    """Nothing is told."""
-
-    captions = False
-
-    def of(
-        self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
-    ) -> Inputs:
-        """No inputs."""
-        return {}
-
-    def drawn(self, indices: Sequence[int]) -> Inputs:
-        """No inputs."""
-        return {}
-
-    def check(self, images: ImageSet) -> None:
-        """Any dataset will do."""
-
-
-class Classes:
-    """A class label each.
-
-    count: of the classes, or None where the network takes other numbers. only: the one class of all
-    samples, which take all classes in turn otherwise. Raises `UserError` where that class is missing.
+    captions: whether a dataset must have them.
     """
 
     captions = False
+
+    def of(
+        self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
+    ) -> Inputs:
+        """For the images at `indices` of a dataset, in the problems `numbers`."""
+        return {}
+
+    def drawn(self, indices: Sequence[int]) -> Inputs:
+        """For the samples `indices`."""
+        return {}
+
+    def check(self, images: ImageSet) -> None:
+        """Raise `UserError` where a dataset lacks what the network must be told."""
+
+
+class Unconditional(Condition):
+    """Nothing is told."""
+
+
+class Classes(Condition):
+    """One class label per row.
+
+    count: the number of classes, or None where labels are other numbers. only: the class of all
+    samples; None takes the classes in turn. Raises `UserError` where that class does not exist.
+    """
 
     def __init__(self, count: int | None, only: int | None = None) -> None:
         if only is not None and count is not None and only >= count:
@@ -70,13 +57,13 @@ class Classes:
         return {"class_labels": torch.tensor([images.label(index) for index in indices])}
 
     def drawn(self, indices: Sequence[int]) -> Inputs:
-        """All classes in turn, or the one."""
+        """All classes in turn, or `only`."""
         if self.only is not None:
             return {"class_labels": torch.full((len(indices),), self.only)}
         return {"class_labels": torch.tensor([i % (self.count or 1) for i in indices])}
 
     def check(self, images: ImageSet) -> None:
-        """Raise `UserError` where there are no labels, or some that the network has no class for."""
+        """Raise `UserError` where labels are missing, or outside the network's classes."""
         name = shown(images.name)
         if images.labels is None:
             why = f": {images.unlabelled}" if images.unlabelled else ""
@@ -87,11 +74,11 @@ class Classes:
             raise UserError(f"{name!r} has label {highest}, and the model {self.count} classes")
 
 
-class Prompts:
-    """A text each, as the model's own encoders see it.
+class Prompts(Condition):
+    """One text per row, encoded by the model's own encoders.
 
-    empty: the share of problems whose text is left out, for classifier-free guidance (Ho & Salimans
-    2022). texts: what samples are told, in turn.
+    empty: the share of problems with an empty text, for classifier-free guidance (Ho & Salimans
+    2022). texts: the samples' prompts, in turn.
     """
 
     captions = True
@@ -104,7 +91,7 @@ class Prompts:
     def of(
         self, images: ImageSet, indices: Sequence[int], numbers: Sequence[int], *, seed: int
     ) -> Inputs:
-        """The images' captions, or nothing."""
+        """The images' captions; some are replaced by the empty text."""
         assert images.captions is not None
         texts = [
             "" if self._left_out(number, seed) else images.captions[index]
@@ -120,7 +107,7 @@ class Prompts:
         """Raise `UserError` where there are no captions."""
         if images.captions is None:
             raise UserError(
-                f"the model is told prompts, and {shown(images.name)!r} has no captions: a column "
+                f"the model needs prompts, and {shown(images.name)!r} has no captions: a column "
                 "`text` or `caption` of metadata.jsonl, metadata.csv or a table gives them, and "
                 "--caption-column names another"
             )

@@ -1,4 +1,4 @@
-"""Denoising: the task of every generator of images. Its process, codec and condition are arguments.
+"""Denoising, the task of all image generators, given a process, a codec and a condition.
 
 Problem p is a function of (seed, p) alone: its image, flip, noise level and noise.
 """
@@ -20,10 +20,9 @@ from prunedm.task.process import Process
 class Denoising(Task, Dataset[dict[str, Any]]):
     """A seeded, endless stream of denoising problems over a set of images.
 
-    `shuffle` draws a fresh order of the images each epoch; `flip` mirrors half of them. Noise levels
-    are antithetic: problem 2k draws step t, problem 2k+1 takes T-1-t, which halves their variance over
-    a batch. With `cycle`, problem p is problem p mod cycle: a fixed set, read again and again.
-    `time_range`: the first and last step that is drawn, 0..T-1.
+    `shuffle` and `cycle` as in `Task`; `flip` mirrors half of the images. Noise levels are antithetic:
+    problem 2k draws step t, problem 2k+1 takes T-1-t, which halves their variance over a batch.
+    `time_range`: the first and last drawn step, in 0..T-1.
     """
 
     def __init__(
@@ -40,17 +39,16 @@ class Denoising(Task, Dataset[dict[str, Any]]):
         time_range: tuple[int, int] | None = None,
         cycle: int = 0,
     ) -> None:
+        super().__init__(seed=seed, purpose=purpose, shuffle=shuffle, cycle=cycle)
         self.images, self.process, self.codec, self.condition = images, process, codec, condition
-        self.seed, self.purpose, self.cycle = seed, purpose, cycle
-        self.shuffle, self.flip = shuffle, flip
+        self.flip = flip
         self.times = Times(*(time_range or (0, process.steps - 1)), process.steps)
-        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))  # (epoch, permutation)
 
     def __getitem__(self, p: int) -> dict[str, Any]:
-        """What is read and drawn for problem p; an image is uint8 CHW."""
-        p = p % self.cycle if self.cycle else p
+        """The data and draws of problem p; the image is uint8 CHW."""
+        p = self.number(p)
         generator = generator_for(self.seed, self.purpose, p)
-        index = self._image_index(p)
+        index = self.item(p, len(self.images))
         image = self.images[index]
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
@@ -58,18 +56,16 @@ class Denoising(Task, Dataset[dict[str, Any]]):
         return {"image": image, "noise": noise, "step": self._step(p), "number": p, "index": index}
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The problems of these numbers, on the CPU."""
         return self._batch(_stacked([self[p] for p in numbers]))
 
     def batches(self, number_lists: Sequence[Any], *, workers: int = 0) -> Iterator[Batch]:
-        """One batch a list of numbers, in order; images are read by `workers` processes."""
         loader = DataLoader(
             self, batch_sampler=number_lists, num_workers=workers, collate_fn=_stacked
         )
         return map(self._batch, loader)
 
     def sweep(self, count: int) -> Iterator[Batch]:
-        """Problems 0..count-1 at the first step, then the next, ...: the same images and noise."""
+        """Problems 0..count-1 at each step in turn, with the same images and noise."""
         for step in range(self.times.first, self.times.last + 1):
             yield self._batch(_stacked([self[p] | {"step": step} for p in range(count)]))
 
@@ -78,15 +74,6 @@ class Denoising(Task, Dataset[dict[str, Any]]):
         generator = generator_for(self.seed, self.purpose + "/t", p // 2)
         step = first + int(torch.randint(last - first + 1, (), generator=generator))
         return step if p % 2 == 0 else first + last - step
-
-    def _image_index(self, p: int) -> int:
-        epoch, position = divmod(p, len(self.images))
-        if not self.shuffle:
-            return position
-        if self._order[0] != epoch:
-            generator = generator_for(self.seed, self.purpose + "/order", epoch)
-            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
-        return int(self._order[1][position])
 
     def _batch(self, read: dict[str, Any]) -> Batch:
         level_N, numbers = self.process.level(read["step"]), tuple(read["number"])
@@ -98,7 +85,7 @@ class Denoising(Task, Dataset[dict[str, Any]]):
 
 
 def _stacked(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was read for N problems, tensors of N rows and lists."""
+    """Items of N problems joined into tensors of N rows, and lists."""
     read: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
     stacked = {name: torch.stack(read[name]) for name in ("image", "noise")}
     return read | stacked | {"step": torch.tensor(read["step"])}

@@ -4,49 +4,32 @@ Letters: N sequences of L tokens, V words.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from prunedm.randomness import generator_for
 from prunedm.task import Batch, Criterion, Task
 
 
 class NextToken(Task):
-    """A seeded, endless stream of token sequences; with `shuffle` in a fresh order each epoch.
+    """A seeded, endless stream of token sequences; tokens_SL: S sequences of L tokens."""
 
-    tokens_SL: S sequences of L tokens. With `cycle`, problem p is problem p mod cycle.
-    """
-
-    def __init__(
-        self,
-        tokens_SL: torch.Tensor,
-        *,
-        seed: int,
-        purpose: str,
-        shuffle: bool = False,
-        cycle: int = 0,
-    ) -> None:
-        self.tokens_SL, self.seed, self.purpose = tokens_SL, seed, purpose
-        self.shuffle, self.cycle = shuffle, cycle
+    def __init__(self, tokens_SL: torch.Tensor, **stream: Any) -> None:
+        """`stream`: the arguments of `Task`."""
+        super().__init__(**stream)
+        self.tokens_SL = tokens_SL
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Sequences, and the tokens behind each of theirs."""
-        rows = [self._row(p % self.cycle if self.cycle else p) for p in numbers]
-        tokens_NL = self.tokens_SL[rows].long()
+        """Sequences, with the next tokens as targets."""
+        numbers = tuple(map(self.number, numbers))
+        tokens_NL = self.tokens_SL[[self.item(p, len(self.tokens_SL)) for p in numbers]].long()
         return Batch(
             {"input_ids": tokens_NL},
             tokens_NL[:, 1:],
-            numbers=tuple(p % self.cycle if self.cycle else p for p in numbers),
+            numbers=numbers,
             criterion=CROSS_ENTROPY,
         )
-
-    def _row(self, p: int) -> int:
-        epoch, position = divmod(p, len(self.tokens_SL))
-        if not self.shuffle:
-            return position
-        generator = generator_for(self.seed, f"{self.purpose}/order", epoch)
-        return int(torch.randperm(len(self.tokens_SL), generator=generator)[position])
 
 
 def cross_entropies(logits_NLV: torch.Tensor, tokens_NL: torch.Tensor) -> torch.Tensor:

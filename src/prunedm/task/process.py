@@ -1,7 +1,7 @@
-"""How noise is put on clean data, and what a network is to answer: one class a kind of process.
+"""How noise is added to clean data, and what a network should answer: one class per kind of process.
 
-A noise level goes from 0 (clean) to 1 (noise alone); what a level means in timesteps, and how a sample
-of that level looks, only a process knows. Letters: N problems, T timesteps.
+A noise level goes from 0 (clean) to 1 (pure noise); the process defines the timestep and the noisy
+sample of each level. Letters: N problems, T timesteps.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class Process(ABC):
-    """A noise schedule of diffusers, as training sees it: T levels, and targets to learn."""
+    """A noise schedule of diffusers as training sees it: T levels and their targets."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -44,17 +44,17 @@ class Process(ABC):
 
     @abstractmethod
     def timesteps(self, level_N: torch.Tensor) -> torch.Tensor:
-        """What the network is told of the time, (N,)."""
+        """The timesteps that the network is given, (N,)."""
 
     @abstractmethod
     def rates(self, level_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is left of the clean data, and how much noise there is: each (N,)."""
+        """Factors of the clean data and of the noise: each (N,)."""
 
     @abstractmethod
     def target(
         self, clean: torch.Tensor, noise: torch.Tensor, level_N: torch.Tensor
     ) -> torch.Tensor:
-        """What the network is trained to answer, of the shape of `clean`, (N, ...)."""
+        """What the network is trained to predict, in the shape of `clean`, (N, ...)."""
 
     @abstractmethod
     def schedule_in_words(self) -> str:
@@ -62,7 +62,7 @@ class Process(ABC):
 
     @property
     def prediction(self) -> str:
-        """What the network answers, by diffusers' word for it."""
+        """What the network predicts, by diffusers' name."""
         kind: str = self.scheduler.config.prediction_type
         return kind
 
@@ -75,7 +75,7 @@ class Process(ABC):
         return noisy, self.timesteps(level_N), self.target(clean, noise, level_N)
 
     def differs_from(self, other: "Process") -> str:
-        """In what the other one would teach something else; "" if in nothing."""
+        """What makes the other process a different training target; "" for none."""
         if type(self) is not type(other):
             return "kind of noise"
         if self.prediction != other.prediction:
@@ -121,7 +121,7 @@ class VariancePreserving(Process):
     """
 
     def check(self) -> None:
-        """Raise `UserError` for an unknown prediction, and betas that are not a noise schedule."""
+        """Raise `UserError` for an unknown prediction type or betas that are not a noise schedule."""
         if self.scheduler.config.get("prediction_type") not in PREDICTIONS:
             kind = self.scheduler.config.get("prediction_type")
             raise UserError(f"prediction_type {kind!r} is none of {', '.join(PREDICTIONS)}")
@@ -184,14 +184,14 @@ class FlowMatching(Process):
 
     @property
     def shift(self) -> float:
-        """Towards noise; 1 where sampling decides it by the size of the image."""
+        """1 where the sampler derives it from the image size."""
         config = self.scheduler.config
         moved = config.get("flow_shift", 1.0) if config.get("use_flow_sigmas") else config.shift
         return 1.0 if config.get("use_dynamic_shifting") else float(moved)
 
     @cached_property
     def _sigma_T(self) -> torch.Tensor:
-        """Cleanest first. A sampler's own are overwritten when it is given its steps."""
+        """Cleanest first; made anew since set_timesteps overwrites a sampler's own."""
         made = FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.steps, shift=self.shift)
         return made.sigmas[: self.steps].flip(0)
 
@@ -204,7 +204,7 @@ class FlowMatching(Process):
 
     @property
     def prediction(self) -> str:
-        """diffusers' word for a velocity eps - x."""
+        """The velocity eps - x, by diffusers' name."""
         return "flow_prediction"
 
     def timesteps(self, level_N: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ class FlowMatching(Process):
 
 
 def process_of(scheduler: Any) -> Process:
-    """The process of a diffusers scheduler. Raises `UserError` where it is neither of the two kinds."""
+    """The process of a diffusers scheduler. Raises `UserError` for other kinds of noise."""
     config = scheduler.config
     if config.get("use_flow_sigmas") or "FlowMatch" in type(scheduler).__name__:
         return FlowMatching(scheduler)
@@ -242,11 +242,6 @@ def process_of(scheduler: Any) -> Process:
     )
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raise `UserError` for noise of another kind, and for numbers that are not a noise schedule."""
-    process_of(scheduler).check()
-
-
 def scheduler_class(name: str) -> Any:
     """The diffusers noise scheduler of this class name, or None where there is none."""
     cls = getattr(schedulers, name, None)
@@ -256,5 +251,5 @@ def scheduler_class(name: str) -> Any:
 
 
 def append_dims(rate_N: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N,) as (N, 1, ...), of as many dimensions as `like`."""
+    """(N,) as (N, 1, ...), with as many dimensions as `like`."""
     return rate_N.reshape(-1, *[1] * (like.ndim - 1))

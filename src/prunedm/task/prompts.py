@@ -1,6 +1,6 @@
-"""Prompts as a network is told them: by the text encoders of its own pipeline, each text once.
+"""Prompts encoded by the text encoders of the network's own pipeline, each text once.
 
-The pipeline's encoders are loaded for the first text that is not in the cache.
+The encoders are loaded for the first text that is not in the cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ Encode = Callable[[Any, str], Inputs]  # (pipeline, text) => one row each
 class PromptEncoder:
     """Texts => a network's inputs, N rows.
 
-    folder: of the pipeline. leave_out: its components that are not needed to encode a text. key: what
-    tells these encoders from others.
+    folder: of the pipeline. leave_out: components that encoding a text does not need. key: identifies
+    the encoders.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PromptEncoder:
         nothing = dict.fromkeys(self.leave_out)
         try:
             return cls.from_pretrained(self.folder, use_safetensors=True, **nothing)
-        except Exception as error:  # diffusers and transformers raise whatever they like
+        except Exception as error:  # diffusers and transformers raise many types
             raise UserError(
                 f"cannot load the text encoders in {self.folder}: {first_line(error)[:160]}"
             ) from error

@@ -1,1 +1,1 @@
-"""The one training loop: denoisers from scratch, fine-tuning, mask logits."""
+"""The training loop of all training: from scratch, fine-tuning, mask logits."""

@@ -1,4 +1,4 @@
-"""The state of a training run in one safetensors file: no pickle, written aside and renamed."""
+"""The state of a training run in one safetensors file: no pickle, replaced atomically."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from prunedm.training.ema import Ema
 
 @dataclass
 class History:
-    """Training loss of every step, and held-out loss as (steps done, loss) pairs.
+    """Training loss of every step, and held-out losses as (steps done, loss) pairs.
 
-    observed: more figures by name, as (steps done, value) pairs.
+    observed: further figures by name, as (steps done, value) pairs.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -29,12 +29,12 @@ class History:
 
     @property
     def at_best(self) -> bool:
-        """Whether the last held-out loss is the lowest, and the first of its size."""
+        """Whether the last held-out loss is lower than all others."""
         *before, last = [loss for _, loss in self.held_out]
         return all(last < loss for loss in before)
 
     def as_figures(self, points: int = 200) -> dict[str, object]:
-        """For the record: the training loss averaged down to at most `points`, and the held-out one."""
+        """For the record: training losses averaged to at most `points`, and held-out losses."""
         stride = max(1, -(-len(self.losses) // points))
         chunks = [self.losses[k : k + stride] for k in range(0, len(self.losses), stride)]
         means = [sum(chunk) / len(chunk) for chunk in chunks]
@@ -44,7 +44,7 @@ class History:
 
 @dataclass
 class TrainingState:
-    """Everything that decides the rest of a run, after `done` steps."""
+    """Everything that determines the rest of a run after `done` steps."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -52,13 +52,13 @@ class TrainingState:
     history: History
     done: int = 0
     scaler: torch.amp.GradScaler | None = None  # type: ignore[name-defined]  # of fp16
-    run: str = ""  # what the tracker knows this run by
-    processes: int = 1  # that share every step
-    threads: int = field(default_factory=torch.get_num_threads)  # on the CPU, of the steps so far
+    run: str = ""  # the tracker's id of this run
+    processes: int = 1  # sharing every step
+    threads: int = field(default_factory=torch.get_num_threads)  # CPU threads of the steps so far
 
 
 class _Facts(BaseModel):
-    """What a checkpoint holds beside tensors; early ones have no `observed`, `processes`, `threads`."""
+    """A checkpoint's data besides tensors; old ones lack `observed`, `processes` and `threads`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -74,7 +74,7 @@ class _Facts(BaseModel):
 
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
-    """Write the state; a file that is there is whole, whenever the process is killed."""
+    """Write the state atomically: an existing file is complete even if the process is killed."""
     tensors = {f"module.{name}": t.detach() for name, t in state.module.state_dict().items()}
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(v) for key, v in values.items()}
@@ -95,10 +95,10 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> None:
-    """Restore in place what `save_checkpoint` wrote; without a file the state stays as it is.
+    """Restore in place what `save_checkpoint` wrote; without a file nothing changes.
 
     Raises `UserError` where the file is damaged, of another module, or of another number of
-    processes, whose steps read other problems.
+    processes, whose steps used other problems.
     """
     if not path.exists():
         return
@@ -158,7 +158,7 @@ def _restore(
 
 
 def save_parameters(path: Path, module: nn.Module) -> None:
-    """The parameters alone, of the best state so far."""
+    """Write the parameters alone."""
     _write(path, {name: p.detach() for name, p in module.named_parameters()}, {"facts": "{}"})
 
 

@@ -9,8 +9,8 @@ from torch import nn
 class Ema:
     """Shadow copies of a module's parameters.
 
-    The decay starts low, min(decay, (1 + k) / (10 + k)), so that a short run does not average in
-    its starting point for longer than it lasts.
+    The decay starts low, min(decay, (1 + k) / (10 + k)), so that the average of a short run is not
+    dominated by its starting point.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

@@ -1,7 +1,7 @@
-"""One training loop for everything that is trained: denoisers from scratch, weights, mask logits.
+"""One training loop for all training: denoisers from scratch, fine-tuning, mask logits.
 
-What changes between them is the module and its objective. What does not is here: batches by step
-number, learning rate schedule, clipping, EMA, checkpoints, exact resume, and stopping on NaN.
+Callers give the module and its objective. The loop has the rest: batches by step number, learning
+rate schedule, clipping, EMA, checkpoints, exact resume, and stopping on NaN.
 """
 
 import math
@@ -31,13 +31,12 @@ from prunedm.training.checkpoint import (
 )
 from prunedm.training.compiling import compiled
 from prunedm.training.ema import Ema
-from prunedm.training.optimizer import adamw, learning_rate_share
 from prunedm.training.tracking import Shown, Tracking, new_run, tracked
 
 Objective = Callable[[nn.Module, Batch, int], torch.Tensor]  # (module, batch, step) -> loss
-Observe = Callable[[nn.Module], dict[str, float]]  # figures to keep beside the held-out loss
-Show = Callable[[nn.Module], Shown]  # what only a tracker sees beside them
-FLUSH_EVERY = 10  # steps between looks at the losses: a look waits for the device
+Observe = Callable[[nn.Module], dict[str, float]]  # figures recorded with the held-out loss
+Show = Callable[[nn.Module], Shown]  # further data for trackers alone
+FLUSH_EVERY = 10  # steps between reads of the losses, each of which waits for the device
 
 
 def fit(
@@ -58,13 +57,13 @@ def fit(
     best: Path | None = None,
     compiles: bool = False,
 ) -> History:
-    """Train `module` in place; it holds the EMA weights at the end where `ema_decay` is set.
+    """Train `module` in place; with `ema_decay` it ends with the averaged weights.
 
-    Continues from `checkpoint` if that file exists, to the same bits as an unbroken run.
-    `after_step(step)` may change the module (masks). `optimizer`, AdamW where none is given, follows
-    the schedule from the learning rates it has; those after the first are tracked by `name`. `best` is a
-    file for the parameters of the lowest held-out loss, the start's included. With `compiles` the steps
-    alone run compiled. Raises `UserError` on a loss that is not finite; the checkpoint stays good.
+    Continues from `checkpoint` if that file exists, to the same bits as an uninterrupted run.
+    `after_step(step)` may change the module (masks). `optimizer` (default AdamW) follows the schedule
+    from its own learning rates; those after the first are tracked by `name`. `best`: a file for the
+    parameters with the lowest held-out loss, the initial ones included. With `compiles` only the steps
+    run compiled. Raises `UserError` on a loss that is not finite; the checkpoint stays valid.
     """
     optimizer, folder = optimizer or adamw(module, options), checkpoint.parent.parent
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -123,8 +122,8 @@ def fit(
 
 
 def make_accelerator(options: LoopOptions) -> Accelerator:
-    """The accelerate context of one stage: one process now, several under `accelerate launch`."""
-    # accelerate would hold every stage of a process to the precision and device of the first
+    """The accelerate context of one stage, also for several processes."""
+    # else every stage of a process would keep the precision and device of the first
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
         accelerator = Accelerator(
@@ -137,14 +136,32 @@ def make_accelerator(options: LoopOptions) -> Accelerator:
             f"mixed_precision = {options.mixed_precision!r}: {error}; try bf16 or no"
         ) from error
     if accelerator.device.type == "cpu":
-        # several processes have "cpu:0", to which torch copies what is on "cpu": whoever holds the
-        # weights' memory (masks) would go on with what the network no longer uses
+        # several processes have "cpu:0", to which torch copies tensors from "cpu": references to the
+        # weights' memory (masks) would then be stale
         accelerator.state.device = torch.device("cpu")
     return accelerator
 
 
+def adamw(module: nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters, with the options' learning rate, decay and beta2."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, options.beta2)
+    )
+
+
+def learning_rate_share(options: LoopOptions, step: int) -> float:
+    """Share of the peak rate: linear warm-up, then constant or cosine to zero."""
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    if options.schedule == "constant":
+        return 1.0
+    share = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
 def _compare_threads(state: TrainingState, label: str, progress: Progress) -> None:
-    """Another number of threads cuts sums elsewhere, so that their last bits differ."""
+    """Warn where the number of threads changed, which splits sums otherwise and changes last bits."""
     here = torch.get_num_threads()
     if state.threads != here:
         progress.say(
@@ -156,7 +173,7 @@ def _compare_threads(state: TrainingState, label: str, progress: Progress) -> No
 
 @dataclass
 class _Run:
-    """What the loop looks at now and then: losses, held-out losses, the best state."""
+    """What the loop does between steps: losses, held-out losses, the best state, checkpoints."""
 
     state: TrainingState
     accelerator: Accelerator
@@ -170,7 +187,7 @@ class _Run:
     pending: list[torch.Tensor] = field(default_factory=list)  # losses still on the device
 
     def after_step(self, options: LoopOptions) -> None:
-        """Whatever is due when a step is done."""
+        """Do whatever is due after a step."""
         done, module = self.state.done, self.state.module
         last = done == options.steps
         checkpoint_due = _due(done, options.checkpoint_every) and not last
@@ -182,9 +199,9 @@ class _Run:
             save_checkpoint(self.checkpoint, self.state)
 
     def flush(self) -> None:
-        """Move losses, averaged over processes, to the history; one that is not finite stops the run.
+        """Move losses, averaged over processes, to the history; stop at one that is not finite.
 
-        It stops all processes: else the others would wait for the one that stopped.
+        All processes stop, since the others would wait for one that stopped alone.
         """
         state = self.state
         losses = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
@@ -198,7 +215,7 @@ class _Run:
         self._tell({"loss": sum(losses) / len(losses)} | rates)
 
     def look(self) -> None:
-        """Held-out loss and whatever else is observed, of the averaged parameters."""
+        """Measure the held-out loss and other figures of the averaged parameters."""
         if self.validate is None:
             return
         state = self.state
@@ -206,7 +223,7 @@ class _Run:
         with _averaged(state.module, state.ema):
             try:
                 held_out, figures = self.validate(state.module), self.observe(state.module)
-            except NotFinite:  # what to do about it depends on the step
+            except NotFinite:  # the message depends on the step
                 held_out, figures = math.nan, {}
             _check_finite(held_out, "held-out loss", state.done - 1, self.checkpoint)
             state.history.held_out.append((state.done, held_out))
@@ -224,7 +241,7 @@ class _Run:
 
 
 def _draw(step: int, accelerator: Accelerator) -> int:
-    """A number for this step in this process, that no other step and process has."""
+    """A number unique to this step in this process."""
     rank, world = accelerator.process_index, accelerator.num_processes
     return int(step * world + rank)
 
@@ -242,7 +259,7 @@ def _step(
 ) -> torch.Tensor:
     """One optimizer step over the accumulated batches; the mean loss, still on the device.
 
-    module: what is called; it may be the compiled form of what accelerate `prepared`.
+    module: the module to call: `prepared` (by accelerate) or its compiled form.
     """
     total = torch.zeros((), device=accelerator.device)
     for _ in range(accelerator.gradient_accumulation_steps):
@@ -260,7 +277,7 @@ def _step(
 
 
 def _index_lists(options: LoopOptions, done: int, accelerator: Accelerator) -> list[range]:
-    """Problem indices of every batch still to come; processes take neighbouring slices."""
+    """Problem indices of all remaining batches; processes take neighbouring slices."""
     size, rank, world = options.batch_size, accelerator.process_index, accelerator.num_processes
     first, last = done * options.accumulation, options.steps * options.accumulation
     starts = [(k * world + rank) * size for k in range(first, last)]
@@ -269,9 +286,7 @@ def _index_lists(options: LoopOptions, done: int, accelerator: Accelerator) -> l
 
 def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
     if not math.isfinite(loss):
-        if (
-            step <= 0 and what == "loss"
-        ):  # no weight has moved yet: the learning rate is not to blame
+        if step <= 0 and what == "loss":  # no weight has changed: not the learning rate's fault
             raise UserError(
                 f"{what} is {loss} at the first step: give another model, masks or data"
             )
@@ -282,13 +297,13 @@ def _check_finite(loss: float, what: str, step: int, checkpoint: Path) -> None:
 
 
 def _is_finite(module: nn.Module) -> bool:
-    """A finite loss can have a gradient that is not: such weights must not become the good state."""
+    """Whether weights are finite; after a finite loss with an infinite gradient they are not."""
     return all(bool(p.isfinite().all()) for p in module.parameters())
 
 
 @contextmanager
 def _averaged(module: nn.Module, ema: Ema | None) -> Iterator[None]:
-    """With the EMA's parameters in the module, where there are any; then as it was."""
+    """Within the context the module has the EMA's parameters, if any."""
     if ema is None:
         yield
         return

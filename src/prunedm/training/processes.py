@@ -1,4 +1,4 @@
-"""Several processes on one job (`accelerate launch`, `torchrun`): who writes, who waits."""
+"""Several processes in one job (`accelerate launch`, `torchrun`): ranks, waiting, writing."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# torchrun's, then what MPI launchers set; accelerate reads the same
+# set by torchrun and by MPI launchers; accelerate reads the same
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_RANKS = (
     "LOCAL_RANK",
@@ -18,31 +18,31 @@ _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZ
 
 
 def rank() -> int:
-    """This process's number; 0 writes and prints."""
-    return _first_of(_RANKS, 0)
+    """This process's number; process 0 writes and prints."""
+    return _first_of(_RANKS)
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which decides its GPU."""
-    return _first_of(_LOCAL_RANKS, 0)
+    """This process's number on its machine, which selects its GPU."""
+    return _first_of(_LOCAL_RANKS)
 
 
 def count() -> int:
-    """How many processes share the job."""
-    return _first_of(_COUNTS, 1)
+    """Number of processes in the job."""
+    return _first_of(_COUNTS) or 1
 
 
-def _first_of(names: Sequence[str], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name)), default)
+def _first_of(names: Sequence[str]) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
 
 
 def as_figures() -> dict[str, int]:
-    """For the record of a training: how many shared every step, where more than one did."""
+    """For the record of a training: the number of processes, where there are several."""
     return {"processes": count()} if count() > 1 else {}
 
 
 def wait_for_all() -> None:
-    """Until every process has come here."""
+    """Block until every process has called this."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -50,7 +50,7 @@ def wait_for_all() -> None:
 
 
 def without_gpus() -> bool:
-    """Whether several processes must meet on CPUs; accelerate would else leave each to itself."""
+    """Whether processes must communicate on CPUs; accelerate would otherwise not connect them."""
     import torch
 
     return count() > 1 and not torch.cuda.is_available()
@@ -58,9 +58,9 @@ def without_gpus() -> bool:
 
 @contextmanager
 def place_to_write(folder: Path, shared: str) -> Iterator[Path]:
-    """`folder` for the first process; for the others one that is thrown away.
+    """`folder` for the first process; a temporary folder for the others.
 
-    What is under `shared` all of them see, so that they resume from the same state.
+    The subfolder `shared` is common to all, so that they resume from the same state.
     """
     if rank() == 0:
         yield folder

@@ -11,7 +11,7 @@ from prunedm.evaluation.report.words import text, translated
 from prunedm.evaluation.results import Evaluation, LayerSparsity
 
 MANY = 30  # more layers than this are collapsed
-_NO_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are no multiple of (?P<m>\d+)")
+_NO_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are (?:no|not a) multiple of (?P<m>\d+)")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from prunedm.evaluation.size import count_macs, count_parameters
 from prunedm.folder import Model
 from prunedm.masks import Pattern
 from prunedm.networks.layer_kinds import width_of
-from prunedm.networks.layers import prunable_layers
+from prunedm.networks.layers import layer_positions, prunable_layers
 from prunedm.options import PruneOptions, parse_target
 from prunedm.progress import Progress
 from prunedm.removal.allocation import Choice
-from prunedm.removal.channel_costs import layer_positions
 from prunedm.removal.weights import share_of_weights
 from prunedm.stages.inputs import score_weights
 from prunedm.tables import SCORES

@@ -24,9 +24,9 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
-from prunedm.removal.channel_groups import ChannelGroup, channel_groups
-from prunedm.removal.channel_target import OutOfReach
-from prunedm.removal.channels import ChannelPlan, plan_channels, remove_channels
+from prunedm.removal.channels.groups import ChannelGroup, channel_groups
+from prunedm.removal.channels.plan import ChannelPlan, plan_channels, remove_channels
+from prunedm.removal.channels.target import OutOfReach
 from prunedm.removal.nm import eligible_layers, nm_mask
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import find_permutation, permute_, permuted
@@ -199,18 +199,16 @@ def _allocated(
             f"{kind}={ratio:g} cannot be reached: {most:g} is the largest with the candidates "
             f"{', '.join(texts)}; add sparser ones"
         )
-    device = device_for(options.device)
     assert job.images is not None  # refused by `check_options`
     problems = calibration_problems(job.model, options, job.images)
-    denoiser = job.model.denoiser.to(device)
+    denoiser = job.model.denoiser.to(device_for(options.device))
     batches = fixed_batches(problems, options.sensitivity.problems)
     losses = sensitivities(
         denoiser,
         job.layers,
         lambda name, choice: _mask(scores[name], choice),
         candidates,
-        batches=dense_targets(denoiser, batches, device=device),
-        device=device,
+        batches=dense_targets(denoiser, batches),
         progress=job.progress,
     )
     job.model.denoiser.cpu()
@@ -230,12 +228,12 @@ def _masks(scores: dict[str, torch.Tensor], choices: Any) -> dict[str, torch.Ten
 
 def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
     """Masks by OBS, which also updates the remaining weights."""
-    options, device = job.options, device_for(job.options.device)
+    options = job.options
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
     assert job.images is not None  # refused by `check_options`
     problems = calibration_problems(job.model, options, job.images)
     masks = obs_prune(
-        job.model.denoiser.to(device),
+        job.model.denoiser.to(device_for(options.device)),
         chosen,
         batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
         time_weights=options.obs.time_weights,
@@ -243,7 +241,6 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
         swaps=options.obs.swaps,
         guidance=options.obs.guidance,
         memory=int(options.obs.memory * 2**30),
-        device=device,
         progress=job.progress,
     )
     job.model.denoiser.cpu()

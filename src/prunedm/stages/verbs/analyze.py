@@ -64,8 +64,8 @@ def _activations(
     problems = calibration_problems(model, options, images)
     bins = TimeBins.over(problems.times, options.time_bins)
     batches = problems.stream(options.calibration_problems, size=options.calibration_batch)
-    squares = input_squares(denoiser, layers, batches, bins=bins, device=device, progress=progress)
-    variances = input_variances(denoiser, layers, batches, device=device, progress=progress)
+    squares = input_squares(denoiser, layers, batches, bins=bins, progress=progress)
+    variances = input_variances(denoiser, layers, batches, progress=progress)
     return Activations(
         bins=bins.edges,
         outlier=options.outlier,

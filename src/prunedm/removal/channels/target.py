@@ -1,27 +1,31 @@
-"""Which blocks of channels go, so that the share removed is the one that was asked for.
+"""Which blocks of channels to remove so that the removed share meets a target.
 
-Blocks of all groups are ranked together and the lowest go, until the target is met. Blocks differ in
-what they cost: where the next one would be too much, smaller ones further up the ranking fill the rest.
+Blocks of all groups are ranked together and the lowest are removed until the target is met. Blocks
+differ in cost: where the next one would overshoot, smaller ones further up the ranking fill the gap.
+The cost of a UNet of given widths is computed from its layers, without running or changing it.
 """
 
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from prunedm.errors import UserError
-from prunedm.removal.channel_costs import Removed, Side
-from prunedm.removal.channel_groups import ChannelGroup
+from prunedm.networks.layer_kinds import Side, find_kind, groups_of, weight_of, width_of
+from prunedm.removal.channels.groups import ChannelGroup
 
+Removed = Mapping[tuple[str, Side], int]  # positions that are removed, by layer and side
 Block = tuple[int, int]  # group, block within it
 Cost = Callable[[Removed], int]
-NEAR = 0.005  # of the target: near enough to stop looking
+NEAR = 0.005  # relative distance from the target at which the search stops
 
 
 class OutOfReach(UserError):
-    """No choice of these blocks removes about what was asked for; smaller blocks might."""
+    """No choice of these blocks comes near the target; smaller blocks might."""
 
 
 def lowest_blocks(
@@ -32,9 +36,9 @@ def lowest_blocks(
     max_ratio: float,
     cost: Cost,
 ) -> list[Block]:
-    """Blocks of low importance whose removal takes about `ratio` of the cost.
+    """Blocks of low importance whose removal saves about `ratio` of the cost.
 
-    Raises `UserError` where all that may go are too few, or a single block is too much.
+    Raises `OutOfReach` where all removable blocks are too few, or a single block is too much.
     """
     ranked = _ranked(importances, max_ratio)
     dense = cost({})
@@ -69,9 +73,9 @@ def same_share(
     ratio: float,
     max_ratio: float,
 ) -> list[Block]:
-    """The lowest blocks of each group, as near to `ratio` of its channels as they and the sum allow.
+    """The lowest blocks of each group: about `ratio` of its channels, and of all channels together.
 
-    Raises `UserError` where blocks are so large that nothing would go.
+    Raises `OutOfReach` where blocks are so large that none would be removed.
     """
     order = [importance_B.argsort(stable=True).tolist() for importance_B in importances]
     wanted = [ratio * len(group.blocks) for group in groups]
@@ -82,7 +86,9 @@ def same_share(
         return sum(len(groups[g].blocks[b]) for b in order[g][:count])
 
     missing = total - sum(gone(g, count) for g, count in enumerate(counts))
-    for g in sorted(range(len(groups)), key=lambda g: counts[g] - wanted[g]):  # largest rest first
+    for g in sorted(
+        range(len(groups)), key=lambda g: counts[g] - wanted[g]
+    ):  # largest remainder first
         step = gone(g, counts[g] + 1) - gone(g, counts[g])
         if counts[g] < _allowed(len(order[g]), max_ratio) and abs(missing - step) < abs(missing):
             counts[g] += 1
@@ -93,17 +99,47 @@ def same_share(
 
 
 def removed_positions(groups: Sequence[ChannelGroup], blocks: Iterable[Block]) -> Removed:
-    """How many positions of each layer and side go with these blocks."""
+    """How many positions of each layer and side these blocks remove."""
     removed: Counter[tuple[str, Side]] = Counter()
     for g, b in blocks:
         removed.update(groups[g].positions_by_block[b])
     return removed
 
 
+def count_params(denoiser: nn.Module, removed: Removed | None = None) -> int:
+    """Parameters of the denoiser that remain without the positions `removed`."""
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
+    gone = removed or {}
+    for name in dict.fromkeys(layer for layer, _ in gone):
+        module = denoiser.get_submodule(name)
+        total -= sum(parameter.numel() for parameter in module.parameters())
+        total += _weights(module, name, gone)
+        total += _outputs(module, name, gone) * (module.bias is not None)
+    return total
+
+
+def planned_macs(
+    denoiser: nn.Module, positions: Mapping[str, int], removed: Removed | None = None
+) -> int:
+    """Multiply-accumulates of layers and attention without the positions `removed`, for one image.
+
+    `positions` are those of `layer_positions`. Computed, since a search over widths cannot run each
+    candidate; `evaluation.size.count_macs` counts the operations of a run.
+    """
+    gone, total = removed or {}, 0
+    for name, module in denoiser.named_modules():
+        if find_kind(module) is not None:
+            total += _weights(module, name, gone) * positions[name]
+        elif isinstance(module, Attention):
+            inner = _outputs(module.to_q, f"{name}.to_q", gone)
+            total += 2 * inner * positions[f"{name}.to_q"] * positions[f"{name}.to_k"]
+    return total
+
+
 def _filled(
     ranked: Sequence[Block], k: int, *, share: Callable[[Iterable[Block]], float], ratio: float
 ) -> list[Block]:
-    """The first k blocks, and those further up that still fit; or k + 1 where that is nearer."""
+    """The first k blocks and later ones that still fit, or the first k + 1 where that is nearer."""
     chosen, over = list(ranked[:k]), list(ranked[: k + 1])
     missing = ratio - share(chosen)
     for block in ranked[k + 1 :]:
@@ -121,9 +157,21 @@ def _allowed(blocks: int, max_ratio: float) -> int:
 
 
 def _ranked(importances: Sequence[torch.Tensor], max_ratio: float) -> list[Block]:
-    """Blocks that may go, least important first."""
+    """Removable blocks, least important first."""
     entries = []
     for g, importance_B in enumerate(importances):
         order = importance_B.argsort(stable=True)[: _allowed(len(importance_B), max_ratio)]
         entries += [(float(importance_B[b]), g, b) for b in order.tolist()]
     return [(g, b) for _, g, b in sorted(entries)]
+
+
+def _outputs(module: nn.Module, name: str, removed: Removed) -> int:
+    return width_of(module, "out") - removed.get((name, "out"), 0)
+
+
+def _weights(module: nn.Module, name: str, removed: Removed) -> int:
+    if isinstance(module, nn.GroupNorm):
+        return _outputs(module, name, removed) * module.affine
+    inputs = width_of(module, "in") - removed.get((name, "in"), 0)
+    taps = weight_of(module)[0, 0].numel()
+    return _outputs(module, name, removed) * inputs * taps // groups_of(module)

@@ -1,9 +1,9 @@
-"""Which channels of a UNet must go together, and in what blocks.
+"""Which channels of a UNet must be removed together, and in which blocks.
 
-Torch-Pruning's dependency graph (Fang et al. 2023, arXiv:2301.12900) says which positions of
-which layers are coupled; nothing else of it is used. A *block* is the smallest set of channels that
-can go without disturbing the rest: whole norm groups (then the statistics of the remaining norm
-groups stay exactly as they were), whole attention heads.
+Torch-Pruning's dependency graph (Fang et al. 2023, arXiv:2301.12900) tells which positions of which
+layers are coupled; nothing else of it is used. A *block* is the smallest set of channels that can be
+removed without disturbing the others: whole norm groups (the statistics of the remaining norm groups
+then stay exactly the same) and whole attention heads.
 """
 
 from collections import defaultdict
@@ -22,11 +22,10 @@ from torch import nn
 
 from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import UserError
-from prunedm.networks.layer_kinds import find_kind, groups_of, kind_of
+from prunedm.networks.layer_kinds import Side, find_kind, groups_of, kind_of, width_of
 from prunedm.networks.layers import is_under
-from prunedm.removal.channel_costs import Side, width
 
-# The image's channels and the embedding's width belong to the model's interface: never removable.
+# The image's channels and the embedding's width are part of the model's interface.
 _FIXED: frozenset[tuple[str, Side]] = frozenset(
     {("conv_out", "out"), ("conv_in", "in"), ("time_embedding.linear_2", "out")}
 )
@@ -44,7 +43,7 @@ class Coupling:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels 0..n-1 that the couplings share, and the blocks (of channels) in which they go."""
+    """Channels 0..n-1 that the couplings share, and the blocks of channels that are removed whole."""
 
     name: str  # the layer that makes these channels
     channels: int
@@ -72,11 +71,9 @@ def channel_groups(
 ) -> list[ChannelGroup]:
     """Every coupled set of channels that may be removed, with its blocks.
 
-    `protect`: names of layers or of their parents whose shape must not change.
-    `round_to`: neighbouring blocks are joined to multiples of it, so widths stay multiples too.
+    `protect`: patterns of modules whose shape must not change; None takes the architecture's.
+    `round_to`: neighbouring blocks are merged to multiples of it, so widths stay multiples too.
     """
-    if round_to < 1:
-        raise UserError(f"round_to is {round_to}; it must be 1 or more")
     protect = architecture_of(denoiser).protect if protect is None else protect
     free = free_groups(denoiser, inputs, protect=protect)
     cut = [_with_blocks(denoiser, group, round_to) for group in free]
@@ -84,20 +81,12 @@ def channel_groups(
 
 
 def free_groups(
-    denoiser: nn.Module,
-    inputs: Inputs,
-    *,
-    protect: Iterable[str] = (),
+    denoiser: nn.Module, inputs: Inputs, *, protect: Iterable[str] = ()
 ) -> list[ChannelGroup]:
-    """Every coupled set of channels that is no interface and not in `protect`, without blocks."""
-    _refuse_unknown(denoiser)
-    coupled = _coupled_channels(denoiser, inputs)
-    _check_coverage(denoiser, coupled)
-    protected = tuple(protect)
-    return [group for group in coupled if _is_free(denoiser, group, protected)]
+    """Every coupled set outside the interface and `protect`, without blocks.
 
-
-def _refuse_unknown(denoiser: nn.Module) -> None:
+    Raises `UserError` for modules that cannot be narrowed, and where couplings are ambiguous.
+    """
     for name, module in denoiser.named_modules():
         if isinstance(module, FirUpsample2D | FirDownsample2D):
             raise UserError(f"channels: {name} resamples by FIR filters, which cannot be narrowed")
@@ -105,6 +94,10 @@ def _refuse_unknown(denoiser: nn.Module) -> None:
             raise UserError(
                 f"channels: {name} has fused projections; unfuse_qkv_projections() first"
             )
+    coupled = _coupled_channels(denoiser, inputs)
+    _check_coverage(denoiser, coupled)
+    protected = tuple(protect)
+    return [group for group in coupled if _is_free(denoiser, group, protected)]
 
 
 def _coupled_channels(denoiser: nn.Module, inputs: Inputs) -> list[ChannelGroup]:
@@ -131,7 +124,7 @@ def _coupled_channels(denoiser: nn.Module, inputs: Inputs) -> list[ChannelGroup]
 def _read_group(
     graph: torch_pruning.DependencyGraph, root: nn.Module, names: dict[nn.Module, str]
 ) -> ChannelGroup:
-    channels = width(root, "out")
+    channels = width_of(root, "out")
     prune = graph.get_pruner_of_module(root).prune_out_channels
     couplings = []
     for item in graph.get_pruning_group(root, prune, list(range(channels))):
@@ -144,7 +137,7 @@ def _read_group(
 
 
 def _check_coverage(denoiser: nn.Module, groups: Sequence[ChannelGroup]) -> None:
-    """Each position of a coupled layer belongs to one group, else the graph was misread."""
+    """Raise `UserError` unless each position of a coupled layer belongs to exactly one group."""
     positions: dict[tuple[str, Side], list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         for coupling in group.couplings:
@@ -153,7 +146,7 @@ def _check_coverage(denoiser: nn.Module, groups: Sequence[ChannelGroup]) -> None
         module = denoiser.get_submodule(layer)
         if not _has_channels(module):
             continue
-        if torch.cat(found).sort().values.tolist() != list(range(width(module, side))):
+        if torch.cat(found).sort().values.tolist() != list(range(width_of(module, side))):
             raise UserError(
                 f"channels: cannot tell which channels the {side}puts of {layer} are coupled with"
             )
@@ -174,7 +167,7 @@ def _is_free(denoiser: nn.Module, group: ChannelGroup, protected: Sequence[str])
 
 
 def _with_blocks(denoiser: nn.Module, group: ChannelGroup, round_to: int) -> ChannelGroup:
-    """Join channels that share a norm group or a head, then neighbours up to `round_to`."""
+    """Merge channels that share a norm group or a head, then neighbours up to `round_to`."""
     joined = torch.arange(group.channels)  # the smallest channel of the block each one is in
     for coupling in group.couplings:
         unit = _unit_size(denoiser, coupling)
@@ -188,21 +181,25 @@ def _with_blocks(denoiser: nn.Module, group: ChannelGroup, round_to: int) -> Cha
 
 
 def _unit_size(denoiser: nn.Module, coupling: Coupling) -> int:
-    """How many neighbouring positions must stay together here; 1 where nothing asks for it."""
+    """How many neighbouring positions must stay together here; 1 where any can go alone."""
     module = denoiser.get_submodule(coupling.layer)
     if isinstance(module, nn.GroupNorm):
         size = module.num_channels // module.num_groups
-        whole = torch.bincount(coupling.index_P // size)
-        # Norm groups that straddle two sources of a concatenation cannot be kept: regrouped later.
-        return size if bool(torch.isin(whole, torch.tensor([0, size])).all()) else 1
+        # Norm groups that straddle two sources of a concatenation cannot be kept; the plan regroups.
+        return size if are_whole(coupling.index_P, size) else 1
     parent = denoiser.get_submodule(coupling.layer.rpartition(".")[0])
     if isinstance(parent, Attention) and parent.heads > 1 and coupling.layer.endswith("to_q"):
-        return width(module, "out") // parent.heads if coupling.side == "out" else 1
+        return width_of(module, "out") // parent.heads if coupling.side == "out" else 1
     return 1
 
 
+def are_whole(index_P: torch.Tensor, size: int) -> bool:
+    """Whether positions fill whole groups of `size` neighbours."""
+    return bool(torch.isin(torch.bincount(index_P // size), torch.tensor([0, size])).all())
+
+
 def _join(joined_C: torch.Tensor, unit_P: torch.Tensor, channel_P: torch.Tensor) -> torch.Tensor:
-    """Union of the blocks that meet in a unit; blocks stay named by their smallest channel."""
+    """Merge the blocks that share a unit; a block is named by its smallest channel."""
     for unit in unit_P.unique():
         members = joined_C[channel_P[unit_P == unit]].unique()
         joined_C = torch.where(torch.isin(joined_C, members), members.min(), joined_C)

@@ -1,10 +1,10 @@
-"""Channel removal: scores of weights in, a plan of which channels stay, and one slice a parameter.
+"""Channel removal: from scores of weights to a plan of which channels stay, and the slicing.
 
     groups = channel_groups(denoiser, inputs)
     plan = plan_channels(denoiser, groups, scores=scores, ratio=0.3)
     remove_channels(denoiser, plan)
 
-How many go is searched by `channel_target` from the widths alone; the search touches no model.
+How many blocks to remove is searched from the widths alone (target.py).
 """
 
 import math
@@ -19,15 +19,16 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from prunedm.errors import UserError
+from prunedm.networks.layer_kinds import Side, width_of
 from prunedm.networks.narrowed import Narrowed, as_narrowed
 from prunedm.networks.widths import narrow_layer, sync_attributes
-from prunedm.removal.channel_costs import Side, count_params, planned_macs, width
-from prunedm.removal.channel_groups import ChannelGroup
-from prunedm.removal.channel_target import (
+from prunedm.removal.channels.groups import ChannelGroup, are_whole
+from prunedm.removal.channels.target import (
     Block,
-    Cost,
     OutOfReach,
+    count_params,
     lowest_blocks,
+    planned_macs,
     removed_positions,
     same_share,
 )
@@ -46,25 +47,24 @@ _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """What stays, and what was reached by it."""
+    """Which positions stay, and the resulting sizes."""
 
     keep: dict[tuple[str, Side], torch.Tensor]  # ascending positions; untouched sides are absent
     norm_groups: dict[str, int]  # new num_groups, for every GroupNorm that gets narrower
     heads: dict[str, int]  # new heads, for every Attention whose inner width shrinks
-    regrouped: tuple[str, ...]  # norms whose remaining statistics change, because groups straddled
+    regrouped: tuple[str, ...]  # norms that lose parts of groups, so that their statistics change
     figures: dict[str, int | float] = field(default_factory=dict)
 
 
 def block_importance(
     group: ChannelGroup, scores: Mapping[str, torch.Tensor], *, reduction: Reduction = "mean"
 ) -> torch.Tensor:
-    """One value a block, from the coupled layers' scores (weight-shaped, higher = keep).
+    """One value per block, from the coupled layers' scores (weight-shaped, higher = keep).
 
-    A layer's score is averaged to one value a position and divided by that layer's mean, because
-    layers of different fan-in have different scales; `reduction` combines the layers.
+    A layer's scores are averaged to one value per position and divided by that layer's mean, since
+    layers of different fan-in have different scales; `reduction` combines the layers. Raises
+    `UserError` where no coupled layer has a score.
     """
-    if reduction not in _REDUCTIONS:
-        raise UserError(f"reduction {reduction!r} is none of {', '.join(_REDUCTIONS)}")
     rows = []
     for coupling in group.couplings:
         if coupling.layer in scores:
@@ -93,21 +93,28 @@ def plan_channels(
     reduction: Reduction = "mean",
     max_ratio: float = 0.7,
 ) -> ChannelPlan:
-    """Choose the blocks that go so that about the fraction `ratio` of the target is removed.
+    """Choose the blocks whose removal saves about the fraction `ratio` of the target.
 
-    `positions` (from `layer_positions`) are needed for MACs, as the target or in the report.
-    No group loses more than `max_ratio` of its blocks. Raises if `ratio` cannot be reached.
+    `positions` (from `layer_positions`) are needed for MACs, as the target or in the figures.
+    No group loses more than `max_ratio` of its blocks. Raises `UserError` where `ratio` is out of
+    reach.
     """
     if not groups:
         raise OutOfReach(
             "channels: no layer has two blocks to choose from; a smaller round_to helps"
         )
-    _check_targets(ratio, target_kind, max_ratio, positions)
     importances = [block_importance(group, scores, reduction=reduction) for group in groups]
     if target_kind == "channels":
+        if ratio > max_ratio:
+            raise UserError(
+                f"at most {max_ratio:g} of a layer's channels can go; {ratio:g} was asked"
+            )
         chosen = same_share(groups, importances, ratio=ratio, max_ratio=max_ratio)
     else:
-        cost = _cost_function(denoiser, target_kind, positions)
+        cost = partial(count_params, denoiser)
+        if target_kind == "macs":
+            assert positions is not None, "layer_positions() records them"
+            cost = partial(planned_macs, denoiser, positions)
         chosen = lowest_blocks(groups, importances, ratio=ratio, max_ratio=max_ratio, cost=cost)
     keep = _kept_positions(denoiser, groups, chosen)
     norm_groups, regrouped = _new_norm_groups(denoiser, keep)
@@ -116,7 +123,7 @@ def plan_channels(
 
 
 def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
-    """Slice the plan's layers in place, and set what diffusers asserts about widths."""
+    """Slice the plan's layers in place, and set the width attributes that diffusers checks."""
     for name in dict.fromkeys(layer for layer, _ in plan.keep):
         module = denoiser.get_submodule(name)
         narrow_layer(module, plan.keep.get((name, "in")), plan.keep.get((name, "out")))
@@ -129,29 +136,6 @@ def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
         as_narrowed(denoiser)
 
 
-def _check_targets(
-    ratio: float, target_kind: str, max_ratio: float, positions: Mapping[str, int] | None
-) -> None:
-    if not 0 < ratio < 1:
-        raise UserError(f"ratio is {ratio}; it is the fraction to remove, between 0 and 1")
-    if not 0 < max_ratio < 1:
-        raise UserError(f"max_ratio is {max_ratio}; it must lie between 0 and 1")
-    if target_kind not in ("params", "macs", "channels"):
-        raise UserError(f"target_kind {target_kind!r} is none of params, macs, channels")
-    if target_kind == "channels" and ratio > max_ratio:
-        raise UserError(f"at most {max_ratio:g} of a layer's channels can go; {ratio:g} was asked")
-    if target_kind == "macs" and positions is None:
-        raise UserError("target_kind 'macs' needs positions; layer_positions() records them")
-
-
-def _cost_function(
-    denoiser: nn.Module, target_kind: str, positions: Mapping[str, int] | None
-) -> Cost:
-    if target_kind == "macs" and positions is not None:
-        return partial(planned_macs, denoiser, positions)
-    return partial(count_params, denoiser)
-
-
 def _kept_positions(
     denoiser: nn.Module, groups: Sequence[ChannelGroup], chosen: Sequence[Block]
 ) -> dict[tuple[str, Side], torch.Tensor]:
@@ -162,7 +146,7 @@ def _kept_positions(
             gone[coupling.layer, coupling.side].append(coupling.index_P[going])
     keep = {}
     for (layer, side), removed in gone.items():
-        stays = torch.ones(width(denoiser.get_submodule(layer), side), dtype=torch.bool)
+        stays = torch.ones(width_of(denoiser.get_submodule(layer), side), dtype=torch.bool)
         stays[torch.cat(removed)] = False
         keep[layer, side] = stays.nonzero().flatten()
     return keep
@@ -171,14 +155,13 @@ def _kept_positions(
 def _new_norm_groups(
     denoiser: nn.Module, keep: Mapping[tuple[str, Side], torch.Tensor]
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """New `num_groups` by norm, and the norms that do not lose whole groups."""
+    """New `num_groups` by norm, and the norms that lose parts of groups."""
     groups, regrouped = {}, []
     for (name, _), kept in keep.items():
         norm = denoiser.get_submodule(name)
         if isinstance(norm, nn.GroupNorm):
             size = norm.num_channels // norm.num_groups
-            members = torch.bincount(kept // size)
-            if bool(torch.isin(members, torch.tensor([0, size])).all()):
+            if are_whole(kept, size):
                 groups[name] = len(kept) // size
             else:
                 sizes = [s for s in range(1, len(kept) + 1) if len(kept) % s == 0]
@@ -190,12 +173,12 @@ def _new_norm_groups(
 def _new_heads(
     denoiser: nn.Module, keep: Mapping[tuple[str, Side], torch.Tensor]
 ) -> dict[str, int]:
-    """Several heads lose whole heads; a single one gets narrower."""
+    """New head counts: of several heads whole ones are removed; a single one gets narrower."""
     heads = {}
     for name, module in denoiser.named_modules():
         kept = keep.get((f"{name}.to_q", "out"))
         if isinstance(module, Attention) and kept is not None:
-            old_inner = width(module.to_q, "out")
+            old_inner = width_of(module.to_q, "out")
             heads[name] = len(kept) * module.heads // old_inner if module.heads > 1 else 1
     return heads
 
@@ -212,11 +195,8 @@ def _figures(
     params = (count_params(denoiser), count_params(denoiser, removed))
     pairs = {"params": params, "channels": (channels, left)}
     if positions is not None:
-        before, after = (
-            planned_macs(denoiser, positions),
-            planned_macs(denoiser, positions, removed),
-        )
-        pairs["macs"] = (before, after)
+        macs = partial(planned_macs, denoiser, positions)
+        pairs["macs"] = (macs(), macs(removed))
     figures: dict[str, int | float] = {}
     for kind, (before, after) in pairs.items():
         figures |= {f"{kind}_before": before, f"{kind}_after": after}
@@ -226,7 +206,7 @@ def _figures(
 
 @torch.no_grad()
 def _narrow_heads(attention: Attention, heads: int) -> None:
-    """Set the heads; to_q takes up the change of 1/sqrt(head_dim), so that q.k keeps its scale."""
+    """Set the head count; to_q absorbs the change of 1/sqrt(head_dim), so q.k keeps its scale."""
     old_dim, new_dim = attention.inner_dim // attention.heads, attention.to_q.out_features // heads
     attention.heads = heads
     if new_dim != old_dim:
