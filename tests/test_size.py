@@ -182,7 +182,7 @@ def test_latencies_are_positive_and_for_the_batch_asked():
 
 
 def test_pairs_of_other_shapes_are_refused():
-    with pytest.raises(UserError, match="no pairs"):
+    with pytest.raises(UserError, match="not pairs"):
         psnr(np.zeros((2, 4, 4, 1), np.uint8), np.zeros((1, 4, 4, 1), np.uint8))
 
 

@@ -89,4 +89,5 @@ PEAK_MEMORY = Metric(
     "most memory that one call holds, weights included, at the largest timed batch, in MB",
     fixed(1),
     Measurement("memory", "calls", _figures),
+    conditions="Peak memory: one call with a batch of {peak_memory_batch}.",
 )

@@ -210,4 +210,7 @@ LATENCY = Metric(
     fixed(2),
     Measurement("latency", "turns"),
     spread="latency_spread_ms",
+    conditions="Latency: one denoiser call with a batch of {latency_batch} in {dtype} on {device}; the "
+    f"median of {{latency_repeats}} calls after {WARMUP} warm-up calls, ± half the interquartile range. "
+    "Other work on the machine counts.",
 )

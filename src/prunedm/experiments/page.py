@@ -9,7 +9,7 @@ from jinja2 import PackageLoader
 from prunedm.errors import masked
 from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
-from prunedm.evaluation.report.front import panels
+from prunedm.evaluation.report.plots import panels
 from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import Evaluation
 from prunedm.experiments.plan import Sweep, case_of
