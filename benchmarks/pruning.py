@@ -38,7 +38,7 @@ from bench import (
 
 from prunedm.console import Terminal
 from prunedm.evaluation.size import count_macs
-from prunedm.evaluation.speed import in_turns, latencies
+from prunedm.evaluation.speed import Way, in_turns, timings
 from prunedm.folder import Model
 from prunedm.options import PruneOptions
 from prunedm.record import write_json
@@ -242,7 +242,7 @@ def latency_rows(bench: PruningBench) -> list[Row]:
     ]
     models = [prune(job)[0].denoiser for job in jobs]
     inputs = bench.dense.example(16)
-    timed = latencies([(m, inputs) for m in (bench.dense.denoiser, *models)], repeats=20)
+    timed = timings([(m, inputs) for m in (bench.dense.denoiser, *models)], Way(16), repeats=20)
     dense_macs = count_macs(bench.dense.denoiser, bench.dense.example())
     rows = []
     for (round_to, target), denoiser, timing in zip(settings, models, timed[1:], strict=True):

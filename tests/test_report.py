@@ -490,7 +490,7 @@ def test_long_values_are_not_shown(tmp_path: Path) -> None:
     made = record("prune", [], curve={"losses": list(range(500))})
     model = evaluation().model_copy(update={"record": made})
     read = Page(written([model], {}, tmp_path)).text
-    assert "(long; whole in record.json)" in read
+    assert "(long; in full in record.json)" in read
     assert "499" not in read
 
 

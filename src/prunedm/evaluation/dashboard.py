@@ -1,4 +1,4 @@
-"""comparison_dashboard.png: quality, size, speed, and what each costs the other, on one sheet."""
+"""comparison_dashboard.png: quality, size, speed and their trade-offs on one sheet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _SCALES = {"bytes_packed": 1e-6, "bytes_disk": 1e-6, "macs": 1e-6}
 def dashboard(rows: Sequence[Evaluation], path: Path) -> None:
     """Six panels: quality, size, latency; and quality against latency, size and MACs.
 
-    Lower left is better in the last three; models that no other beats in both are joined by a line.
+    Lower left is better in the last three; a line joins the Pareto front.
     """
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,7 +39,7 @@ def dashboard(rows: Sequence[Evaluation], path: Path) -> None:
 
 
 def layer_chart(rows: Sequence[Evaluation], path: Path) -> None:
-    """The share of weights left in every layer, of the models of `sparse`."""
+    """The share of weights left in every layer of the models that `sparse` selects."""
     rows = sparse(rows)
     names = list(dict.fromkeys(layer.name for row in rows for layer in row.layers))
     figure = Figure(figsize=(9, 1.5 + 0.18 * len(names)), layout="constrained")
@@ -47,14 +47,8 @@ def layer_chart(rows: Sequence[Evaluation], path: Path) -> None:
     axes = figure.subplots()
     for row in rows:
         shares = {layer.name: _left(layer) for layer in row.layers}
-        axes.plot(
-            [shares.get(name, np.nan) for name in names],
-            range(len(names)),
-            marker="o",
-            markersize=3,
-            linewidth=0,
-            label=row.label,
-        )
+        places = [shares.get(name, np.nan) for name in names]
+        axes.plot(places, range(len(names)), "o", markersize=3, label=row.label)
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
@@ -65,7 +59,7 @@ def layer_chart(rows: Sequence[Evaluation], path: Path) -> None:
 
 
 def sparse(rows: Sequence[Evaluation]) -> list[Evaluation]:
-    """The models that lack over 1 % of some layer's weights: a few are zero in any model."""
+    """The models with over 1 % zeros in some layer; a few weights are zero in any model."""
     return [row for row in rows if any(_left(layer) < 99 for layer in row.layers)]
 
 

@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 
 from prunedm.data import ImageSet
 from prunedm.evaluation.features import FeatureNetwork
-from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import streamed_batches
 from prunedm.evaluation.metric import Subject
 from prunedm.evaluation.results import (
@@ -24,6 +23,7 @@ from prunedm.evaluation.results import (
     StepResult,
     figure_names,
 )
+from prunedm.evaluation.size import layer_sparsity
 from prunedm.evaluation.speed import dtype_in_words
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
