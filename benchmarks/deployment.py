@@ -40,7 +40,7 @@ from sampling import pipeline
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.deployment.opening import open_model
+from prunedm.deployment.runtimes import open_model
 from prunedm.evaluation.features import extract, image_batches, load_features
 from prunedm.evaluation.fid import bootstrap_error, frechet_distance
 from prunedm.evaluation.fid import statistics as moments

@@ -32,7 +32,7 @@ from torch import nn
 
 from prunedm.architecture import answer
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
-from prunedm.deployment.onnx_file import write_onnx
+from prunedm.errors import first_line
 from prunedm.evaluation.speed import in_turns
 from prunedm.folder import load
 from prunedm.masks import Pattern
@@ -50,6 +50,8 @@ from prunedm.sparse_kernels.selection import (
     time_in_turns,
     use_sparse_kernels,
 )
+from prunedm.stages.exporting.onnx import write_onnx
+from prunedm.stages.exporting.tensorrt import build_engine
 
 OPSET = 18
 HALF = torch.float16
@@ -222,25 +224,9 @@ def bound(session: Any, subject: Subject, device: str) -> Made:
 def tensorrt(subject: Subject, *, with_sparse_weights: bool) -> Made:
     """An engine for this batch; with sparse weights it tries its sparse tactics and times them."""
     trt = installed("tensorrt")
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(subject.onnx.read_bytes()):
-        raise NoFigure(f"TensorRT cannot read the ONNX file: {parser.get_error(0).desc()}")
-    config = builder.create_builder_config()
-    if hasattr(trt.BuilderFlag, "FP16"):  # version 11 takes types from the network
-        config.set_flag(trt.BuilderFlag.FP16)
-    if with_sparse_weights:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    profile = builder.create_optimization_profile()
-    for name, value in subject.inputs.items():
-        profile.set_shape(name, *[tuple(value.shape)] * 3)
-    config.add_optimization_profile(profile)
-    built = builder.build_serialized_network(network, config)
-    if built is None:
-        raise NoFigure("TensorRT cannot build the engine")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(built)
+    shapes = {name: tuple(value.shape) for name, value in subject.inputs.items()}
+    built = build_engine(subject.onnx, [shapes] * 3, half=True, sparse=with_sparse_weights)
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(built)
     context = engine.create_execution_context()
     inputs = {name: value.contiguous() for name, value in subject.inputs.items()}
     output = torch.empty(output_shape(subject), device=subject.device)
@@ -321,7 +307,7 @@ def measure(
             except NoFigure as reason:
                 unmeasured.append(row | {"note": str(reason)})
             except Exception as failure:  # of any runtime; others go on
-                unmeasured.append(row | {"note": f"failed: {first_line(failure)}"})
+                unmeasured.append(row | {"note": f"failed: {first_line(failure)[:200]}"})
             else:
                 choices = [asdict(c) | {"speedup": c.speedup} for c in ready.choices]
                 more = {"sparse_kernels_error": ready.relative_error, "choices": choices}
@@ -502,10 +488,6 @@ def milliseconds(value: float | None) -> str:
 
 def times_as_fast(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}x"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def main() -> None:

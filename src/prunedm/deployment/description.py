@@ -1,4 +1,4 @@
-"""export.json: what an exported folder holds, for whoever runs it."""
+"""export.json: the contents of an exported folder, for whoever runs it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ VERSION = 1
 
 
 class Description(BaseModel):
-    """One exported denoiser: `(sample, timestep[, class_labels]) -> output`, all float32 outside.
+    """One exported denoiser: `(sample, timestep[, class_labels]) -> output`, with float32 at both ends.
 
-    `shapes`: of inputs and output by name; "batch" is free. `files` with their hashes: the first is
-    the one to open. `relative_error` and `largest_error` are of the check at export.
+    `shapes`: of inputs and output by name; "batch" is any number. `files`: name -> hash, the one to
+    open first. `relative_error` and `largest_error` come from the check at export.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -29,9 +29,9 @@ class Description(BaseModel):
     files: dict[str, str] = Field(min_length=1)
     shapes: dict[str, list[int | str]]
     source: Source
-    pipeline: str = "DDPMPipeline"  # diffusers' class, for a packed model that is saved again
+    pipeline: str = "DDPMPipeline"  # diffusers' class, to save a packed model again
     opset: int | None = None
-    pattern: str = ""  # of the masks that were found again in the file
+    pattern: str = ""  # of the masks whose zeros the file has
     relative_error: float
     largest_error: float
     tolerance: float
@@ -42,7 +42,7 @@ class Description(BaseModel):
 
 
 def write_description(description: Description, folder: Path) -> None:
-    """`source` becomes relative to `folder`, or to what a working folder will be."""
+    """`source` becomes relative to `folder`, or to the final place of a working folder."""
     source = description.source
     told = source.model_copy(update={"path": portable(source.path, folder)})
     write_json(
@@ -51,7 +51,7 @@ def write_description(description: Description, folder: Path) -> None:
 
 
 def read_description(folder: Path) -> Description:
-    """Raises `UserError` where it is damaged, of another version, or its files are not those."""
+    """Raises `UserError` where it is damaged or of another version, or a file is missing or changed."""
     path = folder / FILE
     try:
         content: Any = read_object(path)

@@ -69,9 +69,7 @@ def load_torchscript(path: Path, *, trust: bool) -> nn.Module:
             "give that"
         )
     source = str(path) if trust else _repacked(path)
-    with (
-        warnings.catch_warnings()
-    ):  # that advises torch.export
+    with warnings.catch_warnings():  # that advises torch.export
         warnings.simplefilter("ignore", FutureWarning)
         module: nn.Module = torch.jit.load(source, map_location="cpu")
     return module
