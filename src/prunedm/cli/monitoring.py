@@ -66,8 +66,7 @@ def _stop(entry: "Entry", console: "Console") -> None:
 def _json() -> None:
     import json
 
-    from prunedm.monitor.machine import Meter
-    from prunedm.monitor.snapshot import first_look
+    from prunedm.monitor.machine import Meter, first_look
     from prunedm.record import finite
 
     print(json.dumps(finite(first_look(Meter()).model_dump(mode="json")), indent=1))
