@@ -9,7 +9,7 @@ from prunedm.evaluation.report.words import Words, text, translated
 from prunedm.evaluation.results import Evaluation, LayerSparsity
 
 MANY = 30  # more layers than this are collapsed
-_NOT_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are no multiple of (?P<m>\d+)")
+_NOT_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are (no|not a) multiple of (?P<m>\d+)")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def reason_in_words(reason: str) -> Words:
     """Why a layer stayed dense; in both languages where the reason is one of prunedm's own."""
     found = _NOT_MULTIPLE.fullmatch(reason)
     if found:
-        return text("reason.multiple", **found.groupdict())
+        return translated("reason.multiple", reason, **found.groupdict())
     return translated(f"reason.{reason}", reason)
 
 
