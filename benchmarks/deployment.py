@@ -35,6 +35,7 @@ from bench import (
     record,
     section,
     table,
+    turns,
 )
 from sampling import pipeline
 from torch import nn
@@ -46,7 +47,7 @@ from prunedm.evaluation.fid import bootstrap_error, frechet_distance
 from prunedm.evaluation.fid import statistics as moments
 from prunedm.evaluation.loss import denoising_loss, fixed_batches
 from prunedm.evaluation.size import count_macs, count_parameters
-from prunedm.evaluation.speed import Call, in_turns
+from prunedm.evaluation.speed import Call
 from prunedm.folder import Model, load
 from prunedm.options import DataOptions, ExportOptions
 from prunedm.record import read_record
@@ -65,6 +66,7 @@ RUNTIMES = {
 }
 DEFAULT = "OpenVINO, bf16"  # `prunedm export --format openvino`
 LOSS_PROBLEMS = 1000
+WARMUP = 2  # turns, which also compile
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,12 @@ def call_of(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Cal
     return call
 
 
-def turns(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, turn by turn; two turns warm it up and compile it."""
-    return dict(zip(calls, in_turns(list(calls.values()), repeats=repeats, warmup=2), strict=True))
-
-
 def latencies(rows: list[Deployed], shape: Any, arguments: Namespace) -> Row:
     """Milliseconds of a call and the ratio to the dense model in eager float32, by batch size."""
     table: Row = {row.key: {} for row in rows}
     for batch in arguments.batches:
-        seconds = turns(
-            {row.key: call_of(row.denoiser, shape, batch) for row in rows}, arguments.repeats
-        )
+        calls = {row.key: call_of(row.denoiser, shape, batch) for row in rows}
+        seconds = turns(calls, arguments.repeats, warmup=WARMUP)
         base = seconds[f"dense / {EAGER}"]
         for key, taken in seconds.items():
             table[key][str(batch)] = {
@@ -146,7 +142,7 @@ def images_per_second(
         draws[row.key] = partial(
             draw, dense, row.denoiser, count=batch, steps=steps, seed=SEED, batch_size=batch
         )
-    seconds = turns(draws, arguments.turns)
+    seconds = turns(draws, arguments.turns, warmup=WARMUP)
     base = seconds["diffusers DDIMPipeline"]
     return {
         key: {

@@ -34,14 +34,14 @@ from bench import (
     samples_in_words,
     section,
     table,
+    turns,
 )
 
 from prunedm.console import Terminal
 from prunedm.evaluation.size import count_macs
-from prunedm.evaluation.speed import Way, in_turns, timings
+from prunedm.evaluation.speed import Way, timings
 from prunedm.folder import Model
 from prunedm.options import PruneOptions
-from prunedm.record import write_json
 from prunedm.scores import SCORES
 from prunedm.stages.inputs import images_for
 from prunedm.stages.pruning.job import Job
@@ -140,7 +140,7 @@ class PruningBench(Bench):
 
         def make() -> Row:
             for other in map(read, (self.folder / "rows").glob("*.json")):
-                if other["options"] == options:
+                if other.get("options") == options:
                     return {k: v for k, v in other.items() if k != "key"}
             started = time.perf_counter()
             model, details = prune(job) if job else (self.dense, {})
@@ -226,8 +226,7 @@ def kernel_ratio() -> dict[str, float]:
         "2:4": lambda: nm_mask(weight, Pattern(2, 4)),
         "4:8": lambda: nm_mask(weight, Pattern(4, 8)),
     }
-    seconds = in_turns(list(calls.values()), repeats=7, warmup=0)
-    medians = dict(zip(calls, map(statistics.median, seconds), strict=True))
+    medians = {name: statistics.median(taken) for name, taken in turns(calls, 7).items()}
     return medians | {
         f"{name} ratio": medians[name] / medians["abs and copy"] for name in ("2:4", "4:8")
     }
@@ -280,16 +279,6 @@ def calibration_memory(bench: PruningBench) -> dict[str, float]:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[str(count)] = int(done.stderr.strip().splitlines()[-1]) / 1024
     return peaks
-
-
-def side_measurement(bench: PruningBench, name: str, make: Callable[[], Any]) -> Any:
-    """Something beside the rows, kept on disk like them."""
-    path = bench.folder / f"{name}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(make(), path)
-        print(f"{name}: done", flush=True)
-    return read(path)
 
 
 def more_of(arguments: Namespace) -> dict[str, list[tuple[str, Row]]]:
@@ -375,12 +364,13 @@ PARSER = parser_of(
 def main() -> None:
     bench = PruningBench(PARSER.parse_args())
     found = {"seed": 0, "rows": list(rows_of(bench))}
-    for name, key, make in (
-        ("latency", "latency", lambda: latency_rows(bench)),
-        ("kernel", "kernel", kernel_ratio),
-        ("memory", "calibration_memory_mb", lambda: calibration_memory(bench)),
-    ):
-        found[key] = side_measurement(bench, name, make)
+    side: dict[str, Callable[[], Any]] = {
+        "latency": lambda: latency_rows(bench),
+        "kernel": kernel_ratio,
+        "calibration_memory_mb": lambda: calibration_memory(bench),
+    }
+    for key, make in side.items():
+        found[key] = bench.kept(key, lambda make=make: {"found": make()})["found"]  # type: ignore[misc]
     result = record(bench.name, found)
     publish(result, markdown(result, bench.arguments))
 

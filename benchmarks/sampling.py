@@ -18,10 +18,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench import Row, draw, median_ratio, parser_of, publish, record, section, table
+from bench import Row, draw, median_ratio, parser_of, publish, record, section, table, turns
 from diffusers import DDIMPipeline, DDIMScheduler
 
-from prunedm.evaluation.speed import in_turns
 from prunedm.folder import Model, load
 from prunedm.randomness import generator_for
 from prunedm.sampling import FastDenoiser
@@ -102,9 +101,8 @@ def measure(arguments: Namespace) -> Row:
 
     for make in ways.values():
         make(size, 2)  # warm, and compiled
-    calls = [partial(turn, name) for name in ways]
-    taken = in_turns(calls, repeats=arguments.repeats, warmup=0, device=device)
-    seconds = dict(zip(ways, taken, strict=True))
+    calls = {name: partial(turn, name) for name in ways}
+    seconds = turns(calls, arguments.repeats, device=device)
     rows = [
         {
             "way": name,
