@@ -299,11 +299,11 @@ def section(result: Row, about: str, *parts: str) -> str:
     return "\n\n".join([f"```\n{result['command']}\n```", f"{about} {data}", *parts])
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A Markdown table; columns are right-aligned except those at `left`."""
-    line = "".join("---|" if k in left else "---:|" for k in range(len(head)))
-    top = f"| {' | '.join(head)} |".replace("|  |", "| |")
-    return "\n".join([top, f"|{line}", *(f"| {' | '.join(row)} |" for row in rows)])
+def table(rows: Sequence[Mapping[str, str]], left: Collection[int] = (0,)) -> str:
+    """A Markdown table of cells by heading; columns are right-aligned except those at `left`."""
+    line = "".join("---|" if k in left else "---:|" for k in range(len(rows[0])))
+    top = f"| {' | '.join(rows[0])} |".replace("|  |", "| |")
+    return "\n".join([top, f"|{line}", *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
 def samples_in_words(arguments: Namespace) -> tuple[str, str]:

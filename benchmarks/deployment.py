@@ -242,47 +242,50 @@ def measure(arguments: Namespace) -> Row:
 def markdown(result: Row) -> str:
     """The section of `docs/results.md`."""
     batches = list(next(iter(result["latency"].values())))
-    sizes_head = ["model", "parameters", "MACs", "masks", "packed", "of dense float16"]
     sizes_rows = [
-        [
-            name,
-            f"{s['parameters'] / 1e6:.2f}M",
-            f"{s['macs'] / 1e6:.0f}M",
-            s["pattern"] or "–",
-            f"{s['packed_bytes'] / 1e6:.2f} MB",
-            f"{100 * s['packed_share']:.1f} %",
-        ]
+        {
+            "model": name,
+            "parameters": f"{s['parameters'] / 1e6:.2f}M",
+            "MACs": f"{s['macs'] / 1e6:.0f}M",
+            "masks": s["pattern"] or "–",
+            "packed": f"{s['packed_bytes'] / 1e6:.2f} MB",
+            "of dense float16": f"{100 * s['packed_share']:.1f} %",
+        }
         for name, s in result["sizes"].items()
     ]
     rows = []
     for key, by_batch in result["latency"].items():
         model, _, runtime = key.partition(" / ")
-        cells = [f"{by_batch[b]['ms']:.1f} ({by_batch[b]['ratio']:.1f}x)" for b in batches]
         own = result["quality"]["rows"].get(key, {})
-        loss = f"{own['loss']:.4f}" if "loss" in own else "–"
-        fd = f"{own['fd']:.1f} ± {own['fd_se']:.1f}" if "fd" in own else "–"
-        rows.append([model, runtime, *cells, loss, fd])
+        times = {
+            f"batch {b}, ms": f"{by_batch[b]['ms']:.1f} ({by_batch[b]['ratio']:.1f}x)"
+            for b in batches
+        }
+        quality = {
+            "loss": f"{own['loss']:.4f}" if "loss" in own else "–",
+            "FD": f"{own['fd']:.1f} ± {own['fd_se']:.1f}" if "fd" in own else "–",
+        }
+        rows.append({"model": model, "runtime": runtime} | times | quality)
     sampled = [
-        [
-            key.replace(" / ", ", "),
-            f"{s['images_s']:.2f}",
-            f"{s['ratio']:.1f}x",
-            f"{s['ratio_to_dense_best']:.2f}x",
-        ]
+        {
+            "": key.replace(" / ", ", "),
+            "images/s": f"{s['images_s']:.2f}",
+            "to diffusers": f"{s['ratio']:.1f}x",
+            "to the dense model at its best": f"{s['ratio_to_dense_best']:.2f}x",
+        }
         for key, s in result["sampling"].items()
     ]
-    head = ["model", "runtime", *(f"batch {b}, ms" for b in batches), "loss", "FD"]
     return section(
         result,
         f"{result['device']}. Medians of {result['repeats']} calls in turns; in brackets the "
         "ratio to the dense model in eager float32. Loss on "
         f"{LOSS_PROBLEMS} held-out problems; {result['quality']['features']} of "
         f"{result['samples']} DDIM-{result['steps']} images against the held-out ones.",
-        table(sizes_head, sizes_rows, left=(0, 3)),
-        table(head, rows, left=(0, 1)),
+        table(sizes_rows, left=(0, 3)),
+        table(rows, left=(0, 1)),
         f"From noise to images, batch {batches[-1]}, DDIM-{result['steps']}, medians of "
         f"{result['turns']} turns:",
-        table(["", "images/s", "to diffusers", "to the dense model at its best"], sampled),
+        table(sampled),
     )
 
 

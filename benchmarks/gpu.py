@@ -423,46 +423,55 @@ def markdown(result: Row) -> str:
         f"{result['device']}, PyTorch {result['versions']['torch']}; milliseconds of one call.",
     ]
     if rows:
-        head = ["model", "way", *(f"batch {b}" for b in batches), "error", "note"]
+        timed = [
+            {"model": model, "way": way}
+            | {f"batch {b}": cell(by.get(b)) for b in batches}
+            | {"error": worst(by), "note": notes(by)}
+            for (model, way), by in rows.items()
+        ]
         parts += [
             f"How many times as fast as {BASELINE} of {result['rows'][0]['model']}; medians of "
             f"{result['repeats']} turns. Error: of the output against the same model's float32, "
             "relative.",
-            table(
-                head,
-                [
-                    [model, way, *(cell(by.get(b)) for b in batches), worst(by), notes(by)]
-                    for (model, way), by in rows.items()
-                ],
-                left=range(len(head)),
-            ),
+            table(timed, left=range(len(timed[0]))),
         ]
     chosen = [
-        [row["model"], row["way"], str(row["batch"]), c["name"], c["kind"],
-         f"{c['pixels']} x {c['outputs']} x {c['columns']}", f"{c['dense_ms']:.4f}",
-         c["form"] or c["reason"], milliseconds(c["sparse_ms"]), times_as_fast(c["speedup"]),
-         "yes" if c["chosen"] else "no"]
+        {
+            "model": row["model"],
+            "way": row["way"],
+            "batch": str(row["batch"]),
+            "layer": c["name"],
+            "kind": c["kind"],
+            "GEMM B x O x K": f"{c['pixels']} x {c['outputs']} x {c['columns']}",
+            "dense ms": f"{c['dense_ms']:.4f}",
+            "best sparse form": c["form"] or c["reason"],
+            "ms": "–" if c["sparse_ms"] is None else f"{c['sparse_ms']:.4f}",
+            "ratio": times_as_fast(c["speedup"]),
+            "chosen": "yes" if c["chosen"] else "no",
+        }
         for row in result["rows"]
         for c in row.get("choices", [])
-    ]  # fmt: skip
+    ]
     if chosen:
-        head = ["model", "way", "batch", "layer", "kind", "GEMM B x O x K", "dense ms"]
-        head += ["best sparse form", "ms", "ratio", "chosen"]
-        parts.append(table(head, chosen, left=range(len(head))))
+        parts.append(table(chosen, left=range(len(chosen[0]))))
     if result["layers"]:
         forms = list(dict.fromkeys(f for row in result["layers"] for f in row["error"]))
         body = [
-            [row["layer"], str(row["batch"]),
-             f"{row['pixels']} x {row['outputs']} x {row['columns']}", how,
-             f"{row[how]['dense_ms']:.4f}",
-             *(times_as_fast(row[how]["dense_ms"] / row[how][f]) if f in row[how] else "–"
-               for f in forms)]
+            {
+                "layer": row["layer"],
+                "batch": str(row["batch"]),
+                "GEMM B x O x K": f"{row['pixels']} x {row['outputs']} x {row['columns']}",
+                "timed": how,
+                "dense ms": f"{row[how]['dense_ms']:.4f}",
+            }
+            | {
+                f: times_as_fast(row[how]["dense_ms"] / row[how][f]) if f in row[how] else "–"
+                for f in forms
+            }
             for row in result["layers"]
             for how in ("eager", "graphs")
-        ]  # fmt: skip
-        head = ["layer", "batch", "GEMM B x O x K", "timed", "dense ms"]
-        head += forms
-        parts.append(table(head, body, left=range(len(head))))
+        ]
+        parts.append(table(body, left=range(len(body[0]))))
     return "\n\n".join(parts)
 
 
@@ -480,10 +489,6 @@ def worst(by_batch: dict[int, Row]) -> str:
 
 def notes(by_batch: dict[int, Row]) -> str:
     return "; ".join(dict.fromkeys(row["note"] for row in by_batch.values() if row["note"]))
-
-
-def milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
 
 
 def times_as_fast(ratio: float | None) -> str:

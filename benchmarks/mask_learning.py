@@ -202,21 +202,20 @@ def markdown(result: Row, arguments: Namespace) -> str:
 def _frozen(result: Row) -> str:
     firsts = ", ".join(f"{p} {row['loss']:.4f}" for p, row in result["first"].items())
     rows = [
-        [
-            r["estimator"],
-            r["pattern"],
-            f"**{r['share']:.1%}**",
-            f"{r['loss']:.4f} ± {r['loss_se']:.4f}",
-            f"{r['steps']:,}",
-            f"{r['seconds']:.0f} s",
-            f"{r['groups_changed']:.1%}",
-        ]
+        {
+            "estimator": r["estimator"],
+            "pattern": r["pattern"],
+            "gap closed": f"**{r['share']:.1%}**",
+            "loss": f"{r['loss']:.4f} ± {r['loss_se']:.4f}",
+            "steps": f"{r['steps']:,}",
+            "wall time": f"{r['seconds']:.0f} s",
+            "groups changed": f"{r['groups_changed']:.1%}",
+        }
         for r in result["frozen"]
     ]
-    head = ["estimator", "pattern", "gap closed", "loss", "steps", "wall time", "groups changed"]
     return (
         f"Frozen weights, {result['seconds']:.0f} s for every estimator, from Wanda's masks "
-        f"({firsts}; dense {result['dense']['loss']:.4f}):\n\n{table(head, rows, left=(0, 1))}"
+        f"({firsts}; dense {result['dense']['loss']:.4f}):\n\n{table(rows, left=(0, 1))}"
     )
 
 
@@ -242,25 +241,24 @@ def _contest(result: Row, arguments: Namespace) -> str:
             if own:
                 lines.append(_contestant(name, pattern, own))
     features, samples = samples_in_words(arguments)
-    head = ["masks", "pattern", "seeds", "masks take", "steps", "loss before", "loss after", "FD"]
     return (
         f"The contest: masks and fine-tuning in {result['contest_seconds']:.0f} s together, mean ± "
         f"standard deviation over seeds; {features} of {samples}; dense {dense['loss']:.5f}, FD "
-        f"{dense['fd']:.1f}:\n\n{table(head, lines, left=(0, 1))}"
+        f"{dense['fd']:.1f}:\n\n{table(lines, left=(0, 1))}"
     )
 
 
-def _contestant(name: str, pattern: str, own: Sequence[Row]) -> list[str]:
-    return [
-        name,
-        pattern,
-        str(len(own)),
-        f"{mean(own, 'mask_seconds'):.0f} s",
-        f"{mean(own, 'steps'):.0f}",
-        f"{mean(own, 'loss_start'):.4f}",
-        f"**{mean(own, 'loss'):.5f}**{spread(own, 'loss', 5)}",
-        f"{mean(own, 'fd'):.1f}{spread(own, 'fd', 1)}",
-    ]
+def _contestant(name: str, pattern: str, own: Sequence[Row]) -> dict[str, str]:
+    return {
+        "masks": name,
+        "pattern": pattern,
+        "seeds": str(len(own)),
+        "masks take": f"{mean(own, 'mask_seconds'):.0f} s",
+        "steps": f"{mean(own, 'steps'):.0f}",
+        "loss before": f"{mean(own, 'loss_start'):.4f}",
+        "loss after": f"**{mean(own, 'loss'):.5f}**{spread(own, 'loss', 5)}",
+        "FD": f"{mean(own, 'fd'):.1f}{spread(own, 'fd', 1)}",
+    }
 
 
 PARSER = parser_of(

@@ -292,11 +292,11 @@ def markdown(result: Row, arguments: Namespace) -> str:
     rows = {row["key"]: row for row in result["rows"]}
     features, samples = samples_in_words(arguments)
     body = [
-        [score]
-        + [
-            _cell(rows.get(f"{score} / {s}"), f"as {ALIKE[score]}" if score in ALIKE else "–")
+        {"score": score}
+        | {
+            s: _cell(rows.get(f"{score} / {s}"), f"as {ALIKE[score]}" if score in ALIKE else "–")
             for s in SETTINGS
-        ]
+        }
         for score in [*SCORES, "obs"]
     ]
     dense = rows["dense"]
@@ -304,8 +304,11 @@ def markdown(result: Row, arguments: Namespace) -> str:
     more = []
     for title, entries in more_of(arguments).items():
         own = [(label, rows[f"{title} / {label}"]) for label, _ in entries]
-        lines = [[label, _cell(row), f"{row['macs'] / 1e6:.0f}M"] for label, row in own]
-        more.append(f"{title}:\n\n{table(['', 'loss, FD', 'MACs'], lines)}")
+        lines = [
+            {"": label, "loss, FD": _cell(row), "MACs": f"{row['macs'] / 1e6:.0f}M"}
+            for label, row in own
+        ]
+        more.append(f"{title}:\n\n{table(lines)}")
     kernel, memory = result["kernel"], result["calibration_memory_mb"]
     return section(
         result,
@@ -313,7 +316,7 @@ def markdown(result: Row, arguments: Namespace) -> str:
         f"standard error, then {features} of {samples}"
         f"{', both in bf16 autocast' * arguments.compile}, before any fine-tuning; "
         f"{result['device']}.",
-        table(["score", *SETTINGS], body),
+        table(body),
         f"At 2:4 OBS loses {gap['obs'] / gap['wanda']:.2f}x of what Wanda loses over dense "
         f"({gap['obs']:.4f} against {gap['wanda']:.4f}; magnitude {gap['magnitude']:.4f}).",
         *more,
@@ -333,17 +336,17 @@ def _cell(row: Row | None, missing: str = "–") -> str:
 
 def _latency_table(rows: Sequence[Row]) -> str:
     body = [
-        [
-            f"{r['target']}, round to {r['round_to']}",
-            f"−{r['macs_removed']:.1%}",
-            f"{r['dense_ms']:.1f} => {r['latency_ms']:.1f} ± {r['spread_ms']:.1f} ms",
-            f"−{r['latency_removed']:.1%}",
-            f"{r['ratio']:.2f}",
-        ]
+        {
+            "channels": f"{r['target']}, round to {r['round_to']}",
+            "MACs": f"−{r['macs_removed']:.1%}",
+            "latency, batch 16": f"{r['dense_ms']:.1f} => {r['latency_ms']:.1f} ± "
+            f"{r['spread_ms']:.1f} ms",
+            "change": f"−{r['latency_removed']:.1%}",
+            "latency / MACs": f"{r['ratio']:.2f}",
+        }
         for r in rows
     ]
-    head = ["channels", "MACs", "latency, batch 16", "change", "latency / MACs"]
-    return "Real speed, eager float32, timed in turns with dense:\n\n" + table(head, body)
+    return "Real speed, eager float32, timed in turns with dense:\n\n" + table(body)
 
 
 PARSER = parser_of(

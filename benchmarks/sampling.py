@@ -136,7 +136,12 @@ def markdown(result: Row) -> str:
         "PSNR against exact: of all pixels, the median image, the worst."
     )
     rows = [
-        [row["way"], f"{row['images_s']:.2f}", f"{row['ratio']:.2f}x", _shown(row["psnr"])]
+        {
+            "": row["way"],
+            "images/s": f"{row['images_s']:.2f}",
+            "ratio": f"{row['ratio']:.2f}x",
+            "PSNR, dB": _shown(row["psnr"]),
+        }
         for row in result["rows"]
     ]
     compiling = (
@@ -146,7 +151,7 @@ def markdown(result: Row) -> str:
         if result["is_compiled"]
         else "torch.compile did not work there."
     )
-    return section(result, what, table(["", "images/s", "ratio", "PSNR, dB"], rows), compiling)
+    return section(result, what, table(rows), compiling)
 
 
 def _shown(psnr: dict[str, float | None]) -> str:
