@@ -1,15 +1,15 @@
-"""How fast a compressed model is where it is deployed, against the dense one in the same runtimes.
+"""The speed of compressed models where they are deployed, against the dense one in the same runtimes.
 
     python benchmarks/deployment.py cifar10-small --dense ../shared/models/cifar10-ddpm-small \\
         --channels runs/channels --hybrid runs/hybrid --dataset ../shared/data/cifar10 \\
         --features ../shared/models/cifar10_features.pt
 
-Exports each model for ONNX Runtime and OpenVINO (kept under --work, done once), and measures in one
-run: a denoiser call at each batch size in every runtime, all in turns; the loss of what was
-exported; images a second from noise to uint8 of diffusers' DDIMPipeline, of the dense model in its
-fastest runtime and of the compressed ones; their FD. A ratio is the median of the turns' ratios, so
-that a slow moment of the machine falls on both sides. On an NVIDIA GPU, `benchmarks/gpu.py` runs
-besides. At the end: `benchmarks/results/deployment-NAME.json`, and the section of that name in
+Exports each model once for ONNX Runtime and OpenVINO (under --work), and measures in one run: a
+denoiser call at each batch size in every runtime, all in turns; the loss of the exported files; images
+per second from noise to uint8, with diffusers' DDIMPipeline, with the dense model in its fastest
+runtime and with the compressed ones; and their FD. A ratio is the median of the turns' ratios, so that
+a slow moment of the machine affects both sides. On an NVIDIA GPU, `benchmarks/gpu.py` runs too. At the
+end: `benchmarks/results/deployment-NAME.json`, and the section of that name in
 `docs/results.md`.
 """
 
@@ -115,7 +115,7 @@ def call_of(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Cal
 
 
 def latencies(rows: list[Deployed], shape: Any, arguments: Namespace) -> Row:
-    """Milliseconds of a call and the ratio to the dense model in eager float32, by batch size."""
+    """Milliseconds per call and the ratio to the dense model in eager float32, by batch size."""
     table: Row = {row.key: {} for row in rows}
     for batch in arguments.batches:
         calls = {row.key: call_of(row.denoiser, shape, batch) for row in rows}
@@ -134,7 +134,7 @@ def latencies(rows: list[Deployed], shape: Any, arguments: Namespace) -> Row:
 def images_per_second(
     models: Mapping[str, Model], rows: list[Deployed], arguments: Namespace
 ) -> Row:
-    """From noise to images: diffusers' pipeline against these."""
+    """From noise to images: diffusers' pipeline against each of `rows`."""
     dense, batch, steps = models["dense"], arguments.batches[-1], arguments.steps
     baseline = pipeline(dense, batch, torch.device("cpu"))
     draws: dict[str, Call] = {"diffusers DDIMPipeline": lambda: baseline(batch, steps)}
@@ -155,7 +155,7 @@ def images_per_second(
 
 
 def qualities(models: Mapping[str, Model], rows: list[Deployed], arguments: Namespace) -> Row:
-    """Loss of every row that is a file or eager; FD of those in `rows` that deploy."""
+    """Loss of every row but the compiled ones; FD of the baselines and of the deployed files."""
     data = DataOptions(dataset=arguments.dataset, seed=SEED)
     reference = images_for(models["dense"], data, "test")
     problems = fixed_batches(problems_on(reference, models["dense"], SEED), LOSS_PROBLEMS)
@@ -190,7 +190,7 @@ def qualities(models: Mapping[str, Model], rows: list[Deployed], arguments: Name
 
 
 def sizes(models: Mapping[str, Model], arguments: Namespace) -> Row:
-    """Parameters, MACs, and bytes of the packed file beside the dense model in float16."""
+    """Parameters, MACs, and the packed file's bytes against the dense model in float16."""
     found = {}
     dense = 2 * count_parameters(models["dense"].denoiser)
     for name, model in models.items():

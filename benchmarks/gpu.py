@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --model dense/ --model channels/ --model hybrid/ --layers
 
 Ways: eager float32, TF32, float16 eager, channels-last, compiled, max-autotune, semi-structured (see
-`docs/gpu.md`), ONNX Runtime, TensorRT with dense and with sparse weights. Ratios are to eager float32
-of the first model at the same batch, and of turns, so that what else the GPU does falls on all alike.
-A way whose runtime is not installed, or that fails, gets a row that says so and no figure. Where no
-model has 2:4 layers, a copy of the first with magnitude masks is added; its speed is that of any 2:4.
+`docs/gpu.md`), ONNX Runtime, TensorRT with dense and with sparse weights. Ratios are medians over turns
+to eager float32 of the first model at the same batch size, so that other load affects all alike. A way
+whose runtime is not installed, or that fails, gets a row that says so. Where no model has 2:4 layers, a
+copy of the first with magnitude masks is added; its speed is that of any 2:4 model.
 `--layers`: also, or only, single layers of Stable Diffusion's sizes. `--without`: ways to leave out
 (max-autotune takes minutes a model). At the end: tables, and `benchmarks/results/gpu-CARD-MODEL.json`.
 """
@@ -89,7 +89,7 @@ class Subject:
         return copy.deepcopy(self.denoiser).to(HALF).to(memory_format=memory_format)
 
     def call(self, module: nn.Module, memory_format: torch.memory_format | None = None) -> Call:
-        """A call of a denoiser in its own type; inputs are converted once, before."""
+        """A call of a denoiser in its own type; inputs are converted beforehand."""
         dtype = HALF if memory_format else torch.float32
         sample = self.inputs["sample"].to(
             dtype, memory_format=memory_format or torch.contiguous_format
@@ -118,7 +118,7 @@ class Made:
     note: str = ""
     choices: list[Choice] = field(default_factory=list)
     relative_error: float | None = None
-    keep: tuple[Any, ...] = ()  # what other runtimes hold addresses of
+    keep: tuple[Any, ...] = ()  # objects whose addresses other runtimes hold
 
 
 # --------------------------------------------------------------------------------- ways
@@ -154,7 +154,7 @@ def channels_last(subject: Subject, mode: str | None = None) -> Made:
 
 
 def sparsely(subject: Subject, timer: Timer, mode: str | None = None) -> Made:
-    """Layers chosen at this batch by `timer`, then compiled or not."""
+    """With the layers that `timer` selects at this batch size, compiled or not."""
     module = subject.half(torch.channels_last)
     if not any(why_not_sparse(layer, HALF) is None for layer in prunable_layers(module).values()):
         raise NoFigure("no 2:4 layer that a sparse GEMM takes")
@@ -172,7 +172,7 @@ def sparsely(subject: Subject, timer: Timer, mode: str | None = None) -> Made:
 
 
 def compiling(subject: Subject, module: nn.Module, mode: str) -> Made:
-    """Compiled at once and whole: an error where a part would run eager."""
+    """Compiled at once and as a whole; an error where a part would run eager."""
     fast = torch.compile(module, mode=mode, dynamic=False, fullgraph=True)
     plain = subject.call(fast, torch.channels_last)
 
@@ -201,7 +201,7 @@ def onnx_runtime(subject: Subject) -> Made:
 
 
 def bound(session: Any, subject: Subject, device: str) -> Made:
-    """A session that reads and writes PyTorch's memory."""
+    """A session bound to PyTorch's memory."""
     import numpy as np
 
     kinds = {torch.float32: np.float32, torch.int64: np.int64}
@@ -222,7 +222,7 @@ def bound(session: Any, subject: Subject, device: str) -> Made:
 
 
 def tensorrt(subject: Subject, *, with_sparse_weights: bool) -> Made:
-    """An engine for this batch; with sparse weights it tries its sparse tactics and times them."""
+    """An engine for this batch size, which tries sparse tactics if asked to."""
     trt = installed("tensorrt")
     shapes = {name: tuple(value.shape) for name, value in subject.inputs.items()}
     built = build_engine(subject.onnx, [shapes] * 3, half=True, sparse=with_sparse_weights)
@@ -288,7 +288,7 @@ def measure(
     say: Callable[[str], None],
     without: Sequence[str] = (),
 ) -> list[Row]:
-    """All ways of all models at one batch, in turns; not those whose name has a text of `without`."""
+    """All ways of all models at one batch size, in turns, except names that contain one of `without`."""
     made: list[Made] = []
     rows: list[Row] = []
     unmeasured: list[Row] = []
@@ -306,7 +306,7 @@ def measure(
                 assert math.isfinite(error), "its output is not finite"
             except NoFigure as reason:
                 unmeasured.append(row | {"note": str(reason)})
-            except Exception as failure:  # of any runtime; others go on
+            except Exception as failure:  # from any runtime; the other ways continue
                 unmeasured.append(row | {"note": f"failed: {first_line(failure)[:200]}"})
             else:
                 choices = [asdict(c) | {"speedup": c.speedup} for c in ready.choices]
@@ -336,7 +336,7 @@ def order(row: Row, subjects: Sequence[Subject]) -> tuple[int, int]:
 
 
 def large_layers(levels: Sequence[tuple[int, int]]) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Name, layer and its input's shape for one image: what makes up a large latent UNet."""
+    """The kinds of layers of a large latent UNet: name, layer, and input shape for one image."""
     for width, side in levels:
         image, tokens = (width, side, side), side * side
         yield "3x3 convolution", nn.Conv2d(width, width, 3, padding=1), image
@@ -386,7 +386,7 @@ def measure_layers(
 
 @torch.no_grad()
 def prune(module: nn.Module) -> None:
-    """2:4 by magnitude, wherever it fits."""
+    """Prune to 2:4 by magnitude wherever the shape allows."""
     layers = prunable_layers(module) if not hasattr(module, "weight") else {"": module}
     for layer in layers.values():
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
@@ -395,7 +395,7 @@ def prune(module: nn.Module) -> None:
 
 
 def load_all(names: Sequence[str]) -> dict[str, tuple[nn.Module, tuple[int, int, int]]]:
-    """Denoisers and image shapes by name; with a 2:4 copy of the first where none has such layers."""
+    """Denoisers and image shapes by name, with a 2:4 copy of the first where no model has 2:4 layers."""
     found: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {}
     for name in names:
         model = load(name)
@@ -511,7 +511,7 @@ def main() -> None:
         sys.exit("no NVIDIA GPU here: this benchmark measures nothing without one")
     from torch import _dynamo
 
-    # every model, way and batch compiles the same code anew; past the limit it would run eager
+    # every model, way and batch size recompiles the same code; past the limit it would run eager
     limit = "recompile_limit" if hasattr(_dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(_dynamo.config, limit, 256)
     set_tf32(False)
@@ -535,7 +535,7 @@ def main() -> None:
                 for name, (denoiser, shape) in models.items()
             ]
             result["rows"] += measure(subjects, arguments.repeats, print, arguments.without)
-            write_json(result, path)  # what there is, should the next batch be too much
+            write_json(result, path)  # in case the next batch runs out of memory
             _dynamo.reset()
             torch.cuda.empty_cache()
         if arguments.layers:

@@ -1,4 +1,4 @@
-"""Mask learning: estimators on frozen weights, what a step costs, the contest after fine-tuning.
+"""Mask learning: estimators on frozen weights, the cost of a step, the contest after fine-tuning.
 
     python benchmarks/mask_learning.py digits
     python benchmarks/mask_learning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
@@ -10,8 +10,8 @@
 *Frozen*: the share of the loss gap that learning closes, (L(m_0) - L(m)) / (L(m_0) - L(dense)),
 from Wanda's masks m_0, in the same wall time for every estimator. *Contest*: masks, then fine-tuning
 under them, all in the same total wall time. Losses are of hard masks in float32 on 2,000 held-out
-problems. Rows are kept in `runs/mask-learning-NAME/`, so the same command goes on where it was
-interrupted. At the end: `benchmarks/results/mask-learning-NAME.json`, and the section of that name in
+problems. Rows are kept in `runs/mask-learning-NAME/`, so the same command continues an interrupted
+run. At the end: `benchmarks/results/mask-learning-NAME.json`, and the section of that name in
 `docs/results.md`.
 """
 
@@ -42,7 +42,7 @@ from prunedm.folder import load
 from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.stages import finetune, learn, prune
 
-# MaskPro's setting; its lead of logits C, which is its exploration, is tried at three values
+# MaskPro's setting, with three values of its initial logits C, which set its exploration
 CLASSIC: Row = {
     "estimator": "policy-gradient-classic",
     "distribution": "plackett-luce",
@@ -102,7 +102,7 @@ def frozen(bench: MaskBench, pattern: str) -> Iterator[Row]:
 
         def measure(full: str = full, run: Any = run, settings: Any = settings) -> Row:
             size = settings["batch_size"]
-            # a small cycle shows what a step costs once the dense outputs are known
+            # a small cycle shows the cost of a step once the dense outputs are known
             known = {"dataset_size": 4 * size} if "dataset_size" not in settings else {}
             new = bench.step_seconds(f"{full}, new problems", run)
             later = bench.step_seconds(f"{full}, known problems", lambda s, o: run(s, o, **known))
@@ -150,7 +150,7 @@ def contest(bench: MaskBench, pattern: str, seed: int) -> Iterator[Row]:
         return finetune(masked, out, options, progress=Terminal())[0].wall_time_s
 
     def tuned(name: str, masked: Path, spent: float) -> Row:
-        """Fine-tune for what is left of the time, and measure."""
+        """Fine-tune for the remaining time, and measure."""
         step = bench.step_seconds("finetune", run)
         steps = int((total - spent) / step)
         out = bench.out(f"{name} {pattern} seed {seed} tuned")

@@ -1,4 +1,4 @@
-"""Every score with every mechanism, before any fine-tuning; and what pruning costs in time.
+"""Every score with every mechanism, before any fine-tuning, and the time that pruning takes.
 
     python benchmarks/pruning.py digits
     python benchmarks/pruning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
@@ -7,7 +7,7 @@
         --sensitivity-problems 32
 
 A row is a pruned model: its loss on 2,000 held-out problems with the standard error, and FD. Rows are
-kept in `runs/pruning-NAME/`, so the same command goes on where it was interrupted. At the end:
+kept in `runs/pruning-NAME/`, so the same command continues an interrupted run. At the end:
 `benchmarks/results/pruning-NAME.json`, and the section pruning-NAME of `docs/results.md`.
 """
 
@@ -111,7 +111,7 @@ MORE: dict[str, list[tuple[str, Row]]] = {
 }
 
 
-# single weights rank alike by both; only channels tell them apart
+# both rank single weights alike; they differ on channels only
 ALIKE = {"magnitude-l2": "magnitude", "taylor-multivariable": "taylor"}
 
 
@@ -135,7 +135,7 @@ class PruningBench(Bench):
         return torch.compile(deepcopy(self.dense.denoiser), dynamic=False)
 
     def row(self, key: str, job: Job | None = None) -> Row:
-        """A row from disk, or pruned, measured and kept."""
+        """A row from disk, or pruned, measured and saved."""
         options = job.options.model_dump(mode="json", exclude_defaults=True) if job else {}
 
         def make() -> Row:
@@ -215,7 +215,7 @@ def rows_of(bench: PruningBench) -> Iterator[Row]:
 
 
 def kernel_ratio() -> dict[str, float]:
-    """Time of a 2:4 mask for 36M weights over that of one torch.abs and copy, in one run."""
+    """Time of a 2:4 mask for 36M weights, alone and relative to one torch.abs and copy."""
     from prunedm.masks import Pattern
     from prunedm.removal.nm import nm_mask
 
@@ -263,7 +263,7 @@ def latency_rows(bench: PruningBench) -> list[Row]:
 
 
 def calibration_memory(bench: PruningBench) -> dict[str, float]:
-    """Peak MB of `prunedm prune --score wanda` on few and on many problems, each in a new process."""
+    """Peak MB of `prunedm prune --score wanda` with few and many problems, each in a new process."""
     code = (
         "import atexit, resource, sys; from prunedm.cli import main; atexit.register(lambda: print("
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)); main(sys.argv[1:])"

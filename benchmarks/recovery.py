@@ -1,4 +1,4 @@
-"""Recovery: which mixture of data loss, output, features and sensitivity brings most back, and goals.
+"""Recovery: the best mixture of data loss, output, features and sensitivity, and goals.
 
     python benchmarks/recovery.py digits
     python benchmarks/recovery.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
@@ -6,13 +6,13 @@
         --batch-size 32 --seconds 600 --seeds 1 --goal-seconds 0 --samples 320 --sampling-steps 20
 
 *Contest*: one start per kind of pruning (2:4, channels, 2:4 on channels), then fine-tuning by every
-mixture for the same wall time: a step is timed first, beside one of the data loss alone, and each gets
-the steps that fit. Same problems and seeds. The remaining gap is the loss less the dense model's, on
-2,000 held-out problems; mixtures are judged by its ratio, seed by seed, to what the data loss alone
-leaves at its best (of three learning rates, and without dropout; of those that have all seeds).
+mixture for the same wall time: a step is timed first, next to one of the data loss alone, and each
+mixture gets the steps that fit. Problems and seeds are the same. The remaining gap is the loss minus
+the dense model's on 2,000 held-out problems; a mixture is judged by the ratio, seed by seed, of its gap
+to that of the data loss alone at its best (three learning rates, and without dropout, with all seeds).
 *Control*: the dense model trained on by the data loss for that time. *Goals*: 2:4 alone, and 2:4 on
 30 % fewer parameters, by `--goal-mixture`, from pruning to the end in `--goal-seconds`. Rows are kept
-in `runs/recovery-NAME/`, so the same command goes on where it was interrupted. At the end:
+in `runs/recovery-NAME/`, so the same command continues an interrupted run. At the end:
 `benchmarks/results/recovery-NAME.json`, and the section of that name in `docs/results.md`.
 """
 
@@ -78,7 +78,7 @@ class RecoveryBench(TimedBench):
         return denoising_loss(self.dense.denoiser, self.held_out)
 
     def gap(self, model: Model) -> Row:
-        """The loss less the dense model's, problem by problem, and its standard error."""
+        """The loss minus the dense model's, problem by problem, and its standard error."""
         own = denoising_loss(model.denoiser, self.held_out)
         pairs = LossEstimate.of(own.per_problem_N - self.dense_loss.per_problem_N)
         return {"loss": own.mean, "gap": pairs.mean, "gap_se": pairs.standard_error}
@@ -90,7 +90,7 @@ class RecoveryBench(TimedBench):
         return out
 
     def tuned(self, source: str | Path, out: Path, steps: int, settings: Row) -> float:
-        """Fine-tune; the seconds that it took in all."""
+        """Fine-tune; returns the total seconds."""
         lr = self.arguments.lr * settings.get("lr_factor", 1.0)
         given = {"lr": lr, "teacher": str(self.arguments.model), "steps": steps}
         mixture = {key: value for key, value in settings.items() if key != "lr_factor"}
@@ -98,8 +98,11 @@ class RecoveryBench(TimedBench):
         return finetune(source, out, options, progress=Terminal())[0].wall_time_s
 
     def steps_in(self, seconds: float, source: str | Path, kind: str, mixture: str) -> Row:
-        """Steps of this mixture that fit: a step of the data loss is timed once for each kind, and
-        what another takes beside it, so that a slow moment of the machine falls on both."""
+        """Steps of this mixture that fit into `seconds`.
+
+        A step of the data loss is timed once per kind, and another mixture's step relative to it, so
+        that a slow moment of the machine affects both.
+        """
 
         def run(settings: Row, steps: int) -> float:
             return self.tuned(source, self.scratch, steps, settings)
@@ -121,13 +124,13 @@ class RecoveryBench(TimedBench):
 
 
 def _matched(settings: Row) -> str:
-    """What a step computes besides the data loss; its price does not depend on the weights."""
+    """The terms of a step besides the data loss; their cost does not depend on their weights."""
     names = ("distill", "match_features", "match_sensitivity")
     return " ".join(name for name in names if settings.get(name))
 
 
 def start(bench: RecoveryBench, kind: str) -> Path:
-    """What all mixtures start from; the hybrid's channels had a recovery of the default kind."""
+    """The common start of all mixtures; the hybrid's channels are recovered by the default first."""
     if kind == "2:4":
         return bench.pruned(bench.arguments.model, "start 2:4", MASKS)
     narrow = bench.pruned(bench.arguments.model, "start channels", CHANNELS)
@@ -162,7 +165,7 @@ def contest(bench: RecoveryBench, kind: str, seed: int) -> Iterator[Row]:
 
 
 def control(bench: RecoveryBench) -> Row:
-    """The dense model, trained on by the data loss: how much of a gain is more training."""
+    """The dense model, trained further by the data loss, to show the gain of training alone."""
 
     def measure() -> Row:
         source, out = bench.arguments.model, bench.out("control")

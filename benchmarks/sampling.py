@@ -3,10 +3,10 @@
     python benchmarks/sampling.py digits
     python benchmarks/sampling.py cifar10-small --model ../shared/models/cifar10-ddpm-small
 
-All draw the same images: same noise, timesteps, batch and machine, in turns, so that what else the
-machine does falls on all. *Exact* is what `prunedm sample` does; *fast* is `--speed fast`, with and
-without compiling. PSNR is against exact, on uint8. Compile time is reported beside the rates, not
-in them: `--speed fast` compiles only where the run is long enough. At the end:
+All draw the same images from the same noise and timesteps, on one machine and in turns, so that other
+load affects all alike. *Exact* is what `prunedm sample` does; *fast* is `--speed fast`, with and without
+compiling. PSNR is against exact, on uint8. Compile time is reported separately from the rates:
+`--speed fast` compiles only where the run is long enough. At the end:
 `benchmarks/results/sampling-NAME.json`, and the section of that name in `docs/results.md`.
 """
 
@@ -173,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.count % arguments.batch_size:
         parser.error("--count must be whole batches: diffusers pads none")
-    # what compiling takes the first time, whatever an earlier run left behind
+    # measure a first compilation, whatever an earlier run has cached
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     told = {key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")}
     result = record(

@@ -195,11 +195,11 @@ DAMAGES = {
     "no JSON": (lambda f: (f / FILE).write_text("{"), "export.json is missing or damaged"),
     "a list": (lambda f: (f / FILE).write_text("[1]"), "export.json is missing or damaged"),
     "no text": (lambda f: (f / FILE).write_bytes(b"\xff\xfe"), "export.json is missing or damaged"),
-    "unknown key": (change_json(extra=1), "export.json: extra: "),
-    "no shapes": (change_json(shapes=None), "export.json: shapes: "),
-    "wrong type": (change_json(tolerance="much"), "export.json: tolerance: "),
+    "unknown key": (change_json(extra=1), "export.json is damaged (extra: "),
+    "no shapes": (change_json(shapes=None), "export.json is damaged (shapes: "),
+    "wrong type": (change_json(tolerance="much"), "export.json is damaged (tolerance: "),
     "a path": (change_json(files={"../model.bin": "0"}), "has no ../model.bin"),
-    "no files": (change_json(files={}), "export.json: files: "),
+    "no files": (change_json(files={}), "export.json is damaged (files: "),
 }
 
 

@@ -1,13 +1,12 @@
 """export.json: the contents of an exported folder, for whoever runs it."""
 
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunedm.errors import UserError
 from prunedm.folder import EXPORT_FILE as FILE
-from prunedm.reading import read_object
+from prunedm.reading import read_as, read_object
 from prunedm.record import Source, file_hash, write_json
 from prunedm.system.places import located, portable
 
@@ -54,8 +53,7 @@ def read_description(folder: Path) -> Description:
     """Raises `UserError` where it is damaged or of another version, or a file is missing or changed."""
     path = folder / FILE
     try:
-        content: Any = read_object(path)
-        version = content.get("version")
+        version = read_object(path).get("version")
     except UserError as error:
         raise UserError(
             f"{path} is missing or damaged ({error}); export the model again"
@@ -65,12 +63,7 @@ def read_description(folder: Path) -> Description:
             f"{folder} was exported in version {version}, this prunedm reads {VERSION}; "
             "export the model again"
         )
-    try:
-        description = Description.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg']}; export the model again") from error
+    description = read_as(Description, path, "export the model again")
     description.source.path = located(description.source.path, folder)
     for name, due in description.files.items():
         file = folder / name

@@ -114,7 +114,16 @@ class GroupAffine(nn.Module):
         return x * a_NC.unflatten(1, (-1, *ones)) + b_NC.unflatten(1, (-1, *ones))
 
 
-class _Resnet(nn.Module):
+class _Rebuilt(nn.Module):
+    """A block that keeps the children of another, under their names."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+
+class _Resnet(_Rebuilt):
     """`ResnetBlock2D` with its time embedding inside the second norm."""
 
     norm1: GroupAffine
@@ -124,9 +133,7 @@ class _Resnet(nn.Module):
     time_emb_proj: nn.Module
 
     def __init__(self, block: ResnetBlock2D) -> None:
-        super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
+        super().__init__(block)
         self.upsample, self.downsample = block.upsample, block.downsample
         self.scale = block.output_scale_factor
 
@@ -145,7 +152,7 @@ class _Resnet(nn.Module):
         return output if self.scale == 1 else output / self.scale
 
 
-class _SelfAttention(nn.Module):
+class _SelfAttention(_Rebuilt):
     """`Attention` over pixels, channels last."""
 
     to_q: nn.Module
@@ -154,9 +161,7 @@ class _SelfAttention(nn.Module):
     to_out: nn.ModuleList
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        for name, child in attention.named_children():
-            self.add_module(name, child)
+        super().__init__(attention)
         self.heads = attention.heads
         self.residual = attention.residual_connection
         self.scale = attention.rescale_output_factor
@@ -177,13 +182,8 @@ class _SelfAttention(nn.Module):
         return output if self.scale == 1 else output / self.scale
 
 
-class _Upsample(nn.Module):
+class _Upsample(_Rebuilt):
     """`Upsample2D` without its branches on the batch size, which would fix it in the exported graph."""
-
-    def __init__(self, block: Upsample2D) -> None:
-        super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
 
     def forward(
         self, x_NCHW: torch.Tensor, output_size: tuple[int, int] | None = None

@@ -14,7 +14,7 @@ from prunedm.evaluation.report.plots import panels
 from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import Evaluation
 from prunedm.experiments.plan import Sweep, case_of
-from prunedm.experiments.results import Row, dense_of
+from prunedm.experiments.results import Row, evaluation_of
 from prunedm.experiments.store import Store, own_name
 from prunedm.experiments.workers import log_tail
 from prunedm.record import read_record, replace_text
@@ -59,7 +59,8 @@ def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
 def _figures(rows: Sequence[Row], store: Store, title: str) -> dict[str, Any]:
     """The parts that the page shares with a report; empty where no run is measured yet."""
     measured = [row for row in rows if row.evaluation is not None]
-    dense = next((d for row in measured if row.run and (d := dense_of(store, row.run))), None)
+    known = (evaluation_of(store, row.run.dense, "dense") for row in measured if row.run)
+    dense = next(filter(None, known), None)
     common = {"title": title, "version": metadata.version("prunedm")}
     if dense is None:
         return common | {key: [] for key in ("panels", *_PARTS)}

@@ -30,16 +30,16 @@ def row_of(store: Store, run: Run, objectives: Sequence[str]) -> Row:
     if status.state == "running" and not store.is_alive(run.id):
         status = status.model_copy(update={"state": "stopped"})  # killed: continues next time
     values = {name: value_of(store, run, name) for name in objectives}
-    return Row(run.label, run.settings, status, values, run, evaluation_of(store, run))
+    evaluation = evaluation_of(store, run.evaluation, run.label)
+    return Row(run.label, run.settings, status, values, run, evaluation)
 
 
-def evaluation_of(store: Store, run: Run) -> Evaluation | None:
-    """The run's evaluation under its label; None where it has none yet."""
-    return _evaluation(store, run.evaluation, run.label)
-
-
-def dense_of(store: Store, run: Run) -> Evaluation | None:
-    return _evaluation(store, run.dense, "dense")
+def evaluation_of(store: Store, folder: str, label: str) -> Evaluation | None:
+    """The evaluation in a stage's folder under this label; None where there is none yet."""
+    path = store.stage(folder)
+    if not (path / RESULTS).exists():
+        return None
+    return read_evaluation(path).model_copy(update={"label": label})
 
 
 def value_of(store: Store, run: Run, name: str) -> float | None:
@@ -52,7 +52,7 @@ def value_of(store: Store, run: Run, name: str) -> float | None:
     if dot:
         record = read_record(folders[stage]) if stage in folders else None
         return _number(record.figures.get(figure)) if record else None
-    evaluation = evaluation_of(store, run)
+    evaluation = evaluation_of(store, run.evaluation, run.label)
     if evaluation is None or evaluation.failed:  # in old folders failed counts are 0
         return None
     return _number(getattr(evaluation.figures, name, None))
@@ -69,13 +69,6 @@ def mark_best(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> None:
 
 def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
-
-
-def _evaluation(store: Store, folder: str, label: str) -> Evaluation | None:
-    path = store.stage(folder)
-    if not (path / RESULTS).exists():
-        return None
-    return read_evaluation(path).model_copy(update={"label": label})
 
 
 def _number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Gemm(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights, which inputs must have too."""
-        raise NotImplementedError
+        return next(chain(self.parameters(), self.buffers())).dtype
 
     def forward(self, x_BK: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError
@@ -44,12 +45,9 @@ class PackedGemm(Gemm):
         outputs, columns = weight_OK.shape
         values_GN, index_GN = pack(weight_OK)
         group_G = torch.arange(len(index_GN), device=index_GN.device) % (columns // 4)
+        # first, since it gives the type
         self.register_buffer("values_OS", values_GN.reshape(outputs, -1))
         self.register_buffer("column_OS", (4 * group_G[:, None] + index_GN).reshape(outputs, -1))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values_OS.dtype
 
     def forward(self, x_BK: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         y_BO = torch.einsum("bos,os->bo", x_BK[:, self.column_OS], self.values_OS)
@@ -66,10 +64,6 @@ class SemiStructuredGemm(Gemm):
             warnings.simplefilter("ignore", UserWarning)  # "prototype"
             sparse_OK = packed.from_dense(weight_OK.detach().contiguous())
         self.weight = nn.Parameter(sparse_OK, requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
 
     def forward(self, x_BK: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x_BK.contiguous(), self.weight, bias_O)
