@@ -483,7 +483,7 @@ def test_failed_steps_are_shown_once(tmp_path: Path) -> None:
     (failure,) = failures(models)
     assert failure.labels == ["dense", "1-prune"]
     read = Page(written(models, {}, tmp_path)).text
-    assert "kid failed dense, 1-prune goes without it too few samples" in read
+    assert "kid failed missing for dense, 1-prune too few samples" in read
 
 
 def test_long_values_are_not_shown(tmp_path: Path) -> None:
