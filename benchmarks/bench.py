@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, rows kept on disk, losses and distances, records, tables."""
+"""Shared by the benchmarks: options, rows kept on disk, losses and distances, records, tables."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import shutil
 import statistics
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 from prunedm.evaluation import fid
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.evaluation.loss import denoising_loss
+from prunedm.evaluation.speed import Call, in_turns
 from prunedm.folder import Model, load
 from prunedm.learning.learner import Learner
 from prunedm.learning.logits import MaskLogits
@@ -38,8 +39,8 @@ from prunedm.task import Batch
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "results.md"
-PROBLEMS = 2000  # held-out ones behind a loss
-REFERENCES = 10_000  # held-out images behind a distance, at most
+PROBLEMS = 2000  # held-out problems per loss
+REFERENCES = 10_000  # most held-out images per distance
 NEIGHBOURS = Neighbours()  # since the benchmark's start
 
 Row = dict[str, Any]
@@ -48,7 +49,7 @@ Row = dict[str, Any]
 
 
 def parser_of(doc: str, options: dict[str, Any]) -> ArgumentParser:
-    """NAME and `--options`, whose types are those of their defaults, given alone or with a help text."""
+    """NAME and `--options` with the types of their defaults, given alone or with a help text."""
     parser = ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("name")
     for option, given in options.items():
@@ -64,12 +65,12 @@ def parser_of(doc: str, options: dict[str, Any]) -> ArgumentParser:
 
 
 def command_line() -> str:
-    """What made a section, to be pasted into a shell."""
+    """The command that made a section, to paste into a shell."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def named(table: Iterable[str], wanted: str) -> list[str]:
-    """Keys by their names, or by the beginnings of their names; `wanted` parts them by semicolons."""
+    """Keys by full names or prefixes, separated by semicolons in `wanted`."""
     keys, found = list(table), set()
     for name in wanted.split(";"):
         found |= {name} if name in keys else {key for key in keys if key.startswith(name)}
@@ -85,7 +86,7 @@ def slug(text: str) -> str:
 
 @dataclass
 class Bench:
-    """One model and dataset, and what was measured so far: `runs/KIND-NAME/rows/`."""
+    """One model and dataset, with the rows measured so far in `runs/KIND-NAME/rows/`."""
 
     kind: ClassVar[str]
     batch: ClassVar[int] = 100  # images drawn at a time
@@ -128,13 +129,13 @@ class Bench:
         return self.moments(some)
 
     def moments(self, images: Any) -> fid.Statistics:
-        """Of a sequence of images, or uint8 NCHW, in the features."""
+        """Statistics of the features of a sequence of images, or uint8 NCHW."""
         return fid.statistics(
             extract(self.features, image_batches(images)), features=self.features.name
         )
 
     def kept(self, key: str, make: Callable[[], Row]) -> Row:
-        """A row from disk, or made and kept."""
+        """A row from disk, or made and saved there."""
         path = self.folder / "rows" / f"{slug(key)}.json"
         if not path.exists():
             row = {"key": key} | make()
@@ -148,7 +149,7 @@ class Bench:
         return {"loss": loss.mean, "loss_se": loss.standard_error}
 
     def fd(self, model: Model, denoiser: nn.Module | None = None, *, seed: int = 0) -> float:
-        """Of `--samples` images of the model, whose denoiser may be another's copy."""
+        """FD of `--samples` images of the model, drawn with `denoiser` if given."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             drawn = draw(
                 model,
@@ -177,7 +178,7 @@ TIMED: dict[str, Any] = {  # settings of every such contest, for `parser_of`
 
 
 class TimedBench(Bench):
-    """For contests in equal wall time: what a step takes is measured first."""
+    """For contests in equal wall time: the time of a step is measured first."""
 
     @property
     def half(self) -> bool:
@@ -185,7 +186,7 @@ class TimedBench(Bench):
 
     @cached_property
     def loop(self) -> Row:
-        """What every training run here has in common: no validation, no checkpoints on the clock."""
+        """Options of every training run: no validation and no checkpoints on the clock."""
         return self.data | {
             "batch_size": self.arguments.batch_size,
             "mixed_precision": self.arguments.mixed_precision,
@@ -195,7 +196,7 @@ class TimedBench(Bench):
         }
 
     def step_seconds(self, key: str, run: Callable[[int, Path], float], short: int = 4) -> float:
-        """Seconds of one step: what 24 more of them add to a run's wall time."""
+        """Seconds of one step, from the wall time that 24 more steps add to a run."""
 
         def measure() -> Row:
             run(1, self.scratch)  # warm
@@ -207,14 +208,14 @@ class TimedBench(Bench):
 
     @property
     def scratch(self) -> Path:
-        """A folder that is not there."""
+        """A folder that does not exist."""
         place = self.folder / "scratch"
         shutil.rmtree(place, ignore_errors=True)
         return place
 
 
 def learner_of(model: Model, options: LearnOptions) -> tuple[Learner, torch.optim.Optimizer]:
-    """What a step of `prunedm learn` trains, from magnitude masks."""
+    """The learner and optimizer of `prunedm learn`, from magnitude masks."""
     options, device = options.filled(), device_for(options.device)
     layers = prunable_layers(model.denoiser)
     scores = score_layers(model.denoiser, layers, "magnitude", progress=Silent())
@@ -234,7 +235,7 @@ def draw(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """What `prunedm sample` draws by DDIM, without its files: uint8 NCHW."""
+    """The images of `prunedm sample` by DDIM, without its files: uint8 NCHW."""
     batches = sample_batches(
         denoiser,
         make_sampler(model.scheduler, "ddim"),
@@ -249,8 +250,16 @@ def draw(
     return torch.cat(list(batches))
 
 
+def turns(
+    calls: Mapping[str, Call], repeats: int, *, warmup: int = 0, device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each call in each turn, by name."""
+    seconds = in_turns(list(calls.values()), repeats=repeats, warmup=warmup, device=device)
+    return dict(zip(calls, seconds, strict=True))
+
+
 def median_ratio(base: Sequence[float], own: Sequence[float]) -> float:
-    """Of the turns' ratios, so that a slow moment of the machine falls on both sides."""
+    """The median of the turns' ratios, so that a slow moment of the machine affects both sides."""
     return statistics.median(b / o for b, o in zip(base, own, strict=True))
 
 
@@ -263,13 +272,13 @@ def read(path: Path) -> Row:
 
 
 def record(name: str, found: Row, *, device: str = "cpu") -> Row:
-    """A benchmark's record: what was found, by which command, on what."""
+    """A benchmark's record: its results, command and environment."""
     threads = {"threads": torch.get_num_threads()}
     return {"name": name, "command": command_line(), **environment(device), **threads, **found}
 
 
 def publish(result: Row, body: str) -> None:
-    """Write a record, and its section of the docs; a busy machine is named there."""
+    """Write a record and its section of the docs, which says if the machine was busy."""
     write_json(result, RESULTS / f"{result['name']}.json")
     disturbed = disturbance(NEIGHBOURS.share)
     into_docs(result["name"], body + f"\n\n*Disturbed: {disturbed}.*" * bool(disturbed))
@@ -285,20 +294,20 @@ def into_docs(name: str, body: str) -> None:
 
 
 def section(result: Row, about: str, *parts: str) -> str:
-    """The command, what the figures are of and where they lie, then the rest."""
+    """The command, what the figures are about, where the data are, then `parts`."""
     data = f"Data: `benchmarks/results/{result['name']}.json`."
     return "\n\n".join([f"```\n{result['command']}\n```", f"{about} {data}", *parts])
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A markdown table; columns are right-aligned but for those at `left`."""
-    line = "".join("---|" if k in left else "---:|" for k in range(len(head)))
-    top = f"| {' | '.join(head)} |".replace("|  |", "| |")
-    return "\n".join([top, f"|{line}", *(f"| {' | '.join(row)} |" for row in rows)])
+def table(rows: Sequence[Mapping[str, str]], left: Collection[int] = (0,)) -> str:
+    """A Markdown table of cells by heading; columns are right-aligned except those at `left`."""
+    line = "".join("---|" if k in left else "---:|" for k in range(len(rows[0])))
+    top = f"| {' | '.join(rows[0])} |".replace("|  |", "| |")
+    return "\n".join([top, f"|{line}", *(f"| {' | '.join(row.values())} |" for row in rows)])
 
 
 def samples_in_words(arguments: Namespace) -> tuple[str, str]:
-    """What a distance is of: the features' name, as `load_features` gives it, and the samples."""
+    """The names of the features, as in `load_features`, and of the samples behind a distance."""
     name = "FID" if arguments.features == "inception" else f"FD ({Path(arguments.features).stem})"
     return name, f"{arguments.samples} ddim-{arguments.sampling_steps} samples"
 
@@ -308,6 +317,6 @@ def mean(rows: Sequence[Row], key: str) -> float:
 
 
 def spread(rows: Sequence[Row], key: str, digits: int) -> str:
-    """The standard deviation over rows, as it follows a mean; nothing for one row."""
+    """The standard deviation over rows as text after a mean; "" for one row."""
     values = [row[key] for row in rows]
     return f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -1,15 +1,15 @@
-"""How fast a compressed model is where it is deployed, against the dense one in the same runtimes.
+"""The speed of compressed models where they are deployed, against the dense one in the same runtimes.
 
     python benchmarks/deployment.py cifar10-small --dense ../shared/models/cifar10-ddpm-small \\
         --channels runs/channels --hybrid runs/hybrid --dataset ../shared/data/cifar10 \\
         --features ../shared/models/cifar10_features.pt
 
-Exports each model for ONNX Runtime and OpenVINO (kept under --work, done once), and measures in one
-run: a denoiser call at each batch size in every runtime, all in turns; the loss of what was
-exported; images a second from noise to uint8 of diffusers' DDIMPipeline, of the dense model in its
-fastest runtime and of the compressed ones; their FD. A ratio is the median of the turns' ratios, so
-that a slow moment of the machine falls on both sides. On an NVIDIA GPU, `benchmarks/gpu.py` runs
-besides. At the end: `benchmarks/results/deployment-NAME.json`, and the section of that name in
+Exports each model once for ONNX Runtime and OpenVINO (under --work), and measures in one run: a
+denoiser call at each batch size in every runtime, all in turns; the loss of the exported files; images
+per second from noise to uint8, with diffusers' DDIMPipeline, with the dense model in its fastest
+runtime and with the compressed ones; and their FD. A ratio is the median of the turns' ratios, so that
+a slow moment of the machine affects both sides. On an NVIDIA GPU, `benchmarks/gpu.py` runs too. At the
+end: `benchmarks/results/deployment-NAME.json`, and the section of that name in
 `docs/results.md`.
 """
 
@@ -35,18 +35,19 @@ from bench import (
     record,
     section,
     table,
+    turns,
 )
 from sampling import pipeline
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.deployment.opening import open_model
+from prunedm.deployment.runtimes import open_model
 from prunedm.evaluation.features import extract, image_batches, load_features
 from prunedm.evaluation.fid import bootstrap_error, frechet_distance
 from prunedm.evaluation.fid import statistics as moments
 from prunedm.evaluation.loss import denoising_loss, fixed_batches
 from prunedm.evaluation.size import count_macs, count_parameters
-from prunedm.evaluation.speed import Call, in_turns
+from prunedm.evaluation.speed import Call
 from prunedm.folder import Model, load
 from prunedm.options import DataOptions, ExportOptions
 from prunedm.record import read_record
@@ -65,6 +66,7 @@ RUNTIMES = {
 }
 DEFAULT = "OpenVINO, bf16"  # `prunedm export --format openvino`
 LOSS_PROBLEMS = 1000
+WARMUP = 2  # turns, which also compile
 
 
 @dataclass(frozen=True)
@@ -112,18 +114,12 @@ def call_of(denoiser: nn.Module, shape: tuple[int, int, int], batch: int) -> Cal
     return call
 
 
-def turns(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, turn by turn; two turns warm it up and compile it."""
-    return dict(zip(calls, in_turns(list(calls.values()), repeats=repeats, warmup=2), strict=True))
-
-
 def latencies(rows: list[Deployed], shape: Any, arguments: Namespace) -> Row:
-    """Milliseconds of a call and the ratio to the dense model in eager float32, by batch size."""
+    """Milliseconds per call and the ratio to the dense model in eager float32, by batch size."""
     table: Row = {row.key: {} for row in rows}
     for batch in arguments.batches:
-        seconds = turns(
-            {row.key: call_of(row.denoiser, shape, batch) for row in rows}, arguments.repeats
-        )
+        calls = {row.key: call_of(row.denoiser, shape, batch) for row in rows}
+        seconds = turns(calls, arguments.repeats, warmup=WARMUP)
         base = seconds[f"dense / {EAGER}"]
         for key, taken in seconds.items():
             table[key][str(batch)] = {
@@ -138,7 +134,7 @@ def latencies(rows: list[Deployed], shape: Any, arguments: Namespace) -> Row:
 def images_per_second(
     models: Mapping[str, Model], rows: list[Deployed], arguments: Namespace
 ) -> Row:
-    """From noise to images: diffusers' pipeline against these."""
+    """From noise to images: diffusers' pipeline against each of `rows`."""
     dense, batch, steps = models["dense"], arguments.batches[-1], arguments.steps
     baseline = pipeline(dense, batch, torch.device("cpu"))
     draws: dict[str, Call] = {"diffusers DDIMPipeline": lambda: baseline(batch, steps)}
@@ -146,7 +142,7 @@ def images_per_second(
         draws[row.key] = partial(
             draw, dense, row.denoiser, count=batch, steps=steps, seed=SEED, batch_size=batch
         )
-    seconds = turns(draws, arguments.turns)
+    seconds = turns(draws, arguments.turns, warmup=WARMUP)
     base = seconds["diffusers DDIMPipeline"]
     return {
         key: {
@@ -159,7 +155,7 @@ def images_per_second(
 
 
 def qualities(models: Mapping[str, Model], rows: list[Deployed], arguments: Namespace) -> Row:
-    """Loss of every row that is a file or eager; FD of those in `rows` that deploy."""
+    """Loss of every row but the compiled ones; FD of the baselines and of the deployed files."""
     data = DataOptions(dataset=arguments.dataset, seed=SEED)
     reference = images_for(models["dense"], data, "test")
     problems = fixed_batches(problems_on(reference, models["dense"], SEED), LOSS_PROBLEMS)
@@ -194,7 +190,7 @@ def qualities(models: Mapping[str, Model], rows: list[Deployed], arguments: Name
 
 
 def sizes(models: Mapping[str, Model], arguments: Namespace) -> Row:
-    """Parameters, MACs, and bytes of the packed file beside the dense model in float16."""
+    """Parameters, MACs, and the packed file's bytes against the dense model in float16."""
     found = {}
     dense = 2 * count_parameters(models["dense"].denoiser)
     for name, model in models.items():
@@ -246,47 +242,50 @@ def measure(arguments: Namespace) -> Row:
 def markdown(result: Row) -> str:
     """The section of `docs/results.md`."""
     batches = list(next(iter(result["latency"].values())))
-    sizes_head = ["model", "parameters", "MACs", "masks", "packed", "of dense float16"]
     sizes_rows = [
-        [
-            name,
-            f"{s['parameters'] / 1e6:.2f}M",
-            f"{s['macs'] / 1e6:.0f}M",
-            s["pattern"] or "–",
-            f"{s['packed_bytes'] / 1e6:.2f} MB",
-            f"{100 * s['packed_share']:.1f} %",
-        ]
+        {
+            "model": name,
+            "parameters": f"{s['parameters'] / 1e6:.2f}M",
+            "MACs": f"{s['macs'] / 1e6:.0f}M",
+            "masks": s["pattern"] or "–",
+            "packed": f"{s['packed_bytes'] / 1e6:.2f} MB",
+            "of dense float16": f"{100 * s['packed_share']:.1f} %",
+        }
         for name, s in result["sizes"].items()
     ]
     rows = []
     for key, by_batch in result["latency"].items():
         model, _, runtime = key.partition(" / ")
-        cells = [f"{by_batch[b]['ms']:.1f} ({by_batch[b]['ratio']:.1f}x)" for b in batches]
         own = result["quality"]["rows"].get(key, {})
-        loss = f"{own['loss']:.4f}" if "loss" in own else "–"
-        fd = f"{own['fd']:.1f} ± {own['fd_se']:.1f}" if "fd" in own else "–"
-        rows.append([model, runtime, *cells, loss, fd])
+        times = {
+            f"batch {b}, ms": f"{by_batch[b]['ms']:.1f} ({by_batch[b]['ratio']:.1f}x)"
+            for b in batches
+        }
+        quality = {
+            "loss": f"{own['loss']:.4f}" if "loss" in own else "–",
+            "FD": f"{own['fd']:.1f} ± {own['fd_se']:.1f}" if "fd" in own else "–",
+        }
+        rows.append({"model": model, "runtime": runtime} | times | quality)
     sampled = [
-        [
-            key.replace(" / ", ", "),
-            f"{s['images_s']:.2f}",
-            f"{s['ratio']:.1f}x",
-            f"{s['ratio_to_dense_best']:.2f}x",
-        ]
+        {
+            "": key.replace(" / ", ", "),
+            "images/s": f"{s['images_s']:.2f}",
+            "to diffusers": f"{s['ratio']:.1f}x",
+            "to the dense model at its best": f"{s['ratio_to_dense_best']:.2f}x",
+        }
         for key, s in result["sampling"].items()
     ]
-    head = ["model", "runtime", *(f"batch {b}, ms" for b in batches), "loss", "FD"]
     return section(
         result,
         f"{result['device']}. Medians of {result['repeats']} calls in turns; in brackets the "
         "ratio to the dense model in eager float32. Loss on "
         f"{LOSS_PROBLEMS} held-out problems; {result['quality']['features']} of "
         f"{result['samples']} DDIM-{result['steps']} images against the held-out ones.",
-        table(sizes_head, sizes_rows, left=(0, 3)),
-        table(head, rows, left=(0, 1)),
+        table(sizes_rows, left=(0, 3)),
+        table(rows, left=(0, 1)),
         f"From noise to images, batch {batches[-1]}, DDIM-{result['steps']}, medians of "
         f"{result['turns']} turns:",
-        table(["", "images/s", "to diffusers", "to the dense model at its best"], sampled),
+        table(sampled),
     )
 
 

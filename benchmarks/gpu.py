@@ -4,10 +4,10 @@
     python benchmarks/gpu.py --model dense/ --model channels/ --model hybrid/ --layers
 
 Ways: eager float32, TF32, float16 eager, channels-last, compiled, max-autotune, semi-structured (see
-`docs/gpu.md`), ONNX Runtime, TensorRT with dense and with sparse weights. Ratios are to eager float32
-of the first model at the same batch, and of turns, so that what else the GPU does falls on all alike.
-A way whose runtime is not installed, or that fails, gets a row that says so and no figure. Where no
-model has 2:4 layers, a copy of the first with magnitude masks is added; its speed is that of any 2:4.
+`docs/gpu.md`), ONNX Runtime, TensorRT with dense and with sparse weights. Ratios are medians over turns
+to eager float32 of the first model at the same batch size, so that other load affects all alike. A way
+whose runtime is not installed, or that fails, gets a row that says so. Where no model has 2:4 layers, a
+copy of the first with magnitude masks is added; its speed is that of any 2:4 model.
 `--layers`: also, or only, single layers of Stable Diffusion's sizes. `--without`: ways to leave out
 (max-autotune takes minutes a model). At the end: tables, and `benchmarks/results/gpu-CARD-MODEL.json`.
 """
@@ -32,7 +32,7 @@ from torch import nn
 
 from prunedm.architecture import answer
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
-from prunedm.deployment.onnx_file import write_onnx
+from prunedm.errors import first_line
 from prunedm.evaluation.speed import in_turns
 from prunedm.folder import load
 from prunedm.masks import Pattern
@@ -50,6 +50,8 @@ from prunedm.sparse_kernels.selection import (
     time_in_turns,
     use_sparse_kernels,
 )
+from prunedm.stages.exporting.onnx import write_onnx
+from prunedm.stages.exporting.tensorrt import build_engine
 
 OPSET = 18
 HALF = torch.float16
@@ -87,7 +89,7 @@ class Subject:
         return copy.deepcopy(self.denoiser).to(HALF).to(memory_format=memory_format)
 
     def call(self, module: nn.Module, memory_format: torch.memory_format | None = None) -> Call:
-        """A call of a denoiser in its own type; inputs are converted once, before."""
+        """A call of a denoiser in its own type; inputs are converted beforehand."""
         dtype = HALF if memory_format else torch.float32
         sample = self.inputs["sample"].to(
             dtype, memory_format=memory_format or torch.contiguous_format
@@ -116,7 +118,7 @@ class Made:
     note: str = ""
     choices: list[Choice] = field(default_factory=list)
     relative_error: float | None = None
-    keep: tuple[Any, ...] = ()  # what other runtimes hold addresses of
+    keep: tuple[Any, ...] = ()  # objects whose addresses other runtimes hold
 
 
 # --------------------------------------------------------------------------------- ways
@@ -152,7 +154,7 @@ def channels_last(subject: Subject, mode: str | None = None) -> Made:
 
 
 def sparsely(subject: Subject, timer: Timer, mode: str | None = None) -> Made:
-    """Layers chosen at this batch by `timer`, then compiled or not."""
+    """With the layers that `timer` selects at this batch size, compiled or not."""
     module = subject.half(torch.channels_last)
     if not any(why_not_sparse(layer, HALF) is None for layer in prunable_layers(module).values()):
         raise NoFigure("no 2:4 layer that a sparse GEMM takes")
@@ -170,7 +172,7 @@ def sparsely(subject: Subject, timer: Timer, mode: str | None = None) -> Made:
 
 
 def compiling(subject: Subject, module: nn.Module, mode: str) -> Made:
-    """Compiled at once and whole: an error where a part would run eager."""
+    """Compiled at once and as a whole; an error where a part would run eager."""
     fast = torch.compile(module, mode=mode, dynamic=False, fullgraph=True)
     plain = subject.call(fast, torch.channels_last)
 
@@ -199,7 +201,7 @@ def onnx_runtime(subject: Subject) -> Made:
 
 
 def bound(session: Any, subject: Subject, device: str) -> Made:
-    """A session that reads and writes PyTorch's memory."""
+    """A session bound to PyTorch's memory."""
     import numpy as np
 
     kinds = {torch.float32: np.float32, torch.int64: np.int64}
@@ -220,27 +222,11 @@ def bound(session: Any, subject: Subject, device: str) -> Made:
 
 
 def tensorrt(subject: Subject, *, with_sparse_weights: bool) -> Made:
-    """An engine for this batch; with sparse weights it tries its sparse tactics and times them."""
+    """An engine for this batch size, which tries sparse tactics if asked to."""
     trt = installed("tensorrt")
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(subject.onnx.read_bytes()):
-        raise NoFigure(f"TensorRT cannot read the ONNX file: {parser.get_error(0).desc()}")
-    config = builder.create_builder_config()
-    if hasattr(trt.BuilderFlag, "FP16"):  # version 11 takes types from the network
-        config.set_flag(trt.BuilderFlag.FP16)
-    if with_sparse_weights:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    profile = builder.create_optimization_profile()
-    for name, value in subject.inputs.items():
-        profile.set_shape(name, *[tuple(value.shape)] * 3)
-    config.add_optimization_profile(profile)
-    built = builder.build_serialized_network(network, config)
-    if built is None:
-        raise NoFigure("TensorRT cannot build the engine")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(built)
+    shapes = {name: tuple(value.shape) for name, value in subject.inputs.items()}
+    built = build_engine(subject.onnx, [shapes] * 3, half=True, sparse=with_sparse_weights)
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(built)
     context = engine.create_execution_context()
     inputs = {name: value.contiguous() for name, value in subject.inputs.items()}
     output = torch.empty(output_shape(subject), device=subject.device)
@@ -302,7 +288,7 @@ def measure(
     say: Callable[[str], None],
     without: Sequence[str] = (),
 ) -> list[Row]:
-    """All ways of all models at one batch, in turns; not those whose name has a text of `without`."""
+    """All ways of all models at one batch size, in turns, except names that contain one of `without`."""
     made: list[Made] = []
     rows: list[Row] = []
     unmeasured: list[Row] = []
@@ -320,8 +306,8 @@ def measure(
                 assert math.isfinite(error), "its output is not finite"
             except NoFigure as reason:
                 unmeasured.append(row | {"note": str(reason)})
-            except Exception as failure:  # of any runtime; others go on
-                unmeasured.append(row | {"note": f"failed: {first_line(failure)}"})
+            except Exception as failure:  # from any runtime; the other ways continue
+                unmeasured.append(row | {"note": f"failed: {first_line(failure)[:200]}"})
             else:
                 choices = [asdict(c) | {"speedup": c.speedup} for c in ready.choices]
                 more = {"sparse_kernels_error": ready.relative_error, "choices": choices}
@@ -350,7 +336,7 @@ def order(row: Row, subjects: Sequence[Subject]) -> tuple[int, int]:
 
 
 def large_layers(levels: Sequence[tuple[int, int]]) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Name, layer and its input's shape for one image: what makes up a large latent UNet."""
+    """The kinds of layers of a large latent UNet: name, layer, and input shape for one image."""
     for width, side in levels:
         image, tokens = (width, side, side), side * side
         yield "3x3 convolution", nn.Conv2d(width, width, 3, padding=1), image
@@ -400,7 +386,7 @@ def measure_layers(
 
 @torch.no_grad()
 def prune(module: nn.Module) -> None:
-    """2:4 by magnitude, wherever it fits."""
+    """Prune to 2:4 by magnitude wherever the shape allows."""
     layers = prunable_layers(module) if not hasattr(module, "weight") else {"": module}
     for layer in layers.values():
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
@@ -409,7 +395,7 @@ def prune(module: nn.Module) -> None:
 
 
 def load_all(names: Sequence[str]) -> dict[str, tuple[nn.Module, tuple[int, int, int]]]:
-    """Denoisers and image shapes by name; with a 2:4 copy of the first where none has such layers."""
+    """Denoisers and image shapes by name, with a 2:4 copy of the first where no model has 2:4 layers."""
     found: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {}
     for name in names:
         model = load(name)
@@ -437,46 +423,55 @@ def markdown(result: Row) -> str:
         f"{result['device']}, PyTorch {result['versions']['torch']}; milliseconds of one call.",
     ]
     if rows:
-        head = ["model", "way", *(f"batch {b}" for b in batches), "error", "note"]
+        timed = [
+            {"model": model, "way": way}
+            | {f"batch {b}": cell(by.get(b)) for b in batches}
+            | {"error": worst(by), "note": notes(by)}
+            for (model, way), by in rows.items()
+        ]
         parts += [
             f"How many times as fast as {BASELINE} of {result['rows'][0]['model']}; medians of "
             f"{result['repeats']} turns. Error: of the output against the same model's float32, "
             "relative.",
-            table(
-                head,
-                [
-                    [model, way, *(cell(by.get(b)) for b in batches), worst(by), notes(by)]
-                    for (model, way), by in rows.items()
-                ],
-                left=range(len(head)),
-            ),
+            table(timed, left=range(len(timed[0]))),
         ]
     chosen = [
-        [row["model"], row["way"], str(row["batch"]), c["name"], c["kind"],
-         f"{c['pixels']} x {c['outputs']} x {c['columns']}", f"{c['dense_ms']:.4f}",
-         c["form"] or c["reason"], milliseconds(c["sparse_ms"]), times_as_fast(c["speedup"]),
-         "yes" if c["chosen"] else "no"]
+        {
+            "model": row["model"],
+            "way": row["way"],
+            "batch": str(row["batch"]),
+            "layer": c["name"],
+            "kind": c["kind"],
+            "GEMM B x O x K": f"{c['pixels']} x {c['outputs']} x {c['columns']}",
+            "dense ms": f"{c['dense_ms']:.4f}",
+            "best sparse form": c["form"] or c["reason"],
+            "ms": "–" if c["sparse_ms"] is None else f"{c['sparse_ms']:.4f}",
+            "ratio": times_as_fast(c["speedup"]),
+            "chosen": "yes" if c["chosen"] else "no",
+        }
         for row in result["rows"]
         for c in row.get("choices", [])
-    ]  # fmt: skip
+    ]
     if chosen:
-        head = ["model", "way", "batch", "layer", "kind", "GEMM B x O x K", "dense ms"]
-        head += ["best sparse form", "ms", "ratio", "chosen"]
-        parts.append(table(head, chosen, left=range(len(head))))
+        parts.append(table(chosen, left=range(len(chosen[0]))))
     if result["layers"]:
         forms = list(dict.fromkeys(f for row in result["layers"] for f in row["error"]))
         body = [
-            [row["layer"], str(row["batch"]),
-             f"{row['pixels']} x {row['outputs']} x {row['columns']}", how,
-             f"{row[how]['dense_ms']:.4f}",
-             *(times_as_fast(row[how]["dense_ms"] / row[how][f]) if f in row[how] else "–"
-               for f in forms)]
+            {
+                "layer": row["layer"],
+                "batch": str(row["batch"]),
+                "GEMM B x O x K": f"{row['pixels']} x {row['outputs']} x {row['columns']}",
+                "timed": how,
+                "dense ms": f"{row[how]['dense_ms']:.4f}",
+            }
+            | {
+                f: times_as_fast(row[how]["dense_ms"] / row[how][f]) if f in row[how] else "–"
+                for f in forms
+            }
             for row in result["layers"]
             for how in ("eager", "graphs")
-        ]  # fmt: skip
-        head = ["layer", "batch", "GEMM B x O x K", "timed", "dense ms"]
-        head += forms
-        parts.append(table(head, body, left=range(len(head))))
+        ]
+        parts.append(table(body, left=range(len(body[0]))))
     return "\n\n".join(parts)
 
 
@@ -496,16 +491,8 @@ def notes(by_batch: dict[int, Row]) -> str:
     return "; ".join(dict.fromkeys(row["note"] for row in by_batch.values() if row["note"]))
 
 
-def milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
 def times_as_fast(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}x"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def main() -> None:
@@ -524,7 +511,7 @@ def main() -> None:
         sys.exit("no NVIDIA GPU here: this benchmark measures nothing without one")
     from torch import _dynamo
 
-    # every model, way and batch compiles the same code anew; past the limit it would run eager
+    # every model, way and batch size recompiles the same code; past the limit it would run eager
     limit = "recompile_limit" if hasattr(_dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(_dynamo.config, limit, 256)
     set_tf32(False)
@@ -548,7 +535,7 @@ def main() -> None:
                 for name, (denoiser, shape) in models.items()
             ]
             result["rows"] += measure(subjects, arguments.repeats, print, arguments.without)
-            write_json(result, path)  # what there is, should the next batch be too much
+            write_json(result, path)  # in case the next batch runs out of memory
             _dynamo.reset()
             torch.cuda.empty_cache()
         if arguments.layers:

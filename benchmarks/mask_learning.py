@@ -1,4 +1,4 @@
-"""Mask learning: estimators on frozen weights, what a step costs, the contest after fine-tuning.
+"""Mask learning: estimators on frozen weights, the cost of a step, the contest after fine-tuning.
 
     python benchmarks/mask_learning.py digits
     python benchmarks/mask_learning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
@@ -10,26 +10,39 @@
 *Frozen*: the share of the loss gap that learning closes, (L(m_0) - L(m)) / (L(m_0) - L(dense)),
 from Wanda's masks m_0, in the same wall time for every estimator. *Contest*: masks, then fine-tuning
 under them, all in the same total wall time. Losses are of hard masks in float32 on 2,000 held-out
-problems. Rows are kept in `runs/mask-learning-NAME/`, so the same command goes on where it was
-interrupted. At the end: `benchmarks/results/mask-learning-NAME.json`, and the section of that name in
+problems. Rows are kept in `runs/mask-learning-NAME/`, so the same command continues an interrupted
+run. At the end: `benchmarks/results/mask-learning-NAME.json`, and the section of that name in
 `docs/results.md`.
 """
 
 import shutil
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import TIMED, Row, TimedBench, named, parser_of, publish, record
+from bench import (
+    TIMED,
+    Row,
+    TimedBench,
+    mean,
+    named,
+    parser_of,
+    publish,
+    record,
+    samples_in_words,
+    section,
+    spread,
+    table,
+)
 from mask_learning_costs import costs
-from mask_learning_report import markdown
 
 from prunedm.console import Terminal
 from prunedm.folder import load
 from prunedm.options import FinetuneOptions, LearnOptions, PruneOptions
 from prunedm.stages import finetune, learn, prune
 
-# MaskPro's setting; its lead of logits C, which is its exploration, is tried at three values
+# MaskPro's setting, with three values of its initial logits C, which set its exploration
 CLASSIC: Row = {
     "estimator": "policy-gradient-classic",
     "distribution": "plackett-luce",
@@ -89,7 +102,7 @@ def frozen(bench: MaskBench, pattern: str) -> Iterator[Row]:
 
         def measure(full: str = full, run: Any = run, settings: Any = settings) -> Row:
             size = settings["batch_size"]
-            # a small cycle shows what a step costs once the dense outputs are known
+            # a small cycle shows the cost of a step once the dense outputs are known
             known = {"dataset_size": 4 * size} if "dataset_size" not in settings else {}
             new = bench.step_seconds(f"{full}, new problems", run)
             later = bench.step_seconds(f"{full}, known problems", lambda s, o: run(s, o, **known))
@@ -137,7 +150,7 @@ def contest(bench: MaskBench, pattern: str, seed: int) -> Iterator[Row]:
         return finetune(masked, out, options, progress=Terminal())[0].wall_time_s
 
     def tuned(name: str, masked: Path, spent: float) -> Row:
-        """Fine-tune for what is left of the time, and measure."""
+        """Fine-tune for the remaining time, and measure."""
         step = bench.step_seconds("finetune", run)
         steps = int((total - spent) / step)
         out = bench.out(f"{name} {pattern} seed {seed} tuned")
@@ -178,6 +191,74 @@ def contest(bench: MaskBench, pattern: str, seed: int) -> Iterator[Row]:
             return tuned(name, out, steps * step)
 
         yield bench.kept(f"contest {name} {pattern} seed {seed}", measured)
+
+
+def markdown(result: Row, arguments: Namespace) -> str:
+    """The section of `docs/results.md`: frozen weights, costs, contest."""
+    parts = (_frozen(result), _costs(result["costs"]), _contest(result, arguments))
+    return section(result, f"{result['device']}.", *parts)
+
+
+def _frozen(result: Row) -> str:
+    firsts = ", ".join(f"{p} {row['loss']:.4f}" for p, row in result["first"].items())
+    rows = [
+        {
+            "estimator": r["estimator"],
+            "pattern": r["pattern"],
+            "gap closed": f"**{r['share']:.1%}**",
+            "loss": f"{r['loss']:.4f} ± {r['loss_se']:.4f}",
+            "steps": f"{r['steps']:,}",
+            "wall time": f"{r['seconds']:.0f} s",
+            "groups changed": f"{r['groups_changed']:.1%}",
+        }
+        for r in result["frozen"]
+    ]
+    return (
+        f"Frozen weights, {result['seconds']:.0f} s for every estimator, from Wanda's masks "
+        f"({firsts}; dense {result['dense']['loss']:.4f}):\n\n{table(rows, left=(0, 1))}"
+    )
+
+
+def _costs(costs: Row) -> str:
+    return (
+        f"A mask-learning step of the default takes {costs['step_ratio_known_problems']:.2f}x a plain "
+        f"training step of the same model and batch ({costs['step_ratio_new_problems']:.2f}x where "
+        "the dense output is not yet known), and holds "
+        f"{costs['bytes_a_weight']:.1f} bytes a weight (logit, gradient, Adam) and "
+        f"{costs['mask_bytes_a_weight']:.0f} for the mask. A mask of the policy gradient takes "
+        f"{costs['policy_gradient_ratio']:.2f}x a forward pass. Sampling 2:4 masks for 36M weights "
+        f"takes {costs['sampling_ratio conditional-bernoulli']:.1f}x (conditional Bernoulli) and "
+        f"{costs['sampling_ratio plackett-luce']:.1f}x (Plackett-Luce) the time of `torch.rand`."
+    )
+
+
+def _contest(result: Row, arguments: Namespace) -> str:
+    rows, dense = result["contest"], result["dense"]
+    lines = []
+    for pattern in dict.fromkeys(r["pattern"] for r in rows):
+        for name in dict.fromkeys(r["contestant"] for r in rows):
+            own = [r for r in rows if (r["contestant"], r["pattern"]) == (name, pattern)]
+            if own:
+                lines.append(_contestant(name, pattern, own))
+    features, samples = samples_in_words(arguments)
+    return (
+        f"The contest: masks and fine-tuning in {result['contest_seconds']:.0f} s together, mean ± "
+        f"standard deviation over seeds; {features} of {samples}; dense {dense['loss']:.5f}, FD "
+        f"{dense['fd']:.1f}:\n\n{table(lines, left=(0, 1))}"
+    )
+
+
+def _contestant(name: str, pattern: str, own: Sequence[Row]) -> dict[str, str]:
+    return {
+        "masks": name,
+        "pattern": pattern,
+        "seeds": str(len(own)),
+        "masks take": f"{mean(own, 'mask_seconds'):.0f} s",
+        "steps": f"{mean(own, 'steps'):.0f}",
+        "loss before": f"{mean(own, 'loss_start'):.4f}",
+        "loss after": f"**{mean(own, 'loss'):.5f}**{spread(own, 'loss', 5)}",
+        "FD": f"{mean(own, 'fd'):.1f}{spread(own, 'fd', 1)}",
+    }
 
 
 PARSER = parser_of(

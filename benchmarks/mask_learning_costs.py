@@ -1,4 +1,4 @@
-"""What mask learning costs beside plain training: ratios of medians, both sides in turns, in one run."""
+"""The cost of mask learning relative to plain training: ratios of medians, timed in turns."""
 
 import statistics
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def _learning_step(
 def _policy_gradient(
     dense: Model, options: LearnOptions, batch: Batch, autocast: Any
 ) -> tuple[float, float]:
-    """Seconds of one mask of the policy gradient, all told, and of one forward pass."""
+    """Seconds of one complete mask of the policy gradient, and of one forward pass."""
     learner, optimizer = learner_of(dense, options)
     generator = torch.Generator().manual_seed(0)
 
@@ -109,7 +109,7 @@ def _policy_gradient(
 
 @torch.no_grad()
 def _sampling() -> dict[str, float]:
-    """2:4 masks for 36M weights, uniforms and all, over the time of `torch.rand` of that size."""
+    """Time of 2:4 masks for 36M weights, drawing included, over that of `torch.rand` of that size."""
     generator = torch.Generator().manual_seed(0)
     logits_GM = torch.randn(SAMPLED // 4, 4, generator=generator)
 

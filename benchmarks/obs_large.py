@@ -2,8 +2,8 @@
 
     python benchmarks/obs_large.py --threads 2
 
-Writes `benchmarks/results/obs-36m.json`. Nothing is downloaded; the images are noise, for neither
-the time nor the memory depends on what they show.
+Writes `benchmarks/results/obs-36m.json`. Nothing is downloaded; the images are noise, because neither
+time nor memory depends on their content.
 """
 
 import argparse
@@ -49,7 +49,7 @@ BATCH = 16
 
 
 class Clock:
-    """A progress that only says where the time goes: passes over the problems, and layers."""
+    """A progress that only measures where time goes: passes over the problems, and layers."""
 
     def __init__(self) -> None:
         self.seconds = {"passes": 0.0, "layers": 0.0}
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def measure(count: int, *, memory: int) -> Row:
-    """Prune every layer that can take 2:4; what it took."""
+    """Time and memory to prune every layer that supports 2:4."""
     torch.manual_seed(0)
     denoiser, scheduler = UNet2DModel(**UNET).eval(), DDPMScheduler()
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)

@@ -1,13 +1,13 @@
-"""Seconds that a step of `prunedm learn` takes at each preset's batch size, for `prunedm presets`.
+"""Seconds per step of `prunedm learn` at each preset's batch size, for `prunedm presets`.
 
     python benchmarks/presets.py digits
     python benchmarks/presets.py cifar10-small --model ../shared/models/cifar10-ddpm-small \
         --dataset ../shared/data/cifar10 --flip
 
-A step is what the stage does in one: the problems are drawn, the loss and its gradient found, the
-logits changed. It is timed on problems met for the first time and again on the same ones, whose
-dense outputs are then known; a held-out loss is timed besides. The lowest of the repeats counts:
-what else a machine does only adds. Writes `benchmarks/results/presets.json` and the packaged table.
+A step draws the problems, computes the loss and its gradient, and updates the logits. It is timed on
+new problems, and again on the same ones, whose dense outputs are then known; a held-out loss is timed
+too. The lowest of the repeats counts, because other load only adds time. Writes
+`benchmarks/results/presets.json` and the packaged table.
 """
 
 import time
@@ -115,7 +115,7 @@ def timing(arguments: Namespace, taken: Row) -> Timing:
 
 
 def keep(found: Timing, taken: Row) -> None:
-    """Put `found` into both files, in place of what they had of the same model and kind."""
+    """Put `found` into both files, replacing the entry of the same model and kind."""
     old = Timings.model_validate_json(PACKAGED.read_text(encoding="utf-8")).measured
     same = (found.model, found.kind)
     others = [timing for timing in old if (timing.model, timing.kind) != same]

@@ -1,4 +1,4 @@
-"""Every score with every mechanism, before any fine-tuning; and what pruning costs in time.
+"""Every score with every mechanism, before any fine-tuning, and the time that pruning takes.
 
     python benchmarks/pruning.py digits
     python benchmarks/pruning.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
@@ -7,7 +7,7 @@
         --sensitivity-problems 32
 
 A row is a pruned model: its loss on 2,000 held-out problems with the standard error, and FD. Rows are
-kept in `runs/pruning-NAME/`, so the same command goes on where it was interrupted. At the end:
+kept in `runs/pruning-NAME/`, so the same command continues an interrupted run. At the end:
 `benchmarks/results/pruning-NAME.json`, and the section pruning-NAME of `docs/results.md`.
 """
 
@@ -34,14 +34,14 @@ from bench import (
     samples_in_words,
     section,
     table,
+    turns,
 )
 
 from prunedm.console import Terminal
 from prunedm.evaluation.size import count_macs
-from prunedm.evaluation.speed import in_turns, latencies
+from prunedm.evaluation.speed import Way, timings
 from prunedm.folder import Model
 from prunedm.options import PruneOptions
-from prunedm.record import write_json
 from prunedm.scores import SCORES
 from prunedm.stages.inputs import images_for
 from prunedm.stages.pruning.job import Job
@@ -111,7 +111,7 @@ MORE: dict[str, list[tuple[str, Row]]] = {
 }
 
 
-# single weights rank alike by both; only channels tell them apart
+# both rank single weights alike; they differ on channels only
 ALIKE = {"magnitude-l2": "magnitude", "taylor-multivariable": "taylor"}
 
 
@@ -135,12 +135,12 @@ class PruningBench(Bench):
         return torch.compile(deepcopy(self.dense.denoiser), dynamic=False)
 
     def row(self, key: str, job: Job | None = None) -> Row:
-        """A row from disk, or pruned, measured and kept."""
+        """A row from disk, or pruned, measured and saved."""
         options = job.options.model_dump(mode="json", exclude_defaults=True) if job else {}
 
         def make() -> Row:
             for other in map(read, (self.folder / "rows").glob("*.json")):
-                if other["options"] == options:
+                if other.get("options") == options:
                     return {k: v for k, v in other.items() if k != "key"}
             started = time.perf_counter()
             model, details = prune(job) if job else (self.dense, {})
@@ -215,7 +215,7 @@ def rows_of(bench: PruningBench) -> Iterator[Row]:
 
 
 def kernel_ratio() -> dict[str, float]:
-    """Time of a 2:4 mask for 36M weights over that of one torch.abs and copy, in one run."""
+    """Time of a 2:4 mask for 36M weights, alone and relative to one torch.abs and copy."""
     from prunedm.masks import Pattern
     from prunedm.removal.nm import nm_mask
 
@@ -226,8 +226,7 @@ def kernel_ratio() -> dict[str, float]:
         "2:4": lambda: nm_mask(weight, Pattern(2, 4)),
         "4:8": lambda: nm_mask(weight, Pattern(4, 8)),
     }
-    seconds = in_turns(list(calls.values()), repeats=7, warmup=0)
-    medians = dict(zip(calls, map(statistics.median, seconds), strict=True))
+    medians = {name: statistics.median(taken) for name, taken in turns(calls, 7).items()}
     return medians | {
         f"{name} ratio": medians[name] / medians["abs and copy"] for name in ("2:4", "4:8")
     }
@@ -242,7 +241,7 @@ def latency_rows(bench: PruningBench) -> list[Row]:
     ]
     models = [prune(job)[0].denoiser for job in jobs]
     inputs = bench.dense.example(16)
-    timed = latencies([(m, inputs) for m in (bench.dense.denoiser, *models)], repeats=20)
+    timed = timings([(m, inputs) for m in (bench.dense.denoiser, *models)], Way(16), repeats=20)
     dense_macs = count_macs(bench.dense.denoiser, bench.dense.example())
     rows = []
     for (round_to, target), denoiser, timing in zip(settings, models, timed[1:], strict=True):
@@ -264,7 +263,7 @@ def latency_rows(bench: PruningBench) -> list[Row]:
 
 
 def calibration_memory(bench: PruningBench) -> dict[str, float]:
-    """Peak MB of `prunedm prune --score wanda` on few and on many problems, each in a new process."""
+    """Peak MB of `prunedm prune --score wanda` with few and many problems, each in a new process."""
     code = (
         "import atexit, resource, sys; from prunedm.cli import main; atexit.register(lambda: print("
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)); main(sys.argv[1:])"
@@ -282,16 +281,6 @@ def calibration_memory(bench: PruningBench) -> dict[str, float]:
     return peaks
 
 
-def side_measurement(bench: PruningBench, name: str, make: Callable[[], Any]) -> Any:
-    """Something beside the rows, kept on disk like them."""
-    path = bench.folder / f"{name}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(make(), path)
-        print(f"{name}: done", flush=True)
-    return read(path)
-
-
 def more_of(arguments: Namespace) -> dict[str, list[tuple[str, Row]]]:
     """Further tables: titles, and labels and options of their rows."""
     without = REDUCTIONS if arguments.without_reductions else ""
@@ -303,11 +292,11 @@ def markdown(result: Row, arguments: Namespace) -> str:
     rows = {row["key"]: row for row in result["rows"]}
     features, samples = samples_in_words(arguments)
     body = [
-        [score]
-        + [
-            _cell(rows.get(f"{score} / {s}"), f"as {ALIKE[score]}" if score in ALIKE else "–")
+        {"score": score}
+        | {
+            s: _cell(rows.get(f"{score} / {s}"), f"as {ALIKE[score]}" if score in ALIKE else "–")
             for s in SETTINGS
-        ]
+        }
         for score in [*SCORES, "obs"]
     ]
     dense = rows["dense"]
@@ -315,8 +304,11 @@ def markdown(result: Row, arguments: Namespace) -> str:
     more = []
     for title, entries in more_of(arguments).items():
         own = [(label, rows[f"{title} / {label}"]) for label, _ in entries]
-        lines = [[label, _cell(row), f"{row['macs'] / 1e6:.0f}M"] for label, row in own]
-        more.append(f"{title}:\n\n{table(['', 'loss, FD', 'MACs'], lines)}")
+        lines = [
+            {"": label, "loss, FD": _cell(row), "MACs": f"{row['macs'] / 1e6:.0f}M"}
+            for label, row in own
+        ]
+        more.append(f"{title}:\n\n{table(lines)}")
     kernel, memory = result["kernel"], result["calibration_memory_mb"]
     return section(
         result,
@@ -324,7 +316,7 @@ def markdown(result: Row, arguments: Namespace) -> str:
         f"standard error, then {features} of {samples}"
         f"{', both in bf16 autocast' * arguments.compile}, before any fine-tuning; "
         f"{result['device']}.",
-        table(["score", *SETTINGS], body),
+        table(body),
         f"At 2:4 OBS loses {gap['obs'] / gap['wanda']:.2f}x of what Wanda loses over dense "
         f"({gap['obs']:.4f} against {gap['wanda']:.4f}; magnitude {gap['magnitude']:.4f}).",
         *more,
@@ -344,17 +336,17 @@ def _cell(row: Row | None, missing: str = "–") -> str:
 
 def _latency_table(rows: Sequence[Row]) -> str:
     body = [
-        [
-            f"{r['target']}, round to {r['round_to']}",
-            f"−{r['macs_removed']:.1%}",
-            f"{r['dense_ms']:.1f} => {r['latency_ms']:.1f} ± {r['spread_ms']:.1f} ms",
-            f"−{r['latency_removed']:.1%}",
-            f"{r['ratio']:.2f}",
-        ]
+        {
+            "channels": f"{r['target']}, round to {r['round_to']}",
+            "MACs": f"−{r['macs_removed']:.1%}",
+            "latency, batch 16": f"{r['dense_ms']:.1f} => {r['latency_ms']:.1f} ± "
+            f"{r['spread_ms']:.1f} ms",
+            "change": f"−{r['latency_removed']:.1%}",
+            "latency / MACs": f"{r['ratio']:.2f}",
+        }
         for r in rows
     ]
-    head = ["channels", "MACs", "latency, batch 16", "change", "latency / MACs"]
-    return "Real speed, eager float32, timed in turns with dense:\n\n" + table(head, body)
+    return "Real speed, eager float32, timed in turns with dense:\n\n" + table(body)
 
 
 PARSER = parser_of(
@@ -375,12 +367,13 @@ PARSER = parser_of(
 def main() -> None:
     bench = PruningBench(PARSER.parse_args())
     found = {"seed": 0, "rows": list(rows_of(bench))}
-    for name, key, make in (
-        ("latency", "latency", lambda: latency_rows(bench)),
-        ("kernel", "kernel", kernel_ratio),
-        ("memory", "calibration_memory_mb", lambda: calibration_memory(bench)),
-    ):
-        found[key] = side_measurement(bench, name, make)
+    side: dict[str, Callable[[], Any]] = {
+        "latency": lambda: latency_rows(bench),
+        "kernel": kernel_ratio,
+        "calibration_memory_mb": lambda: calibration_memory(bench),
+    }
+    for key, make in side.items():
+        found[key] = bench.kept(key, lambda make=make: {"found": make()})["found"]  # type: ignore[misc]
     result = record(bench.name, found)
     publish(result, markdown(result, bench.arguments))
 

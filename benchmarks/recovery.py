@@ -1,4 +1,4 @@
-"""Recovery: which mixture of data loss, output, features and sensitivity brings most back, and goals.
+"""Recovery: the best mixture of data loss, output, features and sensitivity, and goals.
 
     python benchmarks/recovery.py digits
     python benchmarks/recovery.py cifar10-small --model ../shared/models/cifar10-ddpm-small \\
@@ -6,23 +6,35 @@
         --batch-size 32 --seconds 600 --seeds 1 --goal-seconds 0 --samples 320 --sampling-steps 20
 
 *Contest*: one start per kind of pruning (2:4, channels, 2:4 on channels), then fine-tuning by every
-mixture for the same wall time: a step is timed first, beside one of the data loss alone, and each gets
-the steps that fit. Same problems and seeds. The remaining gap is the loss less the dense model's, on
-2,000 held-out problems; mixtures are judged by its ratio, seed by seed, to what the data loss alone
-leaves at its best (of three learning rates, and without dropout; of those that have all seeds).
+mixture for the same wall time: a step is timed first, next to one of the data loss alone, and each
+mixture gets the steps that fit. Problems and seeds are the same. The remaining gap is the loss minus
+the dense model's on 2,000 held-out problems; a mixture is judged by the ratio, seed by seed, of its gap
+to that of the data loss alone at its best (three learning rates, and without dropout, with all seeds).
 *Control*: the dense model trained on by the data loss for that time. *Goals*: 2:4 alone, and 2:4 on
 30 % fewer parameters, by `--goal-mixture`, from pruning to the end in `--goal-seconds`. Rows are kept
-in `runs/recovery-NAME/`, so the same command goes on where it was interrupted. At the end:
+in `runs/recovery-NAME/`, so the same command continues an interrupted run. At the end:
 `benchmarks/results/recovery-NAME.json`, and the section of that name in `docs/results.md`.
 """
 
 import shutil
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from bench import TIMED, Row, TimedBench, parser_of, publish, record
-from recovery_report import markdown
+from bench import (
+    TIMED,
+    Row,
+    TimedBench,
+    mean,
+    parser_of,
+    publish,
+    record,
+    samples_in_words,
+    section,
+    spread,
+    table,
+)
 
 from prunedm.console import Terminal
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
@@ -66,7 +78,7 @@ class RecoveryBench(TimedBench):
         return denoising_loss(self.dense.denoiser, self.held_out)
 
     def gap(self, model: Model) -> Row:
-        """The loss less the dense model's, problem by problem, and its standard error."""
+        """The loss minus the dense model's, problem by problem, and its standard error."""
         own = denoising_loss(model.denoiser, self.held_out)
         pairs = LossEstimate.of(own.per_problem_N - self.dense_loss.per_problem_N)
         return {"loss": own.mean, "gap": pairs.mean, "gap_se": pairs.standard_error}
@@ -78,7 +90,7 @@ class RecoveryBench(TimedBench):
         return out
 
     def tuned(self, source: str | Path, out: Path, steps: int, settings: Row) -> float:
-        """Fine-tune; the seconds that it took in all."""
+        """Fine-tune; returns the total seconds."""
         lr = self.arguments.lr * settings.get("lr_factor", 1.0)
         given = {"lr": lr, "teacher": str(self.arguments.model), "steps": steps}
         mixture = {key: value for key, value in settings.items() if key != "lr_factor"}
@@ -86,8 +98,11 @@ class RecoveryBench(TimedBench):
         return finetune(source, out, options, progress=Terminal())[0].wall_time_s
 
     def steps_in(self, seconds: float, source: str | Path, kind: str, mixture: str) -> Row:
-        """Steps of this mixture that fit: a step of the data loss is timed once for each kind, and
-        what another takes beside it, so that a slow moment of the machine falls on both."""
+        """Steps of this mixture that fit into `seconds`.
+
+        A step of the data loss is timed once per kind, and another mixture's step relative to it, so
+        that a slow moment of the machine affects both.
+        """
 
         def run(settings: Row, steps: int) -> float:
             return self.tuned(source, self.scratch, steps, settings)
@@ -109,13 +124,13 @@ class RecoveryBench(TimedBench):
 
 
 def _matched(settings: Row) -> str:
-    """What a step computes besides the data loss; its price does not depend on the weights."""
+    """The terms of a step besides the data loss; their cost does not depend on their weights."""
     names = ("distill", "match_features", "match_sensitivity")
     return " ".join(name for name in names if settings.get(name))
 
 
 def start(bench: RecoveryBench, kind: str) -> Path:
-    """What all mixtures start from; the hybrid's channels had a recovery of the default kind."""
+    """The common start of all mixtures; the hybrid's channels are recovered by the default first."""
     if kind == "2:4":
         return bench.pruned(bench.arguments.model, "start 2:4", MASKS)
     narrow = bench.pruned(bench.arguments.model, "start channels", CHANNELS)
@@ -150,7 +165,7 @@ def contest(bench: RecoveryBench, kind: str, seed: int) -> Iterator[Row]:
 
 
 def control(bench: RecoveryBench) -> Row:
-    """The dense model, trained on by the data loss: how much of a gain is more training."""
+    """The dense model, trained further by the data loss, to show the gain of training alone."""
 
     def measure() -> Row:
         source, out = bench.arguments.model, bench.out("control")
@@ -187,6 +202,84 @@ def goal(bench: RecoveryBench, kind: str) -> Row:
         return facts | found | {"over": found["gap"] / whole, "fd": bench.fd(model)}
 
     return bench.kept(f"goal {kind}", measure)
+
+
+def markdown(result: Row, arguments: Namespace) -> str:
+    """The section of `docs/results.md`: contest, control, goals."""
+    parts = [_contest(result, arguments), _control(result)]
+    goals = [_goals(result)] if result["goals"] else []
+    return section(result, f"{result['device']}.", *parts, *goals)
+
+
+def _contest(result: Row, arguments: Namespace) -> str:
+    rows, dense, lines = result["contest"], result["dense"], []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        names = dict.fromkeys(row["mixture"] for row in own)
+        mixtures = {name: [row for row in own if row["mixture"] == name] for name in names}
+        # the learning rate that suits the data loss best is its own
+        data = [own for name, own in mixtures.items() if name.startswith(DATA)]
+        seeds = max(map(len, data))
+        alone = min((own for own in data if len(own) == seeds), key=lambda own: mean(own, "gap"))
+        lines += [_line(kind, own, alone) for own in mixtures.values()]
+    features, samples = samples_in_words(arguments)
+    return (
+        f"Fine-tuning for {result['seconds']:.0f} s by every mixture, from the same start; mean ± "
+        f"standard deviation over seeds; {features} of {samples}; dense {dense['loss']:.5f}, FD "
+        f"{dense['fd']:.1f}. The gap is the loss less the dense model's on the same problems:\n\n"
+        f"{table(lines, left=(0, 1))}"
+    )
+
+
+def _line(kind: str, own: Sequence[Row], alone: Sequence[Row]) -> dict[str, str]:
+    others = {row["seed"]: row["gap"] for row in alone}
+    # where the data loss alone reaches the dense loss, there is no gap to compare with
+    comparable = all(value > 0 for value in others.values())
+    ratios = [{"ratio": row["gap"] / others[row["seed"]]} for row in own] if comparable else []
+    ratio = f"{mean(ratios, 'ratio'):.2f}x{spread(ratios, 'ratio', 2)}" if ratios else "–"
+    return {
+        "pruning": kind,
+        "matched": own[0]["mixture"],
+        "seeds": str(len(own)),
+        "step": f"{1000 * mean(own, 'step_s'):.0f} ms",
+        "steps": f"{mean(own, 'steps'):.0f}",
+        "wall time": f"{mean(own, 'seconds'):.0f} s",
+        "loss before": f"{mean(own, 'start'):.4f}",
+        "loss after": f"{mean(own, 'loss'):.5f}{spread(own, 'loss', 5)}",
+        "gap left": f"{mean(own, 'gap'):+.5f}{spread(own, 'gap', 5)}",
+        "to the best of data alone": f"**{ratio}**",
+        "FD": f"{mean(own, 'fd'):.1f}{spread(own, 'fd', 1)}",
+    }
+
+
+def _control(result: Row) -> str:
+    row, dense = result["control"], result["dense"]
+    return (
+        f"Control: the dense model itself, trained on by the data loss for {result['seconds']:.0f} s, "
+        f"ends at {row['loss']:.5f} ({row['gap'] / dense['loss']:+.1%}; gap {row['gap']:+.5f} ± "
+        f"{row['gap_se']:.5f})."
+    )
+
+
+def _goals(result: Row) -> str:
+    dense = result["dense"]
+    lines = [
+        {
+            "pruning": row["kind"],
+            "matched": row["mixture"],
+            "wall time": f"{row['seconds'] / 60:.1f} min",
+            "last steps": f"{row['steps']:,}",
+            "loss": f"{row['loss']:.5f}",
+            "to dense": f"**{row['over']:+.1%}**",
+            "FD": f"{row['fd']:.1f} ({row['fd'] / dense['fd'] - 1:+.0%})",
+        }
+        for row in result["goals"]
+    ]
+    return (
+        f"From the dense model to the end within {result['goal_seconds'] / 60:.0f} minutes "
+        "(goals: 2:4 within 1 % of the dense loss; 2:4 on 30 % fewer parameters within 5 % of loss "
+        f"and FD):\n\n{table(lines, left=(0, 1))}"
+    )
 
 
 PARSER = parser_of(

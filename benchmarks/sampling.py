@@ -3,10 +3,10 @@
     python benchmarks/sampling.py digits
     python benchmarks/sampling.py cifar10-small --model ../shared/models/cifar10-ddpm-small
 
-All draw the same images: same noise, timesteps, batch and machine, in turns, so that what else the
-machine does falls on all. *Exact* is what `prunedm sample` does; *fast* is `--speed fast`, with and
-without compiling. PSNR is against exact, on uint8. Compile time is reported beside the rates, not
-in them: `--speed fast` compiles only where the run is long enough. At the end:
+All draw the same images from the same noise and timesteps, on one machine and in turns, so that other
+load affects all alike. *Exact* is what `prunedm sample` does; *fast* is `--speed fast`, with and without
+compiling. PSNR is against exact, on uint8. Compile time is reported separately from the rates:
+`--speed fast` compiles only where the run is long enough. At the end:
 `benchmarks/results/sampling-NAME.json`, and the section of that name in `docs/results.md`.
 """
 
@@ -18,10 +18,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench import Row, draw, median_ratio, parser_of, publish, record, section, table
+from bench import Row, draw, median_ratio, parser_of, publish, record, section, table, turns
 from diffusers import DDIMPipeline, DDIMScheduler
 
-from prunedm.evaluation.speed import in_turns
 from prunedm.folder import Model, load
 from prunedm.randomness import generator_for
 from prunedm.sampling import FastDenoiser
@@ -102,9 +101,8 @@ def measure(arguments: Namespace) -> Row:
 
     for make in ways.values():
         make(size, 2)  # warm, and compiled
-    calls = [partial(turn, name) for name in ways]
-    taken = in_turns(calls, repeats=arguments.repeats, warmup=0, device=device)
-    seconds = dict(zip(ways, taken, strict=True))
+    calls = {name: partial(turn, name) for name in ways}
+    seconds = turns(calls, arguments.repeats, device=device)
     rows = [
         {
             "way": name,
@@ -138,7 +136,12 @@ def markdown(result: Row) -> str:
         "PSNR against exact: of all pixels, the median image, the worst."
     )
     rows = [
-        [row["way"], f"{row['images_s']:.2f}", f"{row['ratio']:.2f}x", _shown(row["psnr"])]
+        {
+            "": row["way"],
+            "images/s": f"{row['images_s']:.2f}",
+            "ratio": f"{row['ratio']:.2f}x",
+            "PSNR, dB": _shown(row["psnr"]),
+        }
         for row in result["rows"]
     ]
     compiling = (
@@ -148,7 +151,7 @@ def markdown(result: Row) -> str:
         if result["is_compiled"]
         else "torch.compile did not work there."
     )
-    return section(result, what, table(["", "images/s", "ratio", "PSNR, dB"], rows), compiling)
+    return section(result, what, table(rows), compiling)
 
 
 def _shown(psnr: dict[str, float | None]) -> str:
@@ -170,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.count % arguments.batch_size:
         parser.error("--count must be whole batches: diffusers pads none")
-    # what compiling takes the first time, whatever an earlier run left behind
+    # measure a first compilation, whatever an earlier run has cached
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     told = {key: vars(arguments)[key] for key in ("steps", "batch_size", "count", "repeats")}
     result = record(

@@ -47,8 +47,8 @@ def test_taps_of_a_kernel_are_averaged():
         (0.1, 0.05, ["10.0%", "is likely to help; and tried", "wanda loses less than magnitude"]),
         (0.1, 0.08, ["is likely to help; but tried", "wanda loses more than magnitude"]),
         (0.01, 0.08, ["is unlikely to help; and tried", "wanda loses more"]),
-        (0.01, 0.0601, ["is unlikely to help; and tried", "wanda and magnitude lose alike"]),
-        (0.1, 0.0601, ["is likely to help; but tried", "wanda and magnitude lose alike"]),
+        (0.01, 0.0601, ["is unlikely to help; and tried", "wanda and magnitude lose equally"]),
+        (0.1, 0.0601, ["is likely to help; but tried", "wanda and magnitude lose equally"]),
         (0.01, 0.05, ["is unlikely to help; but tried", "wanda loses less"]),
     ],
 )

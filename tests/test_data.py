@@ -336,7 +336,7 @@ def test_a_damaged_image_is_found_before_any_step(tmp_path, name, harm):
     images = load_images(str(tmp_path), split="train", size=8, channels=3)
     images.fingerprint()
     harm(tmp_path / name)
-    with pytest.raises(UserError, match=rf"{name}: .*; put a sound one in its place, or take it"):
+    with pytest.raises(UserError, match=rf"{name}: .*; replace it by an intact one, or remove it"):
         images.fingerprint()
 
 

@@ -28,9 +28,8 @@ from prunedm.options import EvaluateOptions, LearnOptions, PruneOptions, TrainOp
 from prunedm.progress import Silent
 from prunedm.record import Record
 from prunedm.stages import compare, evaluate, learn, prune, train
-from prunedm.stages.evaluating.conditions import asked, weights_in_words
 from prunedm.stages.evaluating.first_masks import under_first_masks
-from prunedm.stages.evaluating.measure import Yardstick
+from prunedm.stages.evaluating.measure import Yardstick, asked, weights_in_words
 from prunedm.stages.evaluating.quality import features_of, with_features
 from prunedm.stages.evaluating.reload import check_reload
 from prunedm.stages.evaluating.steps import Steps
@@ -332,15 +331,15 @@ def test_the_summary_has_asked_and_got_and_the_conditions(deep, chain):
     stats = json.loads((chain["narrow"] / "pruning_stats.json").read_text())
     assert (wanted.what, wanted.asked) == ("params", 0.3)
     assert wanted.got == stats["achieved"]["params"]
-    assert f"params 0.3 asked, {wanted.got:.4g} got" in text
+    assert f"params 0.3 → {wanted.got:.4g}" in text
     for words in (
-        "10 held-out problems",
-        "6 by ddim-1",
-        "after 3 to warm up",
+        "10 held-out denoising problems",
+        "Samples: 6 by ddim-1 from seed 0",
+        "median of 2 calls after 3 warm-up calls",
         "to the bit",
         "of 7 pixels",
         "bootstrap over the samples",
-        "peak memory: one call at batch 2",
+        "Peak memory: one call with a batch of 2",
     ):
         assert words in text
     assert f"| learned | 2 | float32 | {torch.get_num_threads()} | no | dense (" in text
@@ -427,7 +426,10 @@ def test_numbers_that_are_not_finite_never_reach_json(tmp_path):
     assert failed == {("broken", "loss")}
     assert bad.figures.loss is None
     assert "the denoising loss is inf" in bad.failed["loss"]
-    assert "* b: loss +0.00000\n" in (tmp_path / "out" / "evaluation_summary.md").read_text()
+    assert (
+        "| b | +0.00000 | same to the bit | – |"
+        in (tmp_path / "out" / "evaluation_summary.md").read_text()
+    )
 
 
 def test_one_model_that_cannot_be_timed_leaves_the_others_their_turns(chain, tmp_path, monkeypatch):

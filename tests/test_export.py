@@ -13,10 +13,8 @@ from test_sampling import pngs, watched
 from torch import nn
 
 from prunedm.cli import main
-from prunedm.deployment import extras
 from prunedm.deployment.description import FILE, Description, read_description, write_description
-from prunedm.deployment.opening import open_model
-from prunedm.deployment.runtimes import ExportedDenoiser, OnnxDenoiser, OpenVinoDenoiser
+from prunedm.deployment.runtimes import ExportedDenoiser, open_model
 from prunedm.errors import UserError
 from prunedm.folder import Model, load, save
 from prunedm.options import (
@@ -28,7 +26,10 @@ from prunedm.options import (
 from prunedm.progress import Silent
 from prunedm.record import Source, read_record
 from prunedm.stages import evaluate, export, prune, sample
+from prunedm.stages.exporting import job as job_module
 from prunedm.stages.exporting.job import Job
+from prunedm.stages.exporting.onnx import OnnxDenoiser
+from prunedm.stages.exporting.openvino import OpenVinoDenoiser
 from prunedm.stages.pruning.job import Job as PruneJob
 from prunedm.tables import FORMATS, MECHANISMS
 
@@ -194,11 +195,11 @@ DAMAGES = {
     "no JSON": (lambda f: (f / FILE).write_text("{"), "export.json is missing or damaged"),
     "a list": (lambda f: (f / FILE).write_text("[1]"), "export.json is missing or damaged"),
     "no text": (lambda f: (f / FILE).write_bytes(b"\xff\xfe"), "export.json is missing or damaged"),
-    "unknown key": (change_json(extra=1), "export.json: extra: "),
-    "no shapes": (change_json(shapes=None), "export.json: shapes: "),
-    "wrong type": (change_json(tolerance="much"), "export.json: tolerance: "),
+    "unknown key": (change_json(extra=1), "export.json is damaged (extra: "),
+    "no shapes": (change_json(shapes=None), "export.json is damaged (shapes: "),
+    "wrong type": (change_json(tolerance="much"), "export.json is damaged (tolerance: "),
     "a path": (change_json(files={"../model.bin": "0"}), "has no ../model.bin"),
-    "no files": (change_json(files={}), "export.json: files: "),
+    "no files": (change_json(files={}), "export.json is damaged (files: "),
 }
 
 
@@ -289,7 +290,7 @@ def test_what_is_left_out_is_filled_in():
     ],
 )
 def test_a_missing_package_is_told_before_any_work(monkeypatch, tmp_path, options, missing, extra):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(job_module, "find_spec", lambda name: None if name == missing else name)
     due = rf"{options['format']} needs {missing}; run: pip install 'prunedm\[{extra}\]'"
     with pytest.raises(UserError, match=due):  # the model is not even looked for
         export("/no/such/model", tmp_path / "out", ExportOptions(**options))
@@ -298,7 +299,7 @@ def test_a_missing_package_is_told_before_any_work(monkeypatch, tmp_path, option
 
 def test_a_missing_package_is_told_when_sampling_too(monkeypatch, tmp_path):
     folder = fake_export(tmp_path)
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(job_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx needs .*; run: pip install 'prunedm\[onnx\]'"):
         sample(folder, tmp_path / "out", QUICK)
 
@@ -359,9 +360,9 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("format", "module", "message"),
     [
-        ("onnx", Bessel, "ONNX has no form for this model: "),
-        ("onnx", Branching, "ONNX has no form for this model: "),
-        ("openvino", Bessel, "OpenVINO has no form for this model: "),
+        ("onnx", Bessel, "this model cannot be converted to ONNX: "),
+        ("onnx", Branching, "this model cannot be converted to ONNX: "),
+        ("openvino", Bessel, "this model cannot be converted to OpenVINO: "),
         ("torch", Branching, "torch.export cannot trace this model: "),
     ],
 )
@@ -407,7 +408,7 @@ def test_the_command_says_what_was_written_how_far_it_is_and_what_is_next(tmp_pa
 
 
 def test_the_command_for_an_engine_is_shown(monkeypatch, tmp_path, capsys):
-    from prunedm.deployment import tensorrt
+    from prunedm.stages.exporting import tensorrt
 
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     written_before(monkeypatch)

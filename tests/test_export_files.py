@@ -14,12 +14,8 @@ import torch
 from helpers import made_once, tiny_folder
 from torch import nn
 
-from prunedm.deployment import onnx_file, tensorrt, torch_program
 from prunedm.deployment.description import FILE, file_hash, read_description
-from prunedm.deployment.onnx_file import onnx_arrays
-from prunedm.deployment.opening import open_model
-from prunedm.deployment.openvino_file import openvino_arrays, to_openvino
-from prunedm.deployment.runtimes import OpenVinoDenoiser
+from prunedm.deployment.runtimes import open_model
 from prunedm.deployment.zeros import check_zeros
 from prunedm.errors import UserError
 from prunedm.folder import load, save
@@ -31,6 +27,10 @@ from prunedm.record import Record, read_record
 from prunedm.removal.nm import nm_mask
 from prunedm.stages import export, prune
 from prunedm.stages.evaluating.measure import measure, read_evaluation, read_steps
+from prunedm.stages.exporting import onnx as onnx_format
+from prunedm.stages.exporting import tensorrt, torch_program
+from prunedm.stages.exporting.onnx import onnx_arrays
+from prunedm.stages.exporting.openvino import OpenVinoDenoiser, openvino_arrays, to_openvino
 from prunedm.stages.verbs.compare import yardstick
 
 CLASSES = 10
@@ -79,7 +79,7 @@ def written_before(monkeypatch, change=None) -> None:
         if change is not None:
             change(path)
 
-    monkeypatch.setattr(onnx_file, "write_onnx", copy)
+    monkeypatch.setattr(onnx_format, "write_onnx", copy)
 
 
 def inputs(count: int) -> list[torch.Tensor]:

@@ -233,7 +233,7 @@ def two_columns_of_metadata(folder: Path) -> str:
 
 def no_column(folder: Path) -> str:
     table(folder, datasets.Value("int64"), WANTED, "width")
-    return "no column of labels among image, width; name one with --label-column"
+    return "no label column among image, width; name one with --label-column"
 
 
 WITHOUT = [
@@ -412,7 +412,7 @@ def test_two_rows_of_a_file_that_disagree_are_refused(tmp_path):
     (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}a.png,1\n")
     assert labels(tmp_path) == WANTED
     (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}a.png,2\n")
-    with pytest.raises(UserError, match=r"has two rows for a\.png with another label"):
+    with pytest.raises(UserError, match=r"has two rows for a\.png that differ in label"):
         opened(tmp_path)
 
 

@@ -308,7 +308,7 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(tmp_path, monkeypatch, name):
 def test_a_file_is_not_asked_of_the_hub(tmp_path, monkeypatch, name, way):
     monkeypatch.setattr(image_hub, "why_silent", None)
     (tmp_path / name).write_bytes(b"PK\5\6" + bytes(18))
-    with pytest.raises(UserError, match=f"is a file and no set of images; .*{way}"):
+    with pytest.raises(UserError, match=f"is a file, not a set of images; .*{way}"):
         opened(tmp_path / name)
     with pytest.raises(UserError, match=name):
         open_side(str(tmp_path / name))

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from prunedm.architecture import answer
 from prunedm.calibration import TimeBins, input_squares, input_variances
 from prunedm.errors import UserError
-from prunedm.evaluation.layers import layer_sparsity
-from prunedm.evaluation.size import nm_validity
+from prunedm.evaluation.size import layer_sparsity, nm_validity
 from prunedm.learning import ESTIMATORS
 from prunedm.learning.layer import MaskProLayer, unwrap_model, wrap_model_with_maskpro
 from prunedm.learning.learner import Learner
@@ -435,7 +434,7 @@ def test_what_is_told_of_the_layers_is_that_of_the_twin():
             }
         )
     assert told[0] == told[1]
-    assert told[0]["observed"]["compliance"] == 1 > told[0]["valid"][0].valid
+    assert told[0]["observed"]["compliance"] == 1 > told[0]["valid"][0]["nm_valid"]
     assert told[0]["summary"][4]["nm_compliance"] == 1
 
 

@@ -146,7 +146,7 @@ def test_ddpm_of_a_fixed_variance_takes_the_first_half():
 def test_a_variance_that_the_denoiser_does_not_make_is_named():
     _, half = both()
     half.scheduler = DDPMScheduler(variance_type="learned_range")
-    with pytest.raises(UserError, match="the denoiser makes none; give --sampler ddim"):
+    with pytest.raises(UserError, match="the denoiser does not predict; give --sampler ddim"):
         drawn(half, "ddpm")
     drawn(half, "ddim")
 

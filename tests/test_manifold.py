@@ -64,7 +64,7 @@ def test_error_of_a_share_is_binomial() -> None:
 
 
 def test_sets_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(UserError, match="3 images are too few for their neighbour number 3"):
+    with pytest.raises(UserError, match="3 images are too few for 3 neighbours each"):
         precision_recall(features(0, 9), features(1, 3))
     with pytest.raises(UserError, match="one network"):
         precision_recall(features(0, 9, 3), features(0, 9, 4))

@@ -15,10 +15,9 @@ from rich.console import Console
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.folder import load
-from prunedm.monitor.machine import Gpu, Gpus, Machine, Meter, Use
+from prunedm.monitor.machine import Gpu, Gpus, Machine, Meter, Run, Snapshot, Use, look
 from prunedm.monitor.runs import find_run, said
 from prunedm.monitor.screen import duration, screen, sparks, speed
-from prunedm.monitor.snapshot import Run, Snapshot, look
 from prunedm.progress import Silent
 from prunedm.system import running
 from prunedm.system.running import Entry, Finished, entries, write_entry
@@ -179,7 +178,7 @@ def test_the_picture(width):
     assert "93 % 2 cores, load 3.1" in cpu
     assert "33 % 5.1 GB of 15.6 GB" in memory
     assert "97 % 12.0 GB of 150.0 GB  54 °C  312 W" in gpu
-    assert "not told" in other
+    assert "unknown" in other
     assert "142.0 GB of 150.0 GB  NVIDIA A30 MIG" in other
     first = next(k for k, line in enumerate(lines) if line.startswith("4-finetune"))
     for word in ("fine-tuning", "━", "312/2,000", "16%", "7:01 left"):
@@ -191,18 +190,18 @@ def test_the_picture(width):
     text = "\n".join(lines)
     assert "2-recover  finetune  1:01  loss 0.0250" in text
     assert "no model" in text
-    assert lines[-1].startswith("q leaves")
+    assert lines[-1].startswith("q quits")
 
 
 def test_without_gpus_one_line_says_so():
     lines = drawn(snapshot(), 80)
     assert sum("GPU" in line for line in lines) == 1
     assert "no NVIDIA GPU (NVML Shared Library Not Found)" in "\n".join(lines)
-    assert "nothing runs" in lines
+    assert "nothing is running" in lines
 
 
 def test_printed_once_there_is_no_help_for_keys():
-    assert "q leaves" not in "\n".join(drawn(snapshot(run()), height=None))
+    assert "q quits" not in "\n".join(drawn(snapshot(run()), height=None))
 
 
 @pytest.mark.parametrize("count", [1, 5, 9, 14, 40])
@@ -214,12 +213,12 @@ def test_many_runs_fit_the_height(count):
     more = [line for line in lines if line.startswith("and ")]
     assert more == ([] if shown == count else [f"and {count - shown} more"])
     assert shown >= min(count, 14)
-    assert lines[-1].startswith("q leaves")
+    assert lines[-1].startswith("q quits")
 
 
 def test_what_is_out_of_the_ordinary_is_told():
     text = "\n".join(drawn(snapshot(run(silent=90.0, host="far")), 120))
-    assert "no news for 1:30 · on far" in text
+    assert "no update for 1:30 · on far" in text
     text = "\n".join(drawn(snapshot(run(total=0, label="", stage="learn", figures={})), 120))
     assert "learn" in text
     assert "left" not in text
@@ -258,11 +257,13 @@ def test_a_run_is_found_by_folder_name_and_pid(tmp_path, monkeypatch):
     assert find_run(str(tmp_path / "b" / "x"), every) is two
     assert find_run("y", every) is three
     assert find_run("2", every) is two
-    with pytest.raises(UserError, match=r"2 runs are 'x'; give the pid: .*a/x \(1\), .*b/x \(2\)"):
+    with pytest.raises(
+        UserError, match=r"2 runs match 'x'; give the pid: .*a/x \(1\), .*b/x \(2\)"
+    ):
         find_run("x", every)
-    with pytest.raises(UserError, match=r"no run 'z'; running are .*y \(3 on far\)"):
+    with pytest.raises(UserError, match=r"no run 'z'; running: .*y \(3 on far\)"):
         find_run("z", every)
-    with pytest.raises(UserError, match="nothing runs"):
+    with pytest.raises(UserError, match="nothing is running"):
         find_run("z", [])
 
 
@@ -293,7 +294,7 @@ def test_the_command_prints_once_where_there_is_no_terminal(capsys):
         assert call("monitor", "--log", "out") == 0
         assert capsys.readouterr().out == "hello\n"
         assert call("monitor", "--stop", "other") == 2
-        assert "no run 'other'; running are" in capsys.readouterr().err
+        assert "no run 'other'; running: " in capsys.readouterr().err
         assert call("monitor", "--every", 0) == 2
         assert "every = 0: give a positive number" in capsys.readouterr().err
 

@@ -15,12 +15,12 @@ from test_table import evaluation
 
 from prunedm.errors import UserError
 from prunedm.evaluation import report
-from prunedm.evaluation.pictures import curve_of, grid, loss_curves, round_ticks
+from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.report import page, write_report
 from prunedm.evaluation.report.checks import check_lines
 from prunedm.evaluation.report.conditions import conditions_in_words
-from prunedm.evaluation.report.front import panels
 from prunedm.evaluation.report.layers import layer_bars, reason_in_words
+from prunedm.evaluation.report.plots import curve_of, loss_curves, panels, round_ticks
 from prunedm.evaluation.report.samples import sheets
 from prunedm.evaluation.report.stages import duration, failures, lineage_of, timeline
 from prunedm.evaluation.report.timings import timing_blocks
@@ -274,11 +274,16 @@ def test_every_word_has_both_languages() -> None:
     for key, words in english.items():
         assert words.strip(), key
         assert chinese[key].strip(), key
-        if key != "conditions.missing":  # names its list in each language
-            slots = (sorted(re.findall(r"{(\w+)}", text)) for text in (words, chinese[key]))
-            assert next(slots) == next(slots), key
+        slots = (sorted(re.findall(r"{(\w+)}", text)) for text in (words, chinese[key]))
+        assert next(slots) == next(slots), key
     assert not [key for key, words in english.items() if re.search(r"[\u4e00-\u9fff]", words)]
     assert {f"metric.{key}{end}" for key in METRICS for end in ("", ".meaning")} <= extra
+    for key, words in {k: m.conditions for k, m in METRICS.items() if m.conditions}.items():
+        slots = (
+            set(re.findall(r"{(\w+)}", text))
+            for text in (words, chinese[f"metric.{key}.conditions"])
+        )
+        assert next(slots) == next(slots), key
     assert {f"condition.{name}" for name in Conditions.model_fields} <= extra
     assert {f"stage.{name}" for name in (*STAGES_OF_VERBS, "compare")} <= extra
 
@@ -410,9 +415,9 @@ def test_timings_compare_like_with_like() -> None:
         evaluation("a", timings=[timing(1, 5), timing(16, 50.1), timing(16, 20, compiled=True)]),
     ]
     one, sixteen, compiled = timing_blocks(models)
-    assert [(row.change, row.tone) for row in one.rows] == [("", ""), ("−50 %", "better")]
-    assert [(row.change, row.tone) for row in sixteen.rows] == [("", ""), ("+0.2 %", "")]
-    assert [(row.label, row.change) for row in compiled.rows] == [("a", "")]
+    assert [(row.change, row.tone) for row in one] == [("", ""), ("−50 %", "better")]
+    assert [(row.change, row.tone) for row in sixteen] == [("", ""), ("+0.2 %", "")]
+    assert [(row.label, row.change) for row in compiled] == [("a", "")]
     assert timing_blocks([evaluation()]) == []
 
 
@@ -478,14 +483,14 @@ def test_failed_steps_are_shown_once(tmp_path: Path) -> None:
     (failure,) = failures(models)
     assert failure.labels == ["dense", "1-prune"]
     read = Page(written(models, {}, tmp_path)).text
-    assert "kid failed dense, 1-prune goes without it too few samples" in read
+    assert "kid failed missing for dense, 1-prune too few samples" in read
 
 
 def test_long_values_are_not_shown(tmp_path: Path) -> None:
     made = record("prune", [], curve={"losses": list(range(500))})
     model = evaluation().model_copy(update={"record": made})
     read = Page(written([model], {}, tmp_path)).text
-    assert "(long; whole in record.json)" in read
+    assert "(long; in full in record.json)" in read
     assert "499" not in read
 
 
@@ -559,7 +564,6 @@ def test_grid_refuses_what_is_no_image(images: np.ndarray) -> None:
 
 def test_curve_is_the_mean_of_neighbours() -> None:
     curve = curve_of("a", list(range(1000)), [[500, 2.0]])
-    assert curve.window == 10
     assert len(curve.training) == 100
     assert curve.training[0] == (5.5, 4.5)  # losses 0..9 belong to steps 1..10
     assert curve.held_out == [(500.0, 2.0)]

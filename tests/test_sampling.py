@@ -138,7 +138,9 @@ def test_every_sampler_takes_the_spacing_where_it_can(denoiser, sampler, spacing
 
 
 def test_a_spacing_that_a_sampler_cannot_take_is_refused():
-    with pytest.raises(UserError, match="'PNDMScheduler' takes no quad spacing; try trailing"):
+    with pytest.raises(
+        UserError, match="'PNDMScheduler' does not support quad spacing; try trailing"
+    ):
         make_sampler(TRAINED, "PNDMScheduler", "quad")
     with pytest.raises(UserError, match="unknown spacing 'squared'; try trailing, uniform, quad"):
         make_sampler(TRAINED, "ddim", "squared")
@@ -234,7 +236,7 @@ def test_unknown_samplers_and_too_many_steps_are_refused(denoiser):
         ("UnCLIPScheduler", "only supports `beta_schedule`: 'squaredcos_cap_v2'"),
         ("IPNDMScheduler", "it has a noise schedule of its own"),
         ("DDIMInverseScheduler", "it goes from image to noise"),
-        ("RePaintScheduler", "its steps want model_output, timestep, sample, original_image, mask"),
+        ("RePaintScheduler", "its steps take model_output, timestep, sample, original_image, mask"),
         ("VQDiffusionScheduler", "missing 1 required"),
     ],
 )
@@ -460,7 +462,7 @@ def test_what_cannot_be_drawn_fails_before_any_work(tmp_path):
     for changes, message in (
         ({"sampling_steps": 1001}, "1001 sampling steps: the model has 1000"),
         ({"sampler": "dimm"}, "unknown sampler 'dimm'"),
-        ({"sampler": "PNDMScheduler", "spacing": "quad"}, "takes no quad spacing"),
+        ({"sampler": "PNDMScheduler", "spacing": "quad"}, "does not support quad spacing"),
     ):
         with pytest.raises(UserError, match=message):
             sample(tiny_folder(), tmp_path / "out", OPTIONS.model_copy(update=changes))

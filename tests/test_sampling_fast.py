@@ -141,9 +141,7 @@ def test_images_beyond_float16_are_drawn_in_a_wider_type(monkeypatch, denoiser):
     images = drawn(denoiser, 6, speed="fast", progress=heard, made=used.append)
     assert [call.dtype for call in used] == [torch.float16, torch.float32]
     assert (images.int() - drawn(denoiser, 6).int()).abs().max() <= 1
-    assert heard.said == [
-        "float16 is too narrow for this model; its images are drawn in a wider type"
-    ]
+    assert heard.said == ["this model overflows float16; its images are drawn in a wider type"]
 
 
 @pytest.mark.parametrize("kinds", [[torch.bfloat16, torch.float32], [torch.float32], None])
@@ -231,7 +229,9 @@ def test_where_compiling_fails_it_says_so_once_and_goes_on(monkeypatch, denoiser
     plain = drawn(denoiser, 6, speed="fast")
     heard = Heard()
     assert torch.equal(drawn(denoiser, 6, speed="fast", progress=heard), plain)
-    assert heard.said == ["torch.compile does not work here (no C++ compiler); going on without it"]
+    assert heard.said == [
+        "torch.compile does not work here (no C++ compiler); sampling continues without it"
+    ]
 
 
 @pytest.mark.slow

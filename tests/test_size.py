@@ -8,7 +8,6 @@ from torch import nn
 
 from prunedm.architecture import example
 from prunedm.errors import UserError
-from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import LossEstimate, denoising_loss, fixed_batches
 from prunedm.evaluation.paired import median_error, psnr, ssim, window_for
 from prunedm.evaluation.profiling import kernel, peak_memory
@@ -16,10 +15,11 @@ from prunedm.evaluation.size import (
     count_macs,
     count_nonzero,
     count_parameters,
+    layer_sparsity,
     nm_validity,
     packed_bytes,
 )
-from prunedm.evaluation.speed import Way, dtype_in_words, latencies, latency, timings
+from prunedm.evaluation.speed import Way, dtype_in_words, timings
 from prunedm.masks import Masks, Pattern
 from prunedm.networks.layers import prunable_layers
 from prunedm.removal.nm import nm_masks
@@ -100,26 +100,27 @@ def test_nm_validity_looks_at_weights_and_says_what_is_dense():
     masks = masks_of(unet, targets=["mid_block"])
     masks.apply_(unet)
     validity = nm_validity(unet, masks)
-    assert (validity.pattern, validity.valid, validity.layers) == ("2:4", 1.0, len(masks.by_layer))
-    assert set(validity.dense) == set(prunable_layers(unet)) - set(masks.by_layer)
-    assert set(validity.dense.values()) == {"left dense"}
+    assert (validity["pattern"], validity["nm_valid"]) == ("2:4", 1.0)
+    assert validity["nm_layers"] == len(masks.by_layer)
+    assert set(validity["nm_dense"]) == set(prunable_layers(unet)) - set(masks.by_layer)
+    assert set(validity["nm_dense"].values()) == {"left dense"}
     name, mask = next(iter(masks))
     with torch.no_grad():  # a third weight in one group
         unet.get_submodule(name).weight[tuple((~mask).nonzero()[0])] = 1.0
-    assert nm_validity(unet, masks).valid == pytest.approx(1 - 4 / masks.total, abs=1e-7)
+    assert nm_validity(unet, masks)["nm_valid"] == pytest.approx(1 - 4 / masks.total, abs=1e-7)
 
 
 def test_nm_validity_of_weights_that_are_not_pruned_is_zero():
     unet = tiny_model().denoiser
-    assert nm_validity(unet, masks_of(unet)).valid == 0
-    none = nm_validity(unet, None)
-    assert (none.pattern, none.valid, none.layers) == ("", None, 0)
-    assert nm_validity(unet, Masks(masks_of(unet).by_layer)).valid is None
+    assert nm_validity(unet, masks_of(unet))["nm_valid"] == 0
+    none = {"pattern": "", "nm_valid": None, "nm_layers": 0, "nm_dense": {}}
+    assert nm_validity(unet, None) == none
+    assert nm_validity(unet, Masks(masks_of(unet).by_layer)) == none
 
 
 def test_nm_validity_names_the_layers_that_do_not_fit():
     unet = tiny_model(block_out_channels=(8, 12), norm_num_groups=2, attention_head_dim=4).denoiser
-    dense = nm_validity(unet, masks_of(unet, "4:8")).dense
+    dense = nm_validity(unet, masks_of(unet, "4:8"))["nm_dense"]
     assert dense["mid_block.resnets.0.conv1"] == "12 input channels are not a multiple of 8"
     assert "down_blocks.0.resnets.0.conv1" not in dense
 
@@ -174,15 +175,13 @@ def test_psnr_by_hand():
 
 def test_latencies_are_positive_and_for_the_batch_asked():
     unet = tiny_model(num_class_embeds=3).denoiser
-    one = latency(unet, example(unet, 2), repeats=2)
-    assert one.batch == 2
-    assert one.median_ms > 0
-    assert one.spread_ms >= 0
-    assert len(latencies([(unet, example(unet))] * 2, repeats=1)) == 2
+    found = timings([(unet, example(unet, 2))] * 2, Way(2), repeats=2)
+    assert [timing.batch for timing in found] == [2, 2]
+    assert all(timing.median_ms > 0 and timing.spread_ms >= 0 for timing in found)
 
 
 def test_pairs_of_other_shapes_are_refused():
-    with pytest.raises(UserError, match="no pairs"):
+    with pytest.raises(UserError, match="not pairs"):
         psnr(np.zeros((2, 4, 4, 1), np.uint8), np.zeros((1, 4, 4, 1), np.uint8))
 
 

@@ -247,13 +247,13 @@ def dense_layer() -> nn.Module:
         ),
         (
             lambda: made_2_4(nn.Linear(64, 24)),
-            "cuSPARSELt: 24 outputs are no multiple of 16; "
-            "CUTLASS: 24 outputs are no multiple of 32",
+            "cuSPARSELt: 24 outputs are not a multiple of 16; "
+            "CUTLASS: 24 outputs are not a multiple of 32",
         ),
         (
             lambda: made_2_4(nn.Linear(40, 16)),
-            "cuSPARSELt: 40 weights an output are no multiple of 16; "
-            "CUTLASS: 16 outputs are no multiple of 32",
+            "cuSPARSELt: 40 weights per output are not a multiple of 16; "
+            "CUTLASS: 16 outputs are not a multiple of 32",
         ),
         (nn.ReLU, "a ReLU is neither a linear layer nor a Conv2d"),
     ],
@@ -349,7 +349,7 @@ def test_a_wrong_kernel_is_an_error_and_undone(denoiser, factor):
             return super().forward(x_BK, bias_O) * factor
 
     before, wanted = dict(denoiser.named_modules()), output(denoiser)
-    with pytest.raises(UserError, match=r"answer by .* more than 0.02; the dense layers are back"):
+    with pytest.raises(UserError, match=r"error of .*, above 0.02; the dense layers are back"):
         use_sparse_kernels(
             denoiser.train(),
             example(denoiser),
@@ -401,7 +401,7 @@ def test_without_such_a_gpu_nothing_changes_and_it_says_why(denoiser):
         raise AssertionError("timed")
 
     selection = use_sparse_kernels(denoiser, example(denoiser, 4), timer=never, progress=heard)
-    assert heard.said == ["nothing is made sparse: the denoiser is on cpu, not on an NVIDIA GPU"]
+    assert heard.said == ["no layer is replaced: the denoiser is on cpu, not on an NVIDIA GPU"]
     assert dict(denoiser.named_modules()) == modules
     assert all(torch.equal(before[k], v) for k, v in denoiser.state_dict().items())
     eligible = {c.name for c in selection.choices if c.reason == "would be eligible"}

@@ -192,8 +192,7 @@ def _say(console: "Console", text: str) -> None:
 def _print_json() -> None:
     import json
 
-    from prunedm.monitor.machine import Meter
-    from prunedm.monitor.snapshot import first_look
+    from prunedm.monitor.machine import Meter, first_look
     from prunedm.record import finite
 
     print(json.dumps(finite(first_look(Meter()).model_dump(mode="json")), indent=1))

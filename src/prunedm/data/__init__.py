@@ -1,4 +1,4 @@
-"""Images from wherever they are: the embedded digits, a hub id, a dataset folder, an image folder."""
+"""Images from the embedded digits, a hub id, a dataset folder or an image folder."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +21,12 @@ from prunedm.data.tables import Tables, find_dataset, open_folder, open_parquet,
 from prunedm.errors import UserError
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-# bands of other meanings, which would pass as colours or grey
+# modes whose bands are not plain grey or RGB values, and what they become
 _EIGHT_BITS = {
     "P": "RGB", "PA": "RGBA", "1": "L", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB", "CMYK": "RGB",
     "RGBX": "RGB",
 }  # fmt: skip
-# v / 257, rounded: a table, for in floats a large image would take gigabytes
+# v / 257, rounded; a table, because a large image in floats would take gigabytes
 _SIXTEEN = (np.arange(1 << 16) / 257).round().astype(np.uint8)
 
 Size = int | tuple[int, int]  # a side, or height and width
@@ -37,8 +37,7 @@ class ImageSet:
 
     `images[i]` is uint8 CHW; `images.label(i)` its class or None; `captions[i]` its text. `source` is
     any sequence of PIL images, file paths, files' bytes, or uint8 HW / HWC arrays, decoded and resized
-    only when asked for. Where there are no labels, `unlabelled` says why; `left_out` what of a source
-    is not in it.
+    on access. `unlabelled` says why there are no labels, and `left_out` which images were left out.
     """
 
     def __init__(
@@ -76,16 +75,16 @@ class ImageSet:
         return None if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:
-        """A hash of the content: of a sample, as records of before have it, and of every byte.
+        """Two hashes of the content: of a sample, for compatibility with old records, and of every byte.
 
-        Raises `UserError` for the first image that cannot be read, or does not fit the model.
+        Raises `UserError` for the first image that cannot be read or does not fit the model.
         """
         kind = f"{self.channels} {self.convert}"
         whole = content_hash(self.source, self._check, kind)
         return f"{self._sample_hash()}-{whole}"
 
     def _sample_hash(self) -> str:
-        """Of length, 64 evenly spaced images, all labels and captions."""
+        """A hash of the length, 64 evenly spaced images, and all labels and captions."""
         digest = hashlib.sha256(f"{len(self)}x{self.channels}x{self.size}".encode())
         for index in np.linspace(0, len(self) - 1, min(64, len(self))).astype(int):
             digest.update(self[int(index)].contiguous().numpy().tobytes())
@@ -96,18 +95,18 @@ class ImageSet:
         return digest.hexdigest()[:16]
 
     def _check(self, index: int, item: Any) -> None:
-        """What would else fail only when it is the image's turn: after hours of training."""
+        """Raise now what would otherwise fail when the image is read, after hours of training."""
         if not isinstance(item, (Path, bytes)):
             return
         name = self._name(index, item)
         try:
             mode = check_whole(item, name)
         except UserError as error:
-            raise UserError(f"{error}; put a sound one in its place, or take it out") from error
+            raise UserError(f"{error}; replace it by an intact one, or remove it") from error
         self._fits(_mode_in_8_bits(mode, name), index)
 
     def _fits(self, mode: str, index: int) -> bool:
-        """Whether the bands are the model's; `UserError` where they are not to be converted."""
+        """Whether the image has the model's channels. Raises `UserError` if not, unless converting."""
         bands = len(ImageMode.getmode(mode).bands)
         if bands != self.channels and not self.convert:
             raise UserError(
@@ -127,12 +126,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a name stands for: the images of each split, and their labels."""
+    """An opened dataset: the images of each split, and their labels."""
 
     sizes: Mapping[str, int]
     images: Callable[[str], Sequence[Any]]
     labels: Callable[[str], Labels]
-    captions: Callable[[str, str], list[str] | None]  # (split, column); None where there are none
+    captions: Callable[[str, str], list[str] | None]  # (split, column) -> texts, if any
     left_out: str = ""
 
 
@@ -151,9 +150,9 @@ def load_images(
 ) -> ImageSet:
     """Images of `split` ("train" or "test") by name: digits, a folder, or a hub id.
 
-    Where labels are needed, held-out images without any do not serve, and some of the training
-    images are held out. Raises `UserError` where the name is none of them, or holds no images, and where
-    captions are wanted and an image has none.
+    Where labels are needed and the held-out images have none, some of the training images are held out
+    instead. Raises `UserError` for an unknown name, for a dataset without images, and where captions
+    are requested and an image has none.
     """
     found = _open(name, size, label_column, image_column, caption_column)
 
@@ -186,7 +185,7 @@ def load_images(
 
 
 def all_images(name: str, *, size: Size, channels: int, image_column: str = "") -> ImageSet:
-    """All images of a folder, whatever its splits; of digits and the hub, those held out, or all."""
+    """All images of a folder, whatever its splits; for digits and the hub the held-out ones, if any."""
     found = _open(name, size, "", image_column)
     if (locate(name) is None or is_embedded(name)) and set(HELD_OUT) & set(found.sizes):
         return load_images(
@@ -240,7 +239,7 @@ def _open(
 
 
 def is_embedded(name: str) -> bool:
-    """A folder of that name comes first, as it does for models; but a model is not a dataset."""
+    """Whether a name means the embedded digits: a folder of that name has priority, unless a model."""
     path = locate(name)
     return name == "digits" and (path is None or (path / "model_index.json").exists())
 
@@ -268,7 +267,7 @@ def _folder(folder: Path, found: Found, label_column: str) -> _Source:
     return _Source(
         {split: len(files) for split, files in groups.items()},
         lambda split: groups[split],
-        lambda split: labels()(split),  # noqa: PLW0108 - read when asked for
+        lambda split: labels()(split),  # noqa: PLW0108 - read on demand
         lambda split, column: file_captions(folder, groups[split], column),
         found.rest(),
     )
@@ -306,7 +305,7 @@ def to_model_range(images_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images_NCHW: torch.Tensor) -> torch.Tensor:
-    """Float -1..1 => uint8 0..255, rounded (truncation darkens images and costs FID)."""
+    """Float -1..1 => uint8 0..255, rounded (truncation darkens images and worsens FID)."""
     return ((images_NCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -316,7 +315,7 @@ def sides(size: Size) -> tuple[int, int]:
 
 
 def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest part around the middle that has the shape, resized."""
+    """The largest central crop of that aspect ratio, resized."""
     if image.size == (width, height):
         return image
     across = min(image.width, image.height * width // height)
@@ -327,7 +326,7 @@ def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """`image` with 8-bit bands; numpy would wrap 16-bit values, and read black and white as 0, 1."""
+    """`image` with 8-bit bands; numpy would wrap 16-bit values and read 1-bit ones as 0 and 1."""
     mode = _mode_in_8_bits(image.mode, name)
     if image.mode.startswith("I;16"):
         return Image.fromarray(_SIXTEEN[np.asarray(image)])

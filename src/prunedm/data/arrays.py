@@ -1,4 +1,4 @@
-"""Arrays in .npz files of others: what a header claims is believed where the file bears it out."""
+"""Arrays in untrusted .npz files: a header is believed only where the file bears it out."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from prunedm.data.files import shown
 from prunedm.errors import UserError, first_line
 from prunedm.reading import check_regular
 
-IMAGES = ("images", "arr_0")  # keys of images
-LARGEST = 1 << 30  # bytes of an array that is read as a whole
+IMAGES = ("images", "arr_0")  # names of arrays that hold images
+LARGEST = 1 << 30  # most bytes of an array that is read whole
 _CHUNK = 1 << 20
-_DEFLATE = 1100  # no file unpacks to more than so many times its size
+_DEFLATE = 1100  # most that a file can expand by
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -25,7 +25,7 @@ _HEADERS = {
 
 
 class Damaged(UserError):
-    """A fault of the whole file, which leaving out one image does not mend."""
+    """A fault of the whole file, which skipping an image does not solve."""
 
 
 class Header(NamedTuple):
@@ -36,7 +36,7 @@ class Header(NamedTuple):
 
 @contextmanager
 def _reading(path: Path, key: str = "") -> Iterator[None]:
-    """Whatever zipfile, zlib and numpy raise, of a dozen types, in one line."""
+    """Turn what zipfile, zlib and numpy raise, a dozen types, into one-line errors."""
     try:
         yield
     except UserError:
@@ -44,7 +44,7 @@ def _reading(path: Path, key: str = "") -> Iterator[None]:
     except Exception as error:
         what = f"{key} of {shown(path)!r}" if key else f"{shown(path)!r} as an .npz"
         reason = f"it is damaged ({error})" if isinstance(error, BadZipFile) else first_line(error)
-        raise Damaged(f"cannot read {what}: {shown(reason)}; save it anew") from error
+        raise Damaged(f"cannot read {what}: {shown(reason)}; save it again") from error
 
 
 def keys(path: Path) -> set[str]:
@@ -54,21 +54,26 @@ def keys(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def header_of(path: Path, key: str) -> "Header":
-    """What an array claims to be, as far as the file bears it out."""
+@contextmanager
+def _opened(path: Path, key: str) -> Iterator[tuple[IO[bytes], Header]]:
+    """The array's file after its header, and the header."""
     check_regular(path)
     with _reading(path, key), ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-        return _header(archive, file, path, key)
+        yield file, _header(archive, file, path, key)
+
+
+def header_of(path: Path, key: str) -> Header:
+    """An array's header. Raises `Damaged` where the file cannot hold what it claims."""
+    with _opened(path, key) as (_, header):
+        return header
 
 
 def read_array(path: Path, key: str) -> np.ndarray:
-    """One array of numbers or a text, whole and with its checksum checked."""
-    check_regular(path)
-    with _reading(path, key), ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-        header = _header(archive, file, path, key)
+    """One array of numbers or strings, whole, with its checksum verified."""
+    with _opened(path, key) as (file, header):
         if header.dtype.kind not in "fiubU" or file_bytes(header) > LARGEST:
             raise Damaged(f"{key} of {shown(path)!r} is {header.dtype} {header.shape}, not numbers")
-        raw = file.read(file_bytes(header) + 1)  # to the end: only there the checksum is compared
+        raw = file.read(file_bytes(header) + 1)  # to the end, where the checksum is verified
         array = np.frombuffer(raw, dtype=header.dtype, count=math.prod(header.shape))
         return array.reshape(header.shape, order="F" if header.by_column else "C")
 
@@ -81,22 +86,22 @@ def _header(archive: ZipFile, file: IO[bytes], path: Path, key: str) -> Header:
     """Raises `Damaged` where the file cannot hold what its header claims."""
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
-        raise Damaged(f"{key} of {shown(path)!r} is of .npy version {version}; save it anew")
+        raise Damaged(f"{key} of {shown(path)!r} is of .npy version {version}; save it again")
     header = Header(*_HEADERS[version](file))
     entry = archive.getinfo(f"{key}.npy")
     held = min(entry.file_size, _DEFLATE * min(entry.compress_size, path.stat().st_size))
     if file_bytes(header) != entry.file_size - file.tell() or entry.file_size > held:
         raise Damaged(
             f"{key} of {shown(path)!r} claims {header.dtype} {header.shape}, which is not what the "
-            "file holds; save it anew"
+            "file holds; save it again"
         )
     return header
 
 
 class Rows(Sequence[np.ndarray]):
-    """Images of an array, HW or HWC, read one by one: the array is never whole in memory.
+    """Images of an array, HW or HWC, read one by one, so that the array is never whole in memory.
 
-    It is read once before, to compare its checksum, which reading here and there would not.
+    It is read through once at first to verify its checksum, which random access would not.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -120,10 +125,10 @@ class Rows(Sequence[np.ndarray]):
 
     def __getitem__(self, index: Any) -> Any:
         with _reading(self.path):
-            self._file.seek(self._start + index * self._bytes)  # nowhere, where rows follow
+            self._file.seek(self._start + index * self._bytes)  # free for consecutive rows
             raw = self._file.read(self._bytes)
         if len(raw) < self._bytes:
-            raise Damaged(f"{shown(self.path)!r} ends at image {index}; save it anew")
+            raise Damaged(f"{shown(self.path)!r} ends at image {index}; save it again")
         return np.frombuffer(raw, dtype=np.uint8).reshape(self.row_shape)
 
     def _check_kind(
@@ -138,7 +143,7 @@ class Rows(Sequence[np.ndarray]):
             )
         if by_column:
             raise Damaged(
-                f"{key} of {shown(self.path)!r} is uint8 in Fortran's order; save "
+                f"{key} of {shown(self.path)!r} is uint8 in Fortran order; save "
                 "np.ascontiguousarray of it"
             )
         if math.prod(shape[1:3]) > (Image.MAX_IMAGE_PIXELS or math.inf) or 0 in shape[1:]:

@@ -1,4 +1,4 @@
-"""What a set of images holds, every byte of it: one that was replaced is another set."""
+"""Hashes of image sets over every byte, so that a replaced image makes another set."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ from prunedm.data.tables import Column
 from prunedm.record import file_hash
 from prunedm.tensor_cache import remembered, text_key, times_of
 
-REMEMBERED = 1000  # images, from which on a hash is kept with what tells that nothing has changed
+REMEMBERED = 1000  # least images of a set whose hash is cached
 
 
 def content_hash(source: Sequence[Any], look: Callable[[int, Any], None], kind: str) -> str:
-    """A hash of the images as they are stored; `look` is told each, and may raise.
+    """A hash of the images as they are stored; `look` is called with each, and may raise.
 
-    kind: all that `look` depends on. Of many images the hash is kept: of files by their sizes and
-    times, of tables by the name that `datasets` gives a content.
+    kind: all that `look` depends on. For many images the hash is cached: for files by their sizes and
+    times, for tables by the fingerprint of `datasets`.
     """
     known = _known_by(source) if len(source) >= REMEMBERED else None
     if known is None:
@@ -31,7 +31,7 @@ def content_hash(source: Sequence[Any], look: Callable[[int, Any], None], kind: 
 
 
 def _known_by(source: Sequence[Any]) -> list[Any] | None:
-    """What changes with the content and costs little; None where nothing does."""
+    """A cheap key that changes with the content, or None where there is none."""
     if isinstance(source, list) and isinstance(source[0], Path):
         return [[str(path.absolute()), *times_of(path)] for path in source]
     indices = list(source.indices) if isinstance(source, Subset) else None
@@ -51,7 +51,7 @@ def _hash(source: Sequence[Any], look: Callable[[int, Any], None]) -> str:
 
 
 def _stored(item: Any) -> bytes:
-    """A hash of one image, so that no byte can move from one to the next."""
+    """A hash of one image, of fixed length, so that no byte can move from one image to the next."""
     if isinstance(item, Path):
         return file_hash(item).encode()
     if isinstance(item, Image.Image):

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and how one is opened: bounded, upright, and never a pipe."""
+"""Finding the image files of a folder, and opening one safely: bounded, upright, never a pipe."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from prunedm.errors import UserError, first_line, masked
 from prunedm.reading import check_regular
 from prunedm.record import FILE as RECORD
 
-# Pillow's rasters. Not what it hands to other programs (EPS, WMF), nor icons, documents and stubs.
+# Pillow's raster formats; none that it hands to other programs (EPS, WMF), no icons or documents.
 FORMATS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -34,43 +34,48 @@ FORMATS = {
     "QOI": (".qoi",),
     "PCX": (".pcx",),
     "SGI": (".sgi",),
-    "TGA": (".tga",),  # last: it has no mark of its own
+    "TGA": (".tga",),  # last, because it has no magic number
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-DROPPINGS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN")  # of systems, beside hidden ones
-SHEETS = ("grid.png", "samples.png")  # of our own folders: many images on one
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as `datasets` names them
+DROPPINGS = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "$RECYCLE.BIN",
+)  # left by systems, besides hidden ones
+SHEETS = ("grid.png", "samples.png")  # in folders of prunedm: many images on one sheet
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as in `datasets`
 BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, AttributeError,
     OverflowError, MemoryError, RuntimeError, struct.error, zlib.error, AssertionError,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip  # what Pillow raises on files of noise
+)  # fmt: skip  # what Pillow raises on arbitrary bytes
 _ORIENTATION = ExifTags.Base.Orientation
 
 
 @dataclass
 class Found:
-    """Images and parquet files of a folder and of all below it, in the order of their paths."""
+    """The image and parquet files of a folder, subfolders included, in the order of their paths."""
 
     files: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)  # what, and how many
+    left_out: Counter[str] = field(default_factory=Counter)  # kind -> how many
 
     def rest(self) -> str:
-        """What was left out, in words."""
+        """The files that were left out, in words."""
         return ", ".join(f"{count:,} {what}" for what, count in sorted(self.left_out.items()))
 
 
 def find_images(folder: Path) -> Found:
-    """Links are followed, and each folder is read once, whatever leads to it.
+    """All images below a folder. Links are followed, and each folder is read once.
 
-    Hidden files and folders, and those that systems drop, are left out; so are sheets of many
-    images in folders of ours. A pipe with an image's name counts, and is refused when it is opened.
+    Hidden and system files and folders are left out, and so are sheets of many images in folders of
+    prunedm. A pipe with an image's name counts, and is refused when it is opened.
     """
     found = Found()
     seen: set[tuple[int, int]] = set()
     waiting = [str(folder)]
-    while waiting:  # no call within a call: folders may be nested thousands deep
+    while waiting:  # not recursive: folders may be nested thousands deep
         waiting += _walk(waiting.pop(), found, seen)
     for paths in (found.files, found.tables):
         paths.sort(key=lambda path: path.parts)
@@ -79,12 +84,12 @@ def find_images(folder: Path) -> Found:
 
 
 def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> list[str]:
-    """Take in the files of a folder; the folders in it, the last of which is to be read first."""
+    """Add a folder's files to `found`; returns its subfolders, the first of them last."""
     inner: list[str] = []
     try:
         place = Path(folder).stat()
         with os.scandir(folder) as listing:
-            # real folders first: a link to one must not give its images another name
+            # real folders before links, so that a link does not give its images another name
             entries = sorted(listing, key=lambda entry: (entry.is_symlink(), entry.name))
     except OSError as error:
         raise UserError(f"cannot read folder {shown(folder)}: {error.strerror}") from error
@@ -110,7 +115,7 @@ def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> list[str]:
 
 
 def _suffix(name: str) -> str:
-    """As `Path.suffix`, without a path for each of many thousand files."""
+    """As `Path.suffix`, without building a path for each of many thousand files."""
     stem, dot, end = name.rpartition(".")
     return (dot + end).lower() if stem else ""
 
@@ -118,23 +123,23 @@ def _suffix(name: str) -> str:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links that lead to themselves
+    except OSError:  # a link loop
         return False
 
 
 def locate(name: str) -> Path | None:
-    """The path that a name stands for, "~" resolved, or None where nothing can be there."""
+    """The existing path of this name, with "~" resolved, or None."""
     try:
         path = Path(name).expanduser()
         return path if name and path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, of an unknown user
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown user
         return None
 
 
 def open_image(item: Any, name: str) -> Image.Image:
-    """A PIL image, upright, from itself, a path, an array, or bytes of a file. `name` is for errors.
+    """An upright PIL image from an image, a path, an array, or a file's bytes. `name` is for errors.
 
-    Of animations the first frame counts. Raises `UserError` for what cannot be read.
+    The first frame of an animation. Raises `UserError` where it cannot be read.
     """
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
@@ -149,9 +154,9 @@ def open_image(item: Any, name: str) -> Image.Image:
 
 
 def check_whole(item: Path | bytes, name: str) -> str:
-    """The mode of an image file that is there to its end. Raises `UserError` for one that is not.
+    """The mode of an image file. Raises `UserError` if it is truncated.
 
-    What looks cut off is decoded, to be sure.
+    A file that looks truncated is decoded to make sure.
     """
     if isinstance(item, Path):
         check_regular(item)
@@ -167,7 +172,7 @@ def check_whole(item: Path | bytes, name: str) -> str:
 
 
 def _has_its_end(image: Image.Image, item: Path | bytes) -> bool:
-    """By checksums or marks of the format; False where only decoding tells."""
+    """Whether checksums or end markers show it to be complete; False where only decoding could."""
     try:
         if image.format == "PNG":
             image.verify()
@@ -188,7 +193,7 @@ def _end_of(item: Path | bytes) -> bytes:
 
 
 def open_lazily(item: Path | bytes) -> Image.Image:
-    """Its header only. Raises one of `BROKEN`; one of more pixels than Pillow thinks safe, too."""
+    """Reads the header only. Raises one of `BROKEN`, also above Pillow's limit on pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damaged metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -197,13 +202,13 @@ def open_lazily(item: Path | bytes) -> Image.Image:
 
 @cache
 def _formats() -> list[str]:
-    """Those that this Pillow has."""
+    """Those that this Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """As its EXIF orientation says; one that cannot be read says nothing."""
+    """Turned by its EXIF orientation, if that can be read."""
     return ImageOps.exif_transpose(image) if orientation(image) > 1 else image
 
 
@@ -216,15 +221,15 @@ def orientation(image: Image.Image) -> int:
 
 
 def shown(name: object) -> str:
-    """A name in a message, not longer than a line, and without a URL's password."""
+    """A name for a message: at most a line, and without a URL's user and password."""
     text = re.sub(r"(:/{1,2})[^/@\s]+@", r"\1***@", masked(str(name)))
     return text if len(text) <= 120 else f"{text[:60]}...{text[-50:]}"
 
 
 def reason(error: BaseException) -> str:
-    """What one of `BROKEN` says, in a line."""
+    """The message of one of `BROKEN`, in one line."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, as decompression bombs have"
+        return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, like a decompression bomb"
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image"
     return first_line(error)

@@ -1,4 +1,4 @@
-"""Datasets of the hub: asked for once and shortly, and taken from the cache where it is silent."""
+"""Datasets of the hub: one short request, and the cache where the hub does not answer."""
 
 import re
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ _FILES = re.compile(
 def open_hub(name: str) -> dict[str, "Dataset"]:
     """The splits of the hub's dataset `name`.
 
-    Raises `UserError` at once for what cannot be a hub id, and within seconds for an id that the
-    hub does not know, or that is not in the cache while the hub cannot be reached.
+    Raises `UserError` at once for what cannot be a hub id, and within seconds for an id that the hub
+    does not know, or that is not cached while the hub cannot be reached.
     """
     start = f"unknown dataset {shown(name)!r}: no such folder"
     meant = near(name)
@@ -43,7 +43,7 @@ def open_hub(name: str) -> dict[str, "Dataset"]:
     try:
         with _offline(bool(why)):
             return named_splits(datasets.load_dataset(name))
-    except Exception as error:  # a dozen types; all mean "not to be had"
+    except Exception as error:  # a dozen types, all of which mean "not available"
         reason = (
             f"the hub cannot be reached ({why})" if why else f"the hub says: {first_line(error)}"
         )
@@ -52,7 +52,7 @@ def open_hub(name: str) -> dict[str, "Dataset"]:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """`datasets` and the hub's client without a network: they read the variables only once."""
+    """Put `datasets` and the hub's client offline; they read the environment only once."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,6 +1,6 @@
-"""Classes of images: from folders of classes, metadata files or a table's column.
+"""Class labels of images, from class folders, metadata files or a table's column.
 
-Texts are numbered 0..n-1 in their sorted order, as `datasets` and torchvision do; integers stay.
+Names are numbered 0..n-1 in sorted order, as in `datasets` and torchvision; integers stay.
 """
 
 import csv
@@ -14,24 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.data.files import METADATA, shown
-from prunedm.data.splits import split_of, split_of_path
+from prunedm.data.splits import place_of_split, split_of_path
 from prunedm.errors import UserError, first_line, nearest
 from prunedm.reading import check_regular, parse_json, read_text
 
-_METADATA_LIMIT = 1 << 28  # bytes; some 100 a row
-CAPTIONS = (
-    "text",
-    "caption",
-    "captions",
-    "prompt",
-)  # names of a column of texts, the likeliest first
-_NAMES = {"label", "labels", "class", "classes", "category", "target"}  # a column's last word
-_NUMBERS = {"id", "idx", "index", "name", "number"}  # or the one before these
+_METADATA_LIMIT = 1 << 28  # bytes, at some 100 a row
+# usual names of a caption column, the likeliest first
+CAPTIONS = ("text", "caption", "captions", "prompt")
+_NAMES = {
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "category",
+    "target",
+}  # last words of names
+_NUMBERS = {"id", "idx", "index", "name", "number"}  # may follow it
 
 
 @dataclass(frozen=True)
 class Labels:
-    """One class an image, or why there are none; `absent` where not a single image has one."""
+    """One class per image, or why there are none; `absent` if no image at all has one."""
 
     values: Sequence[int] | None = None
     why: str = ""
@@ -39,7 +42,7 @@ class Labels:
 
 
 def number(values: Sequence[Any], training: Iterable[Any], name_of: Callable[[int], str]) -> Labels:
-    """Classes of raw `values`; those of texts are the texts in `training`."""
+    """Classes from raw `values`; names are numbered by those in `training`."""
     plain = [_plain(value) for value in values]
     kinds = {type(value) for value in plain}
     classes = sorted({text for text in map(_plain, training) if isinstance(text, str)})
@@ -65,7 +68,7 @@ def _is_class(value: Any, numbers: Mapping[str, int]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """pandas writes integers beside gaps as floats; an empty text is a gap too."""
+    """The value as pandas meant it: integers beside gaps are written as floats; "" is a gap too."""
     if isinstance(value, str):
         return value if value.strip() else None
     if isinstance(value, float):
@@ -76,9 +79,10 @@ def _plain(value: Any) -> Any:
 def label_column(
     declared: Sequence[str], possible: Sequence[str], columns: Sequence[str], wanted: str
 ) -> tuple[str, str]:
-    """A table's column of labels, or "" and why: `declared` classes, else `possible` ones by name.
+    """A table's label column: `declared` classes, else `possible` ones by name.
 
-    Where there is none, the reason is "". Raises `UserError` where the `wanted` one is not there.
+    Returns "" and the reason where several qualify, "" and "" where none does. Raises `UserError` where
+    the `wanted` column is missing.
     """
     if wanted and wanted not in columns:
         raise UserError(f"--label-column: no column {wanted!r}{nearest(wanted, columns)}")
@@ -100,7 +104,7 @@ def _names_labels(column: str) -> bool:
 def file_labels(
     root: Path, groups: Mapping[str, Sequence[Path]], training: str, wanted: str
 ) -> Callable[[str], Labels]:
-    """Labels of a group of files: of metadata files where they name some, else of class folders."""
+    """Labels by group of files: from metadata files that have some, else from class folders."""
     found, why = _described(root, groups, wanted)
     if found is None and not why:
         found, why = _class_folders(root, groups, training)
@@ -119,11 +123,15 @@ def _key(path: Path) -> str:
 def _class_folders(
     root: Path, groups: Mapping[str, Sequence[Path]], training: str
 ) -> tuple[dict[str, str] | None, str]:
-    """Each file's class: the one folder that it lies in, below those that all training files share."""
+    """Each file's class: its only folder below those that all training files share. Or why not."""
     depth = len(root.parts)
     folders = {_key(path): path.parts[depth:-1] for files in groups.values() for path in files}
     if len(groups) > 1 or all(map(split_of_path, folders.values())):  # else "train" is a class
-        folders = {path: _without_split(parts) for path, parts in folders.items()}
+        # the topmost folder that names a split is not a class
+        places = {path: place_of_split(parts) for path, parts in folders.items()}
+        folders = {
+            p: (*parts[: places[p]], *parts[places[p] + 1 :]) for p, parts in folders.items()
+        }
     own = {folders[_key(path)] for path in groups[training]}
     if len(own) == 1:
         return None, "they lie in one folder; a folder for each class gives labels"
@@ -136,16 +144,10 @@ def _class_folders(
     return {path: parts[shared] for path, parts in folders.items() if len(parts) == shared + 1}, ""
 
 
-def _without_split(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The topmost folder that names a split is not a class."""
-    named = next((i for i, part in enumerate(parts) if split_of(part)), len(parts))
-    return parts[:named] + parts[named + 1 :]
-
-
 def _described(
     root: Path, groups: Mapping[str, Sequence[Path]], wanted: str
 ) -> tuple[dict[str, Any] | None, str]:
-    """Each file's label by metadata files, where these have labels: else None, and why if known."""
+    """Each file's label from metadata files, or None and why, if known."""
     rows = _metadata(root, [path for files in groups.values() for path in files])
     kinds: dict[str, set[type]] = {}
     for _, row in rows:
@@ -162,22 +164,22 @@ def _described(
 
 
 def _by_file(rows: Sequence[tuple[Path, dict[str, Any]]], column: str) -> dict[str, Any]:
-    """Each file's value. Raises `UserError` where two rows of a file say different things."""
+    """Each file's value. Raises `UserError` where two rows of one file disagree."""
     found: dict[str, Any] = {}
     for folder, row in rows:
         name, value = row.get("file_name"), row.get(column)
         if isinstance(name, str) and found.setdefault(_key(folder / name), value) != value:
             raise UserError(
-                f"metadata in {shown(folder)!r} has two rows for {shown(name)} with another {column}; "
-                "leave one"
+                f"metadata in {shown(folder)!r} has two rows for {shown(name)} that differ in {column}; "
+                "keep one"
             )
     return found
 
 
 def file_captions(root: Path, files: Sequence[Path], wanted: str) -> list[str] | None:
-    """The text of each file by metadata files, or None where no column of them is a text.
+    """The caption of each file from metadata files, or None where they have no caption column.
 
-    Raises `UserError` for a column that is not there, and for a file that has no text.
+    Raises `UserError` for a missing column, and for a file without a caption.
     """
     rows = _metadata(root, files)
     column = caption_column({key for _, row in rows for key in row}, wanted)
@@ -189,14 +191,14 @@ def file_captions(root: Path, files: Sequence[Path], wanted: str) -> list[str] |
 
 
 def caption_column(columns: Collection[str], wanted: str) -> str | None:
-    """The wanted column of texts, or the one of a usual name. Raises `UserError` where it is missing."""
+    """The wanted caption column, or one of a usual name. Raises `UserError` where it is missing."""
     if wanted and wanted not in columns:
         raise UserError(f"--caption-column: no column {wanted!r}{nearest(wanted, list(columns))}")
     return wanted or next((name for name in CAPTIONS if name in columns), None)
 
 
 def whole_captions(texts: Sequence[Any], name_of: Callable[[int], str]) -> list[str]:
-    """The texts, if all of them are. Raises `UserError` naming the first image without one."""
+    """All captions. Raises `UserError` naming the first image without one."""
     found = [text for text in texts if isinstance(text, str)]
     if len(found) < len(texts):
         first = next(i for i, text in enumerate(texts) if not isinstance(text, str))
@@ -207,7 +209,7 @@ def whole_captions(texts: Sequence[Any], name_of: Callable[[int], str]) -> list[
 
 
 def _metadata(root: Path, files: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Rows of the metadata files beside these files or above them, each with its folder."""
+    """Rows of the metadata files beside or above these files, each with its folder."""
     folders = {path.parent for path in files}
     folders |= {above for folder in folders for above in folder.parents if root in above.parents}
     paths = [folder / name for folder in sorted(folders | {root}) for name in METADATA]
@@ -243,7 +245,7 @@ def _csv(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _integers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Columns of a CSV whose every text is an integer become so."""
+    """Convert the columns of a CSV that hold only integers."""
     for key in {key for row in rows for key in row}:
         texts = [(row.get(key) or "").strip() for row in rows]
         if any(texts) and all(re.fullmatch(r"-?\d{1,18}|", text) for text in texts):

@@ -1,6 +1,6 @@
-"""Which part of a dataset is for training and which is held out, by the names of folders and splits.
+"""The training and held-out parts of a dataset, by the names of folders and splits.
 
-The words are those of `datasets`; unlike there, a folder like "test tube" is a class and no split.
+The words are those of `datasets`; unlike there, a folder like "test tube" is a class, not a split.
 """
 
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from prunedm.errors import UserError
 
-HELD_OUT_EVERY = 20  # where there is no test split, every 20th image is held out
-HELD_OUT = ("test", "validation")  # the first that there is, is the held-out set
+HELD_OUT_EVERY = 20  # without a test split, every 20th image is held out
+HELD_OUT = ("test", "validation")  # the first that exists is the held-out set
 WORDS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -31,14 +31,15 @@ def split_of(name: str) -> str:
 
 
 def splits_of_paths(inner: Mapping[Path, tuple[str, ...]]) -> dict[Path, str]:
-    """The split of each file by the folders that it lies in.
+    """The split of each file, by the names of its folders.
 
-    Where the only split is a folder `train` among two or more others, it is a class like them.
+    A folder `train` that is the only split beside two or more other folders is a class like them.
     """
     found = {path: split_of_path(parts) for path, parts in inner.items()}
     if {"train", ""} != set(found.values()):
         return found
-    named = {_above_split(parts) for path, parts in inner.items() if found[path]}
+    places = {path: place_of_split(parts) for path, parts in inner.items() if found[path]}
+    named = {(inner[path][:place], inner[path][place]) for path, place in places.items()}
     others = {parts[: len(above) + 1] for parts in inner.values() for above, _ in named
               if parts[: len(above)] == above and len(parts) > len(above)}  # fmt: skip
     above, name = next(iter(named))
@@ -48,19 +49,18 @@ def splits_of_paths(inner: Mapping[Path, tuple[str, ...]]) -> dict[Path, str]:
     return found
 
 
-def _above_split(parts: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """The topmost folder that names a split, and those above it."""
-    place = next(k for k, part in enumerate(parts) if split_of(part))
-    return parts[:place], parts[place]
+def place_of_split(parts: tuple[str, ...]) -> int:
+    """The index of the topmost folder that names a split, or the number of folders."""
+    return next((k for k, part in enumerate(parts) if split_of(part)), len(parts))
 
 
 def split_of_path(parts: tuple[str, ...]) -> str:
-    """That of the topmost folder which names one."""
+    """The split that the topmost such folder names, or ""."""
     return next(filter(None, map(split_of, parts)), "")
 
 
 def split_of_file(stem: str) -> str:
-    """That of a table's file: "cifar-test-00000-of-00001" is test."""
+    """The split in the name of a table's file: "cifar-test-00000-of-00001" is test."""
     words = re.split(r"[-._ 0-9]+", _SHARD.sub("", stem).lower())
     return next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), "")
 
@@ -68,9 +68,9 @@ def split_of_file(stem: str) -> str:
 def choose(
     splits: Collection[str], wanted: str, name: str, serves: Callable[[str], bool]
 ) -> tuple[str, bool]:
-    """Which of `splits` to read for "train" or "test", and whether to read every 20th as held out.
+    """Which of `splits` to read for "train" or "test", and whether it has to be divided between them.
 
-    A held-out split that does not serve is as if it were not there.
+    A held-out split for which `serves` is false counts as missing.
     """
     own = [split for split in splits if split not in HELD_OUT]
     held = next((s for s in HELD_OUT if s in splits and (not own or serves(s))), "")
@@ -83,7 +83,7 @@ def choose(
 
 
 def held_out(count: int, split: str) -> list[int]:
-    """Indices of the split; a set too small to hold out from serves as both."""
+    """Indices of "train" or "test" in a divided set; a small set serves as both."""
     every = HELD_OUT_EVERY
     if count < every:
         return list(range(count))

@@ -1,4 +1,4 @@
-"""Images in tables of `datasets`: saved ones, parquet files of anyone, or the hub's."""
+"""Images in tables of `datasets`: saved ones, any parquet files, or the hub's."""
 
 import re
 import sys
@@ -17,13 +17,12 @@ from prunedm.reading import YAML_LIMIT, check_regular, parse_yaml, read_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# of what `save_to_disk` wrote, and what lies beside each: other programs write a state.json too
+# files that `save_to_disk` writes, and what lies beside each; other programs write a state.json too
 MARKERS = {"dataset_dict.json": "*/*.arrow", "state.json": "*.arrow"}
-_PROBE_S = 5.0  # the hub answers in less, or counts as out of reach
 
 
 class Column(Sequence[Any]):
-    """A table's images as they are stored, read row by row: bytes of a file, or its path."""
+    """A table's images as they are stored, read row by row: a file's bytes or its path."""
 
     def __init__(self, table: "Dataset", column: str, name: str) -> None:
         self.table, self.column, self.name = table.select_columns([column]), column, name
@@ -43,7 +42,7 @@ class Column(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Tables:
-    """One table a split, by the split's name; columns are named where they are not to be guessed."""
+    """One table per split; columns without a name are guessed."""
 
     name: str
     splits: Mapping[str, "Dataset"]
@@ -60,7 +59,7 @@ class Tables:
         return Column(table, column, self.name)
 
     def labels(self, split: str) -> Labels:
-        """Classes of the split's images, by the training split's texts."""
+        """Classes of the split's images, numbered by the training split's names."""
         import datasets
 
         table = self.splits[split]
@@ -74,7 +73,7 @@ class Tables:
         column, why = label_column(declared, possible, table.column_names, self.label_column)
         if not column:
             columns = shown(", ".join(table.column_names))
-            absent = f"no column of labels among {columns}; name one with --label-column"
+            absent = f"no label column among {columns}; name one with --label-column"
             return Labels(why=why or absent, absent=not why)
         first = next(
             (
@@ -89,7 +88,7 @@ class Tables:
         return number(values, training, lambda i: f"image {i}")
 
     def captions(self, split: str, wanted: str) -> list[str] | None:
-        """The text of each image, or None where no column is one; of several the first."""
+        """The caption of each image, the first of several, or None without a caption column."""
         column = caption_column(self.splits[split].column_names, wanted)
         if column is None:
             return None
@@ -131,7 +130,7 @@ _LABEL_TYPES = ("int", "uint", "bool", "string", "large_string", "float")
 
 
 def _holds_images(table: "Dataset", column: str) -> bool:
-    """Whether one of a column's first rows is an image: pandas does not declare it."""
+    """Whether one of a column's first rows is an image; pandas does not declare it."""
     import datasets
 
     kind = table.features[column]
@@ -160,7 +159,7 @@ def _is_image(item: Any) -> bool:
 
 
 def find_dataset(name: str) -> Path | None:
-    """A folder or parquet file, or None where nothing is there: a name for the hub.
+    """A folder or parquet file of this name, or None if nothing exists there, as for a hub id.
 
     Raises `UserError` for any other file, with what to give instead.
     """
@@ -178,15 +177,15 @@ def find_dataset(name: str) -> Path | None:
             else "only fid and stats read an .npz; give a folder of images" if suffix == ".npz"
             else "give a folder of images, a parquet file or a hub id"
         )  # fmt: skip
-        raise UserError(f"dataset {shown(name)!r} is a file and no set of images; {way}")
+        raise UserError(f"dataset {shown(name)!r} is a file, not a set of images; {way}")
     return path
 
 
 def table_files(folder: Path, found: Found) -> list[Path]:
-    """What makes a folder a dataset: what `save_to_disk` wrote, or parquet files that hold images.
+    """The files that make a folder a dataset: from `save_to_disk`, or parquet files with images.
 
     A table of captions or embeddings beside images is not one. Raises `UserError` where a table of
-    images lies beside images, for either could be meant.
+    images lies beside image files, since either could be meant.
     """
     marked = [folder / name for name, others in MARKERS.items() if (folder / name).is_file()
               and next(folder.glob(others), None)]  # fmt: skip
@@ -200,7 +199,7 @@ def table_files(folder: Path, found: Found) -> list[Path]:
         if path.parent in beside:
             raise UserError(
                 f"{shown(folder)!r} holds {len(found.files):,} image files and {path.name}, a table "
-                "of images; give one of them, or move it out"
+                "of images; give one of them, or move one away"
             )
     return tables
 
@@ -250,10 +249,10 @@ def open_folder(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Da
 
 
 def _declared(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each split that README.md names, as repositories of the hub do; {} for none.
+    """The files of each split that README.md declares, as in repositories of the hub; {} for none.
 
-    It is read by us: `datasets` has no bounds, and would fetch what lies elsewhere. Raises `UserError`
-    for several configurations without a default.
+    Parsed here because `datasets` does not limit sizes, and would download remote files. Raises
+    `UserError` for several configurations without a default.
     """
     readme = folder / "README.md"
     text = read_text(readme, limit=_README) if readme.exists() else ""
@@ -279,7 +278,7 @@ def _declared(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _patterns(files: Any) -> dict[str, list[str]]:
-    """Patterns of paths by split, from the forms that `data_files` has."""
+    """Path patterns by split, from any form of `data_files`."""
     if isinstance(files, (str, dict)):
         files = [files]
     groups: dict[str, list[str]] = {}
@@ -293,7 +292,7 @@ def _patterns(files: Any) -> dict[str, list[str]]:
 
 
 def open_parquet(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Dataset"]:
-    """Parquet files below `folder`, their splits by the names of folders or files."""
+    """Parquet files below `folder`, with splits by the names of folders or files."""
     groups: dict[str, list[Path]] = {}
     for path in files:
         inner = path.parts[len(folder.parts) : -1]
@@ -311,7 +310,7 @@ def _open_files(groups: Mapping[str, Sequence[Path]], name: str) -> dict[str, "D
 
 
 def named_splits(loaded: Any) -> dict[str, "Dataset"]:
-    """Tables by "train", "test", "validation", or by their own name where it is none of these."""
+    """Tables by "train", "test" and "validation", others by their own names."""
     tables = loaded if isinstance(loaded, dict) else {"train": loaded}
     named: dict[str, Dataset] = {}
     for raw, table in tables.items():
@@ -322,12 +321,12 @@ def named_splits(loaded: Any) -> dict[str, "Dataset"]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever `datasets` raises, of a dozen types, in one line, and nothing logged beside it."""
+    """Turn what `datasets` raises, a dozen types, into one-line errors, and keep it from logging."""
     import datasets
 
     loudness, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():  # a log file would hold every step of them
+    if not sys.stderr.isatty():  # a log file would get every step
         datasets.disable_progress_bars()
     try:
         yield

@@ -1,1 +1,1 @@
-"""Files for other runtimes, each checked against the model that it was made from."""
+"""Models for other runtimes: the exported graph, its description, and exported files as denoisers."""

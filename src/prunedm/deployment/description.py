@@ -1,13 +1,12 @@
-"""export.json: what an exported folder holds, for whoever runs it."""
+"""export.json: the contents of an exported folder, for whoever runs it."""
 
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunedm.errors import UserError
 from prunedm.folder import EXPORT_FILE as FILE
-from prunedm.reading import read_object
+from prunedm.reading import read_as, read_object
 from prunedm.record import Source, file_hash, write_json
 from prunedm.system.places import located, portable
 
@@ -15,10 +14,10 @@ VERSION = 1
 
 
 class Description(BaseModel):
-    """One exported denoiser: `(sample, timestep[, class_labels]) -> output`, all float32 outside.
+    """One exported denoiser: `(sample, timestep[, class_labels]) -> output`, with float32 at both ends.
 
-    `shapes`: of inputs and output by name; "batch" is free. `files` with their hashes: the first is
-    the one to open. `relative_error` and `largest_error` are of the check at export.
+    `shapes`: of inputs and output by name; "batch" is any number. `files`: name -> hash, the one to
+    open first. `relative_error` and `largest_error` come from the check at export.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -29,9 +28,9 @@ class Description(BaseModel):
     files: dict[str, str] = Field(min_length=1)
     shapes: dict[str, list[int | str]]
     source: Source
-    pipeline: str = "DDPMPipeline"  # diffusers' class, for a packed model that is saved again
+    pipeline: str = "DDPMPipeline"  # diffusers' class, to save a packed model again
     opset: int | None = None
-    pattern: str = ""  # of the masks that were found again in the file
+    pattern: str = ""  # of the masks whose zeros the file has
     relative_error: float
     largest_error: float
     tolerance: float
@@ -42,7 +41,7 @@ class Description(BaseModel):
 
 
 def write_description(description: Description, folder: Path) -> None:
-    """`source` becomes relative to `folder`, or to what a working folder will be."""
+    """`source` becomes relative to `folder`, or to the final place of a working folder."""
     source = description.source
     told = source.model_copy(update={"path": portable(source.path, folder)})
     write_json(
@@ -51,11 +50,10 @@ def write_description(description: Description, folder: Path) -> None:
 
 
 def read_description(folder: Path) -> Description:
-    """Raises `UserError` where it is damaged, of another version, or its files are not those."""
+    """Raises `UserError` where it is damaged or of another version, or a file is missing or changed."""
     path = folder / FILE
     try:
-        content: Any = read_object(path)
-        version = content.get("version")
+        version = read_object(path).get("version")
     except UserError as error:
         raise UserError(
             f"{path} is missing or damaged ({error}); export the model again"
@@ -65,12 +63,7 @@ def read_description(folder: Path) -> Description:
             f"{folder} was exported in version {version}, this prunedm reads {VERSION}; "
             "export the model again"
         )
-    try:
-        description = Description.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg']}; export the model again") from error
+    description = read_as(Description, path, "export the model again")
     description.source.path = located(description.source.path, folder)
     for name, due in description.files.items():
         file = folder / name

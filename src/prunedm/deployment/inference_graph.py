@@ -1,14 +1,14 @@
-"""The denoiser as runtimes like it: the same function, in fewer and cheaper operations.
+"""The denoiser in a form that suits runtimes: the same function in fewer and cheaper operations.
 
-Half of a small UNet's time goes into what lies between its convolutions. Group normalisation is the
-worst: runtimes reorder channels-last images to take statistics, and back. Here statistics are
-taken by channel, joined to groups as small (N, C) tables, and applied as one multiply and add. The
-time embedding, which is constant over an image, goes into the same tables:
+A small UNet spends half of its time between convolutions. Group normalization is the worst: runtimes
+reorder channels-last images to take statistics, and back. Here statistics are taken by channel, joined
+to groups as small (N, C) tables, and applied as one multiply and add. The time embedding, which is
+constant over an image, goes into the same tables:
 
     GroupNorm(x + e) = a x + b,   a = w / sqrt(var + eps),   b = bias + a (e - mean)
 
 with mean and var of x + e over a group's channels and pixels, from the channels' mean m and mean
-square q of x alone: m + e and q + 2 e m + e^2. Attention reads images as tokens without a transpose.
+square q of x alone: m + e and q + 2 e m + e^2. Attention reads channels-last images as tokens.
 
 Shapes: N images, C channels, H W pixels, G groups, L tokens.
 """
@@ -28,15 +28,14 @@ from prunedm.networks.layers import replace_module
 
 
 class InferenceDenoiser(nn.Module):
-    """`denoiser` for export, its weights shared: `(sample NCHW, timestep N[, class_labels N]) -> NCHW`.
+    """`denoiser` for export, sharing its weights: `(sample NCHW, timestep N[, class_labels N]) -> NCHW`.
 
-    Equal to the denoiser up to rounding. Blocks of a kind that is not known here stay as they are.
-    Names of modules are the denoiser's behind `unet.`, so its weights are found by them.
+    Equal to the denoiser up to rounding. Blocks of unknown kinds stay unchanged. Module names are the
+    denoiser's with the prefix `unet.`, so that weights are found by name.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        # modules are copied, weights are shared
         shared = {
             id(p): nn.Parameter(p.detach(), requires_grad=False) for p in denoiser.parameters()
         }
@@ -44,7 +43,7 @@ class InferenceDenoiser(nn.Module):
         for name, module in list(self.unet.named_modules()):
             if isinstance(module, nn.GroupNorm):
                 replace_module(self.unet, name, GroupAffine(module))
-        # children of replaced blocks are the blocks' own, so inner names stay what they were
+        # replaced blocks keep their children, so inner names do not change
         for name, module in list(self.unet.named_modules()):
             if isinstance(module, ResnetBlock2D) and _is_plain_resnet(module):
                 replace_module(self.unet, name, _Resnet(module))
@@ -60,7 +59,7 @@ class InferenceDenoiser(nn.Module):
         timestep: torch.Tensor,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The denoiser's output for float timesteps, one an image."""
+        """The denoiser's output; timesteps are floats, one per image."""
         given = {} if class_labels is None else {"class_labels": class_labels}
         return answer(self.unet, {"sample": sample, "timestep": timestep} | given)
 
@@ -83,7 +82,7 @@ class HalfInside(nn.Module):
 
 
 class GroupAffine(nn.Module):
-    """`nn.GroupNorm` as a multiply and an add by channel."""
+    """`nn.GroupNorm` as one multiply and add per channel."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ class GroupAffine(nn.Module):
         dims = tuple(range(2, x.ndim))
         pixels = x[0, 0].numel()
         mean_NC = x.mean(dims)
-        # a norm, not a mean of squares: runtimes take it in one pass and without overflow
+        # runtimes compute a norm in one pass and without overflow, unlike a mean of squares
         square_NC = torch.linalg.vector_norm(x, 2, dims).square() / pixels
         if shift_NC is not None:
             square_NC = square_NC + shift_NC * (2 * mean_NC + shift_NC)
@@ -115,7 +114,16 @@ class GroupAffine(nn.Module):
         return x * a_NC.unflatten(1, (-1, *ones)) + b_NC.unflatten(1, (-1, *ones))
 
 
-class _Resnet(nn.Module):
+class _Rebuilt(nn.Module):
+    """A block that keeps the children of another, under their names."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+
+class _Resnet(_Rebuilt):
     """`ResnetBlock2D` with its time embedding inside the second norm."""
 
     norm1: GroupAffine
@@ -125,9 +133,7 @@ class _Resnet(nn.Module):
     time_emb_proj: nn.Module
 
     def __init__(self, block: ResnetBlock2D) -> None:
-        super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
+        super().__init__(block)
         self.upsample, self.downsample = block.upsample, block.downsample
         self.scale = block.output_scale_factor
 
@@ -146,7 +152,7 @@ class _Resnet(nn.Module):
         return output if self.scale == 1 else output / self.scale
 
 
-class _SelfAttention(nn.Module):
+class _SelfAttention(_Rebuilt):
     """`Attention` over pixels, channels last."""
 
     to_q: nn.Module
@@ -155,9 +161,7 @@ class _SelfAttention(nn.Module):
     to_out: nn.ModuleList
 
     def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        for name, child in attention.named_children():
-            self.add_module(name, child)
+        super().__init__(attention)
         self.heads = attention.heads
         self.residual = attention.residual_connection
         self.scale = attention.rescale_output_factor
@@ -178,13 +182,8 @@ class _SelfAttention(nn.Module):
         return output if self.scale == 1 else output / self.scale
 
 
-class _Upsample(nn.Module):
-    """`Upsample2D` without its branches on the batch size, which would limit the exported one."""
-
-    def __init__(self, block: Upsample2D) -> None:
-        super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
+class _Upsample(_Rebuilt):
+    """`Upsample2D` without its branches on the batch size, which would fix it in the exported graph."""
 
     def forward(
         self, x_NCHW: torch.Tensor, output_size: tuple[int, int] | None = None

@@ -1,7 +1,7 @@
-"""Whether the zeros of N:M masks are still there in an exported file.
+"""Checks that an exported file has kept the zeros of N:M masks.
 
-Exporters fold constants, transpose weights and rename them, and an optimiser may rewrite them; so
-the weights are looked for among the arrays that the file holds, as it will be read by a runtime.
+Exporters fold constants, transpose weights and rename them, and an optimizer may rewrite them; so the
+weights are looked for among the arrays that a runtime will read from the file.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from prunedm.masks import Masks
 
 
 def check_zeros(arrays: Iterable[tuple[str, np.ndarray]], masks: Masks, where: str) -> int:
-    """How many layers' zeros were found in the file: all that have masks, else `UserError`.
+    """The number of layers whose zeros were found in the file, which is that of all masked layers.
 
-    `arrays`: all that the file holds, by name. A layer's weight is the array that has its name, or
-    its shape (transposed for linear layers) and zeros wherever the mask has them. Arrays are used
-    once. Raises `UserError` naming the first layer whose zeros are not found, or not its pattern.
+    `arrays`: the file's, by name. A layer's weight is an array of its shape (transposed for linear
+    layers) with zeros wherever the mask has them, preferably one of its name. Each array is used once.
+    Raises `UserError` naming the first layer whose zeros or pattern are not found.
     """
     free = [(name, array) for name, array in arrays if array.ndim >= 2]
     for layer, mask in masks:
@@ -49,7 +49,7 @@ def _weight(
         for weight in (array, array.T) if array.ndim == 2 else (array,):
             if weight.shape != kept.shape or bool((weight[~kept] != 0).any()):
                 continue
-            # several layers of one shape may fit by chance or by many zeros; the fullest is meant
+            # several may fit by chance or because of many zeros; the one with most non-zeros is meant
             count = int((weight != 0).sum()) + own * kept.size
             if count > most:
                 best, most = (number, weight), count

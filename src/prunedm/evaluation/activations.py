@@ -1,4 +1,4 @@
-"""Activation statistics by layer and time bin: norms, outlier channels, and what a mean makes up.
+"""Activation statistics by layer and time bin: norms, outlier channels, and the share of the mean.
 
 Shapes: B time bins (cleanest first), I input channels.
 """
@@ -12,21 +12,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import BaseModel
 
-LIKELY = 0.05  # share of outlier channels above which activations are said to matter
+LIKELY = 0.05  # share of outlier channels above which an activation-aware score should help
 
 
 class LayerActivations(BaseModel):
-    """One layer's inputs. A channel's norm is the root of its mean square; lists go over time bins."""
+    """One layer's inputs, in lists over time bins. A channel's norm is its root mean square."""
 
     rms: list[float]  # over all channels
-    largest: list[float]  # largest channel norm over the median one
-    outliers: list[float]  # share of channels above `outlier` times the median one
-    mean_share: float  # of E[x^2], how much is E[x]^2: what a constant input would give
-    drift: float  # 1 - cosine between the channel norms of the cleanest and the noisiest bin
+    largest: list[float]  # largest channel norm / median channel norm
+    outliers: list[float]  # share of channels above `outlier` times the median
+    mean_share: float  # E[x]^2 / E[x^2]: 1 for a constant input
+    drift: float  # 1 - cosine similarity of the cleanest and the noisiest bin's channel norms
 
 
 class Trial(BaseModel):
-    """Held-out loss of the model pruned once by each score, without any fine-tuning."""
+    """Held-out loss of the model pruned by each score, without fine-tuning."""
 
     pattern: str
     dense: float
@@ -35,7 +35,7 @@ class Trial(BaseModel):
 
 
 class Activations(BaseModel):
-    """All layers, and the bins that their lists go over."""
+    """All layers, and their time bins."""
 
     bins: list[tuple[int, int]]  # first and last timestep
     outlier: float
@@ -55,7 +55,7 @@ class Activations(BaseModel):
 def layer_activations(
     squares_B: torch.Tensor, variance: torch.Tensor, *, outlier: float
 ) -> LayerActivations:
-    """From `input_squares` and `input_variances` of one layer; the taps of a kernel are averaged."""
+    """From one layer's `input_squares` and `input_variances`; a kernel's taps are averaged."""
     squares_BI = squares_B.flatten(2).mean(2) if squares_B.ndim > 2 else squares_B
     norms_BI = squares_BI.sqrt()
     ratio_BI = norms_BI / norms_BI.median(1, keepdim=True).values.clamp_min(1e-12)
@@ -71,7 +71,7 @@ def layer_activations(
 
 
 def verdict(found: Activations, trial: Trial) -> str:
-    """Whether an activation-aware score is likely to help, and whether it did in the trial."""
+    """Whether an activation-aware score should help, and whether it did in the trial."""
     ratio, losses = found.outlier_ratio, trial.losses
     expected = ratio > LIKELY
     aware = min((s for s in losses if s != "magnitude"), key=lambda s: losses[s])
@@ -80,7 +80,7 @@ def verdict(found: Activations, trial: Trial) -> str:
     outcome = (
         f"{aware} loses {'less' if gained > 0 else 'more'} than magnitude"
         if clear
-        else f"{aware} and magnitude lose alike"
+        else f"{aware} and magnitude lose equally"
     )
     agrees = "and" if (clear and gained > 0) == expected else "but"
     return (
@@ -88,13 +88,13 @@ def verdict(found: Activations, trial: Trial) -> str:
         f"median), so an activation-aware score is {'likely' if expected else 'unlikely'} to help; "
         f"{agrees} tried at {trial.pattern}, {outcome} (loss {losses[aware]:.4f} against "
         f"{losses['magnitude']:.4f}, dense {trial.dense:.4f}). "
-        f"{found.mean_share:.0%} of a typical layer's E[x^2] is its mean, which wanda counts and "
-        "fluctuation does not."
+        f"{found.mean_share:.0%} of a typical layer's E[x^2] comes from its mean, which wanda counts "
+        "and fluctuation does not."
     )
 
 
 def heat_map(found: Activations, path: Path) -> None:
-    """Layers down, time bins across: norms relative to the layer's mean, and outlier channels."""
+    """Rows are layers, columns time bins: norms relative to the layer's mean, and outlier channels."""
     names = list(found.layers)
     rms = np.array([layer.rms for layer in found.layers.values()])
     relative = rms / np.maximum(rms.mean(1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""Feature networks: uint8 images in, one vector an image out, to measure Fréchet distances in.
+"""Feature networks: from uint8 images to one vector per image, for distances between image sets.
 
 Shapes: N images, C channels, H W pixels, D features.
 """
@@ -36,9 +36,9 @@ _DAMAGED = (RuntimeError, ValueError, EOFError, KeyError, BadZipFile)
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A frozen network and what tables call distances in it: "FID", "FD (digits-cnn)", ...
+    """A frozen network, named after the Fréchet distance in it: "FID", "FD (digits-cnn)", ...
 
-    `dim` is D, or None where only the first output tells (a file).
+    `dim` is D, or None where only the first output shows it (a file).
     """
 
     name: str
@@ -48,7 +48,7 @@ class FeatureNetwork:
     def __call__(self, images_NCHW: torch.Tensor) -> torch.Tensor:
         """uint8 NCHW => float32 ND on the module's device.
 
-        Raises `UserError` for images the network does not take, and for an output that is not ND.
+        Raises `UserError` for images that the network does not take, and for an output that is not ND.
         """
         shape = tuple(images_NCHW.shape)
         if images_NCHW.dtype != torch.uint8 or len(shape) != 4:
@@ -63,11 +63,6 @@ class FeatureNetwork:
                 f"{self.name} cannot take images of shape {shape[1:]} ({_reason(error)}); "
                 "choose other --features"
             ) from error
-        self._check(output, shape)
-        features_ND: torch.Tensor = output.float()
-        return features_ND
-
-    def _check(self, output: Any, shape: tuple[int, ...]) -> None:
         right = isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == shape[0]
         if not right or self.dim not in (None, output.shape[1]):
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -75,6 +70,8 @@ class FeatureNetwork:
                 f"{self.name} must give ({shape[0]}, {self.dim or 'D'}) features for images of shape "
                 f"{shape}; got {got}; choose other --features"
             )
+        features_ND: torch.Tensor = output.float()
+        return features_ND
 
 
 class DigitsCNN(nn.Module):
@@ -131,9 +128,9 @@ def load_features(
 ) -> FeatureNetwork:
     """The feature network "digits-cnn", "inception", or of a file, on the CPU.
 
-    A file is TorchScript, or safetensors with weights of a digits-cnn. `trust` runs TorchScript that
-    may do more than compute.
-    `weights` is a local copy of Inception's; without it torch-fidelity downloads (or has) them.
+    A file is TorchScript, or safetensors with weights of a digits-cnn. `trust` allows TorchScript that
+    may do more than compute. `weights` is a local copy of Inception's, which torch-fidelity otherwise
+    downloads or has in its cache.
     Raises `UserError` where a file is missing or damaged, or the download fails.
     """
     name = str(name_or_path)
@@ -222,7 +219,7 @@ def _load_inception(weights: Path | None) -> FeatureNetwork:
 
 
 class _Later(StringIO):
-    """Keeps the first text back until another follows: a download that fails told nobody of itself."""
+    """Holds the first text back until another follows, so that a failed download leaves no message."""
 
     def __init__(self, place: TextIO) -> None:
         super().__init__()
@@ -243,10 +240,10 @@ class _Later(StringIO):
 
 
 def _check_weights(weights: Path) -> None:
-    """torch-fidelity unpickles whatever it is given; let it see only files that hold just tensors."""
+    """Refuse files that hold more than tensors: torch-fidelity unpickles whatever it is given."""
     try:
         read_bin(weights)
-    except Exception as error:  # a refused pickle has an error type of its own
+    except Exception as error:  # unpickling errors have their own type
         raise UserError(
             f"cannot read Inception weights {str(weights)!r} ({_reason(error)}); give the .pth file "
             "that torch-fidelity or pytorch-fid publishes"
@@ -264,37 +261,24 @@ def _load_file(path: Path, *, trust: bool) -> FeatureNetwork:
         raise UserError(
             f"unknown features {str(path)!r}: neither digits-cnn, inception nor a file of TorchScript"
         )
-    if path.suffix == ".safetensors":
-        module = _load_digits_cnn_file(path)
-    else:
-        module = _load_torchscript(path, trust=trust)
+    is_digits_cnn = path.suffix == ".safetensors"
+    try:
+        module: nn.Module = (
+            _digits_cnn(path.read_bytes()) if is_digits_cnn else load_torchscript(path, trust=trust)
+        )
+    except UserError:
+        raise
+    except (OSError, SafetensorError, *_DAMAGED) as error:
+        why = (
+            "does not hold the weights of a digits-cnn ({}); give a TorchScript file for another network"
+            if is_digits_cnn
+            else "is damaged or not a TorchScript file ({}); save it again with torch.jit.save"
+        )
+        raise UserError(f"{str(path)!r} {why.format(_reason(error))}") from error
     return FeatureNetwork(f"FD ({path.stem})", None, module.eval())
 
 
-def _load_torchscript(path: Path, *, trust: bool) -> nn.Module:
-    try:
-        return load_torchscript(path, trust=trust)
-    except UserError:
-        raise
-    except (OSError, *_DAMAGED) as error:
-        raise UserError(
-            f"{str(path)!r} is damaged or no TorchScript file ({_reason(error)}); "
-            "save it anew with torch.jit.save"
-        ) from error
-
-
-def _load_digits_cnn_file(path: Path) -> nn.Module:
-    """Other weights of the digits-cnn architecture."""
-    try:
-        return _digits_cnn(path.read_bytes())
-    except (OSError, SafetensorError, *_DAMAGED) as error:
-        raise UserError(
-            f"{str(path)!r} does not hold the weights of a digits-cnn ({_reason(error)}); "
-            "give a TorchScript file for another network"
-        ) from error
-
-
 def _reason(error: Exception) -> str:
-    """The last line of an error's text: TorchScript puts its trace first and the reason last."""
+    """The last line of an error: TorchScript puts the trace first and the reason last."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__

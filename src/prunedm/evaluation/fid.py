@@ -16,15 +16,15 @@ from prunedm.errors import UserError
 from prunedm.evaluation.metric import Measurement, Metric, Subject, fixed
 
 _LARGEST_DIM = 16_384  # features
-_SMALL = 1 << 27  # bytes that are read whatever the file's size
-_PACKED = 20  # times its file's size that a covariance may have in float64
+_SMALL = 1 << 27  # bytes that are always read, whatever the file's size
+_PACKED = 20  # most bytes of a float64 covariance per byte of its file
 _LONGEST_NAME = 200  # characters
-_ROUNDING = 1e-4  # of a covariance's largest eigenvalue: some tools compute in float32 or less
+_ROUNDING = 1e-4  # relative to the largest eigenvalue: some tools compute in float32 or less
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features. `count` is 0 and `features` "" where a file does not say."""
+    """Mean and covariance of features. `count` 0 and `features` "" mean that a file does not say."""
 
     mu_D: np.ndarray
     sigma_DD: np.ndarray
@@ -54,7 +54,7 @@ def statistics(features_ND: torch.Tensor | np.ndarray, *, features: str = "") ->
 def frechet_distance(a: Statistics, b: Statistics, *, force: bool = False) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (AB)^{1/2}), with A and B the covariances.
 
-    Raises `UserError` where the two are of different networks, or of too few images to have a
+    Raises `UserError` where the two come from different networks, or from too few images for a
     covariance of full rank; `force` lifts the latter.
     """
     check_comparable(a, b)
@@ -72,33 +72,33 @@ def frechet_distance(a: Statistics, b: Statistics, *, force: bool = False) -> fl
     except np.linalg.LinAlgError:
         distance = math.nan
     if not math.isfinite(distance):
-        raise UserError("the distance is not finite: statistics are too large; compute them anew")
+        raise UserError("the distance is not finite: statistics are too large; compute them again")
     return max(0.0, float(distance))  # rounding can leave -1e-13
 
 
 def check_comparable(a: Statistics, b: Statistics) -> None:
-    """Raises `UserError` where the two are of different networks, as far as they say."""
+    """Raises `UserError` where the two are known to come from different networks."""
     if a.dim != b.dim:
         raise UserError(
             f"statistics have {a.dim} and {b.dim} features; compute both with the same --features"
         )
     if a.features and b.features and a.features != b.features:
         raise UserError(
-            f"statistics are of {a.features} and {b.features}; compute both with the same --features"
+            f"statistics are in {a.features} and {b.features}; compute both with the same --features"
         )
 
 
 def bootstrap_error(
     features_ND: torch.Tensor | np.ndarray, reference: Statistics, *, draws: int = 20, seed: int = 0
 ) -> float:
-    """Standard error of the distance to a fixed `reference`, over images drawn again with repeats.
+    """Bootstrap standard error over images of the distance to a fixed `reference`.
 
-    Only the spread of the draws means anything. Their mean is too high: a draw holds about 63% of
-    the images, so its covariance is further from the truth than the sample's, which itself was off
-    by as much again; the distance is convex in that error and grows with it.
-    For the same reason the spread is too large, up to about twice, where the distance is hardly more
-    than its bias (one distribution on both sides); above, it is that over new images.
-    Draw k depends on (seed, k) alone. Costs an eigenvalue problem and N D^2 operations a draw.
+    Only the spread of the draws is meaningful. Their mean is too high: a draw holds about 63% of the
+    distinct images, so its covariance is further from the truth than the sample's, and the distance
+    is convex in that error. For the same reason the spread is too large, up to about twice, where the
+    distance is hardly more than its bias (one distribution on both sides); for larger distances it is
+    the spread over new images. Draw k depends on (seed, k) alone. A draw costs an eigenvalue problem
+    and N D^2 operations.
     """
     x_ND = np.array(features_ND, dtype=np.float64)  # a copy: centred in place below
     assert x_ND.shape[1:] == reference.mu_D.shape
@@ -118,8 +118,8 @@ def bootstrap_error(
 
 
 def save_statistics(stats: Statistics, path: Path, *, record: str = "") -> None:
-    """Write pytorch-fid's layout (`mu`, `sigma`), and besides `count`, `features` and `record`."""
-    with path.open("wb") as file:  # given a name, numpy would append ".npz" to some
+    """Write pytorch-fid's layout (`mu`, `sigma`) plus `count`, `features` and `record`."""
+    with path.open("wb") as file:  # numpy appends ".npz" to a path without it
         np.savez(
             file, mu=stats.mu_D, sigma=stats.sigma_DD,
             count=np.int64(stats.count), features=np.str_(stats.features), record=np.str_(record),
@@ -139,22 +139,22 @@ def load_statistics(path: Path) -> Statistics:
             f"{shown(path)!r} holds no statistics ({error}); give an .npz with the arrays mu and sigma"
         ) from error
     if not (np.isfinite(mu_D).all() and np.isfinite(sigma_DD).all()):
-        raise UserError(f"{shown(path)!r} holds NaN or infinity; compute the statistics anew")
+        raise UserError(f"{shown(path)!r} holds NaN or infinity; compute the statistics again")
     if not _is_covariance(sigma_DD):
         raise UserError(
             f"{shown(path)!r}: sigma is not a covariance, which is symmetric and has no negative "
-            "eigenvalue; compute the statistics anew"
+            "eigenvalue; compute the statistics again"
         )
     if count < 0 or not (features.isprintable() and len(features) <= _LONGEST_NAME):
         raise UserError(
-            f"{shown(path)!r} says that it is of {count} images, in features "
-            f"{shown(repr(features))}; compute the statistics anew"
+            f"{shown(path)!r} claims {count} images and features {shown(repr(features))}; compute "
+            "the statistics again"
         )
     return Statistics(mu_D, sigma_DD, count, features)
 
 
 def _check_shapes(path: Path, mu: tuple[int, ...], sigma: tuple[int, ...]) -> None:
-    """Before anything is read: in float64 a packed array can be a thousand times its file."""
+    """Checked before reading: unpacked to float64, an array can be a thousand times its file's size."""
     if len(mu) != 1 or not mu[0] or sigma != (mu[0], mu[0]):
         raise UserError(f"mu {mu} and sigma {sigma} are not (D,) and (D, D)")
     whole = 8 * mu[0] ** 2
@@ -163,7 +163,7 @@ def _check_shapes(path: Path, mu: tuple[int, ...], sigma: tuple[int, ...]) -> No
 
 
 def _is_covariance(sigma_DD: np.ndarray) -> bool:
-    """Symmetric and positive semi-definite, but for rounding."""
+    """Whether the matrix is symmetric and positive semi-definite, up to rounding."""
     allowed = _ROUNDING * float(np.abs(sigma_DD).max())
     if np.abs(sigma_DD - sigma_DD.T).max() > allowed:
         return False
@@ -181,11 +181,11 @@ def _floats(path: Path, key: str) -> np.ndarray:
 def _drawn_distance(
     counts_N: np.ndarray, x_ND: np.ndarray, y_ND: np.ndarray, norms_N: np.ndarray, gap_D: np.ndarray
 ) -> float:
-    """The distance, but for the reference's trace, where image n is drawn `counts_N[n]` times.
+    """The distance without the reference's trace, with image n drawn `counts_N[n]` times.
 
-    `x_ND` are centred features, `y_ND` these times the root of the reference's covariance, and so
-    the eigenvalues of y's covariance are those of A^{1/2} B A^{1/2}. Their roots are good to 1e-8,
-    which is enough for a spread.
+    `x_ND` are centred features, and `y_ND` is x times the root of the reference's covariance, so the
+    eigenvalues of y's covariance are those of A^{1/2} B A^{1/2}. Their roots are accurate to 1e-8,
+    enough for a spread.
     """
     count = len(counts_N)
     weights_N = counts_N / (count - 1)
@@ -203,14 +203,14 @@ def _drawn_distance(
 def _trace_of_root(a_DD: np.ndarray, b_DD: np.ndarray) -> float:
     """tr (AB)^{1/2} = tr (A^{1/2} B A^{1/2})^{1/2} = the sum of singular values of B^{1/2} A^{1/2}.
 
-    The eigenvalues of A^{1/2} B A^{1/2} are the squares of these: where covariances are singular,
-    taking their roots would lift rounding errors from 1e-16 to 1e-8 in each null direction.
+    The eigenvalues of A^{1/2} B A^{1/2} are the squares of these; for singular covariances, taking
+    their roots would raise rounding errors from 1e-16 to 1e-8 in each null direction.
     """
     return float(np.linalg.svd(_root(b_DD) @ _root(a_DD), compute_uv=False).sum())
 
 
 def _root(sigma_DD: np.ndarray) -> np.ndarray:
-    """The symmetric root; eigenvalues below zero are rounding errors of zero."""
+    """The symmetric square root; negative eigenvalues are zeros with rounding errors."""
     values_D, vectors_DD = np.linalg.eigh(sigma_DD)
     root_DD: np.ndarray = (vectors_DD * np.sqrt(values_D.clip(min=0))) @ vectors_DD.T
     return root_DD
@@ -219,16 +219,14 @@ def _root(sigma_DD: np.ndarray) -> np.ndarray:
 def distance_figures(
     own_ND: torch.Tensor, real_ND: torch.Tensor, features: str, *, seed: int
 ) -> dict[str, float]:
-    """`fd` and `fd_se` of samples to real images, both as features of the network of this name."""
+    """`fd` and `fd_se` between samples and real images, given their features in the named network."""
     own, real = (statistics(x_ND, features=features) for x_ND in (own_ND, real_ND))
     error = bootstrap_error(own_ND, real, seed=seed)
     return {"fd": frechet_distance(own, real), "fd_se": error}
 
 
 def _figures(of: Subject) -> dict[str, float]:
-    assert of.own_ND is not None
-    assert of.real_ND is not None
-    return distance_figures(of.own_ND, of.real_ND, of.features, seed=of.seed)
+    return distance_figures(*of.compared_ND, of.features, seed=of.seed)
 
 
 FD = Metric(
@@ -239,5 +237,7 @@ FD = Metric(
     fixed(2),
     Measurement("fd", "features", _figures),
     spread="fd_se",
+    conditions="{features}: against {reference} held-out images; ± by bootstrap over the samples. FD is "
+    "biased at small n; compare it only at equal n and features.",
     named=lambda features: features,
 )

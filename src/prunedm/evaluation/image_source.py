@@ -1,13 +1,13 @@
 """Sets of images to measure: a folder, an array in an .npz, or whatever `--dataset` takes.
 
-Images keep their size, or are cropped to the middle square and resized by Pillow's antialiased
-Lanczos, as training images are. Shapes: N images, C channels, H W pixels.
+Images keep their size, or are cropped to the central square and resized by Pillow's antialiased
+Lanczos filter, as training images are. Shapes: N images, C channels, H W pixels.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import is_zipfile
 
 import numpy as np
@@ -33,15 +33,16 @@ from prunedm.record import FILE as RECORD
 
 DIGITS_SIZE = 16  # of the embedded model
 _SAMPLES = "samples.npz"
-_TURNED = {"exif", "xmp", "XML:com.adobe.xmp"}  # where an orientation may stand
+_TURNED = {"exif", "xmp", "XML:com.adobe.xmp"}  # metadata that may hold an orientation
+Found = TypeVar("Found")
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
 class Images(ImageSet):
     """The first `count` readable images, in order, of one size unless `res` is given.
 
-    They are grey where all files are, or where the first image is. After a pass, `skipped` names
-    what was left out for `skip_bad`.
+    They are grey where all files are, or, for other sources, where the first image is. After a pass,
+    `skipped` names the images that were left out because of `skip_bad`.
     """
 
     def __init__(
@@ -80,15 +81,17 @@ class Images(ImageSet):
         return torch.from_numpy(array_HWC.copy()).permute(2, 0, 1)
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """uint8 NCHW batches of at most `size`; one is held at a time.
+        """uint8 NCHW batches of at most `size`, one at a time in memory.
 
         Raises `UserError` for images that cannot be read, unless they are to be skipped.
         """
         self.skipped = []
         batch, left = [], self.count
         for index in range(len(self)):
-            image_CHW = self._readable(index)
-            if image_CHW is not None:
+            image_CHW = self._unless_bad(self.__getitem__, index)
+            if image_CHW is None:
+                self.skipped.append(self._label(index))
+            else:
                 batch.append(image_CHW)
             if len(batch) == min(size, left):
                 yield torch.stack(batch)
@@ -101,39 +104,34 @@ class Images(ImageSet):
     def batch_count(self, size: int) -> int:
         return math.ceil(self.count / size)
 
-    def _readable(self, index: int) -> torch.Tensor | None:
+    def _unless_bad(self, look: Callable[[int], Found], index: int) -> Found | None:
+        """`look(index)`, or None for an image that cannot be read and is to be skipped."""
         try:
-            return self[index]
+            return look(index)
         except Damaged:
             raise
         except UserError as error:
-            if not self.skip_bad:
-                raise UserError(f"{error}; mend it, or --skip-bad to go on without it") from error
-            self.skipped.append(self._label(index))
-            return None
+            if self.skip_bad:
+                return None
+            raise UserError(f"{error}; repair it, or pass --skip-bad to leave it out") from error
 
     def _look(self) -> None:
-        """Shape of the set: by the headers of all files that are asked for, else of one image."""
-        if isinstance(self.source, list) and isinstance(self.source[0], Path):
-            grey = [self._compare(index, *found) for index, found in self._headers()]
-        else:
-            grey = [self._compare(index, *found) for index, found in self._first_readable()]
+        """Shape of the set: from the headers of all requested files, else from the first image."""
+        files = isinstance(self.source, list) and isinstance(self.source[0], Path)
+        self.channels = 3  # nothing is refused yet
+        grey: list[bool] = []
+        for index in range(self.count if files else len(self)):
+            found = self._unless_bad(self._header if files else self._size_and_mode, index)
+            if found is not None:
+                grey.append(self._compare(index, *found))
+            if grey and not files:
+                break
         if self._first is None:
             raise UserError(f"no image of {self.name!r} can be read; give other images")
         self.channels = 1 if all(grey) else 3
 
-    def _headers(self) -> Iterator[tuple[int, tuple[tuple[int, int], str]]]:
-        for index in range(self.count):
-            try:
-                found = self._header(index)
-            except UserError as error:
-                if self.skip_bad:
-                    continue
-                raise UserError(f"{error}; mend it, or --skip-bad to go on without it") from error
-            yield index, found
-
     def _header(self, index: int) -> tuple[tuple[int, int], str]:
-        """Size and mode of a file, upright (a PNG's orientation may stand where only decoding looks)."""
+        """Upright size and mode from a file's header (a PNG's orientation may come after the pixels)."""
         path = check_regular(self.source[index])
         try:
             with open_lazily(path) as image:
@@ -142,19 +140,9 @@ class Images(ImageSet):
         except BROKEN as error:
             raise UserError(f"cannot read {shown(path)}: {reason(error)}") from error
 
-    def _first_readable(self) -> Iterator[tuple[int, tuple[tuple[int, int], str]]]:
-        self.channels = 3  # nothing is refused yet
-        for index in range(len(self)):
-            try:
-                image = self._decode(index)
-            except Damaged:
-                raise
-            except UserError:
-                if self.skip_bad:
-                    continue
-                raise
-            yield index, (image.size, image.mode)
-            return
+    def _size_and_mode(self, index: int) -> tuple[tuple[int, int], str]:
+        image = self._decode(index)
+        return image.size, image.mode
 
     def _open(self, index: int) -> Image.Image:
         image = self._decode(index)
@@ -175,12 +163,12 @@ class Images(ImageSet):
             raise UserError(f"cannot read {self._label(index)}: {reason(error)}") from error
 
     def _compare(self, index: int, size: tuple[int, int], mode: str) -> bool:
-        """Whether an image is grey. Raises `UserError` for another size than the first's."""
+        """Whether an image is grey. Raises `UserError` for a size that differs from the first's."""
         first, wanted = self._first = self._first or (self._label(index), size)
         if size != wanted and not self.size:
             raise Damaged(
                 f"{first} has {wanted[0]}x{wanted[1]} pixels and {self._label(index)} "
-                f"{size[0]}x{size[1]}; --res N brings all to one size"
+                f"{size[0]}x{size[1]}; --res N resizes all to one size"
             )
         return mode in _GREY or mode.startswith("I;16")
 
@@ -199,9 +187,9 @@ def open_side(
 ) -> Images | Statistics:
     """Images or statistics by name: a folder, an .npz of either, or a dataset.
 
-    Of a folder all images count, those of subfolders too, in order of their paths, unless a split is
-    asked for; of digits and the hub's datasets, those held out. Raises `UserError` for what is none
-    of these.
+    A folder stands for all its images, subfolders included, in order of their paths, unless a split is
+    given; digits and datasets of the hub for their held-out images. Raises `UserError` for anything
+    else.
     """
     path = locate(name) or Path(name)
     options: dict[str, Any] = {"name": name, "res": res, "count": count, "skip_bad": skip_bad}
@@ -212,7 +200,7 @@ def open_side(
         source, left_out = _own_images(path)
         if source:
             return Images(source, **options, left_out=left_out)
-    size = res or DIGITS_SIZE  # decides what "digits" are drawn at, and nothing else
+    size = res or DIGITS_SIZE  # only digits are drawn at it
     images = (
         load_images(name, split=split, size=size, channels=3, labels="none")
         if split
@@ -222,9 +210,9 @@ def open_side(
 
 
 def _own_images(folder: Path) -> tuple[Sequence[Any], str]:
-    """A folder's images, and what it holds besides; none of a dataset's folder.
+    """A folder's images, and in words what else it holds; none for a dataset's folder.
 
-    Of our own folders these are the samples, and of others all, those of subfolders too.
+    In folders that prunedm wrote these are the samples; elsewhere all images, subfolders included.
     """
     ours = (folder / RECORD).exists()
     if ours and (folder / _SAMPLES).exists():
@@ -248,7 +236,7 @@ def _own_images(folder: Path) -> tuple[Sequence[Any], str]:
 
 
 def _arrays(folder: Path) -> list[Path]:
-    """Files of images; not, say, of latents that lie beside the images."""
+    """The .npz files, if they hold images and not, say, latents."""
     arrays = sorted(folder.glob("*.npz"))
     return arrays if arrays and set(IMAGES) & keys(arrays[0]) else []
 

@@ -1,7 +1,7 @@
 """Kernel distance (Binkowski et al. 2018, arXiv:1801.01401): KID where the features are Inception's.
 
 The squared maximum mean discrepancy under the kernel (x.y / D + 1)^3. Its estimate is unbiased at
-every number of images, unlike the Fréchet distance's, and may thus be a little below zero.
+every number of images, unlike the Fréchet distance's, so it may be slightly negative.
 Shapes: N images, D features, M images in a subset. All arithmetic is in float64.
 """
 
@@ -13,7 +13,7 @@ import torch
 from prunedm.errors import UserError
 from prunedm.evaluation.metric import Measurement, Metric, Subject, wide
 
-LEAST_IMAGES = 4  # a side: its halves must have pairs
+LEAST_IMAGES = 4  # on each side: each half must have a pair
 ERROR_DRAWS = 40  # subsets of each side behind the standard error
 
 
@@ -27,11 +27,11 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """The mean over random subsets of `subset` images of each side, and its standard error.
 
-    Subsets are drawn without repeats, and fall to all images where there are fewer. They share
-    images, so their spread over sqrt(subsets) would be too small: the error is the delete-d
-    jackknife's (Shao & Wu 1989) of each side with the other held, subsets being at most half of the
-    images, plus what the finite number of subsets adds. Raises `UserError` for fewer than four images
-    on a side, and for features of different dimensions.
+    Subsets are drawn without replacement; a side with fewer images gives all of them. Subsets share
+    images, so their spread over sqrt(subsets) would underestimate the error. It is instead the
+    delete-d jackknife's (Shao & Wu 1989) of each side with the other fixed, on subsets of at most half
+    of the images, plus the variance from the finite number of subsets. Raises `UserError` for fewer
+    than four images on a side, and for features of different dimensions.
     """
     a_ND, b_ND = np.asarray(a_ND), np.asarray(b_ND)
     fewest = min(len(a_ND), len(b_ND))
@@ -55,11 +55,11 @@ def kernel_distance(
 
 
 def kernel_unit(real_ND: torch.Tensor | np.ndarray, features: str) -> float:
-    """What to divide both sides' features by before `kernel_distance`.
+    """The scale to divide both sides' features by before `kernel_distance`.
 
-    The kernel is made for features of about one, as Inception's ("FID") are: these stay as they are,
-    so that KID is what others report. Any others are taken in units of the real images' root mean
-    square; unscaled, the kernel's cube would give numbers in the thousands or around nothing.
+    The kernel assumes features of order one. Inception's ("FID") are, and stay unscaled, so that KID is
+    what others report. Others are scaled by the real images' root mean square; the kernel's cube would
+    otherwise give values in the thousands or near zero.
     """
     if features == "FID":
         return 1.0
@@ -73,7 +73,7 @@ def squared_discrepancy(x_MD: np.ndarray, y_MD: np.ndarray) -> float:
 
 
 def _jackknife(x_ND: np.ndarray, y_ND: np.ndarray, size: int, seed: tuple[int, int]) -> float:
-    """Variance that comes of x being a sample, y held; at most half of x is drawn."""
+    """Variance from sampling x, with y fixed; `size` is at most half of x."""
     y_MD = _rows(y_ND, size, (*seed, 0))
     drawn = (_rows(x_ND, size, (*seed, k)) for k in range(1, 1 + ERROR_DRAWS))
     found = [_within(x_MD) - 2 * float(_kernel(x_MD, y_MD).mean()) for x_MD in drawn]
@@ -99,10 +99,9 @@ def _kernel(x_MD: np.ndarray, y_KD: np.ndarray) -> np.ndarray:
 
 
 def _figures(of: Subject) -> dict[str, float]:
-    assert of.own_ND is not None
-    assert of.real_ND is not None
-    unit = kernel_unit(of.real_ND, of.features)
-    mean, error = kernel_distance(of.own_ND / unit, of.real_ND / unit, seed=of.seed)
+    own_ND, real_ND = of.compared_ND
+    unit = kernel_unit(real_ND, of.features)
+    mean, error = kernel_distance(own_ND / unit, real_ND / unit, seed=of.seed)
     return {"kid": 1000 * mean, "kid_se": 1000 * error}
 
 

@@ -15,7 +15,7 @@ from prunedm.task import Batch, Stream, Task, predict
 
 BATCH = 100
 LOSSES = "losses.npy"
-MOST_VALUES = 2**21  # pixels times channels of a batch that is not kept
+MOST_VALUES = 2**21  # in one streamed batch: images x pixels x channels
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class LossEstimate:
 
 
 def fixed_batches(problems: Task, count: int) -> list[Batch]:
-    """Problems 0..count-1, drawn once and kept: for a loss that is asked for many times."""
+    """Problems 0..count-1, drawn once and kept, for a loss that is computed many times."""
     return [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
 
 
 def streamed_batches(problems: Task, count: int, size: int) -> Stream:
-    """Problems 0..count-1, `size` at a time or as many as stay small, drawn as they are wanted."""
+    """Problems 0..count-1, drawn on demand: `size` at a time, or as many as `MOST_VALUES` allows."""
     fitting = max(1, MOST_VALUES // problems.batch([0]).target.numel())
     return problems.stream(count, size=min(size, fitting))
 
@@ -53,9 +53,9 @@ def denoising_loss(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> LossEstimate:
-    """The loss of `denoiser` over these batches, evaluated in its own dtype, without dropout.
+    """The loss of `denoiser` over these batches, in its own dtype and without dropout.
 
-    Raises `NotFinite` where it is not.
+    Raises `NotFinite` where a loss is NaN or infinite.
     """
     losses = []
     task = (progress or Silent()).task("denoising loss", len(batches))
@@ -80,7 +80,7 @@ def _check_finite(losses_N: torch.Tensor) -> None:
 
 
 def _figures(of: Subject) -> dict[str, float]:
-    """The loss; the losses of all problems are left in a file."""
+    """The loss; the losses of all problems go to a file."""
     loss = denoising_loss(of.denoiser, of.problems(), device=of.device, progress=of.progress)
     np.save(of.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
     return {"loss": loss.mean, "loss_se": loss.standard_error}
@@ -93,5 +93,8 @@ LOSS = Metric(
     fixed(4),
     Measurement("loss", "problems", _figures),
     spread="loss_se",
-    also=("loss_change", "loss_change_se"),  # to the dense model's, problem by problem
+    change="loss_change",
+    conditions="Loss: {problems} held-out denoising problems of {dataset}, drawn with seed {seed}; the "
+    "same images, timesteps and noise for every model. The ± is one standard error over antithetic "
+    "pairs.",
 )

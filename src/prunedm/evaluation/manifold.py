@@ -1,7 +1,7 @@
 """Precision and recall of a generator (Kynkäänniemi et al. 2019, arXiv:1904.06991).
 
-A set's manifold is the union of balls around its images, each as wide as the distance to the image's
-k-th neighbour in the set. Shapes: N images, D features, K images of one chunk.
+A set's manifold is the union of balls around its images, each with the distance to the image's k-th
+neighbour in the set as its radius. Shapes: N images, D features, K images of one chunk.
 """
 
 import math
@@ -20,10 +20,10 @@ def precision_recall(
     neighbours: int = 3,
     chunk: int = 512,
 ) -> tuple[float, float]:
-    """Shares of generated images in the real manifold, and of real ones in the generated.
+    """Share of generated images in the real manifold, and of real images in the generated one.
 
-    Holds `chunk` x N distances at a time, in float64, on the features' device. Raises `UserError`
-    for features of different dimensions, and for sets with no `neighbours`-th neighbour.
+    Holds `chunk` x N distances at a time, in float64, on the features' device. Raises `UserError` for
+    features of different dimensions, and for sets with too few images for `neighbours`.
     """
     if real_ND.ndim != 2 or real_ND.shape[1:] != generated_ND.shape[1:]:
         raise UserError(
@@ -33,9 +33,9 @@ def precision_recall(
     fewest = min(len(real_ND), len(generated_ND))
     if fewest <= neighbours:
         raise UserError(
-            f"{fewest} images are too few for their neighbour number {neighbours}; give more images"
+            f"{fewest} images are too few for {neighbours} neighbours each; give more images"
         )
-    # the same shift for both leaves distances, and less of them to rounding
+    # a common shift keeps the distances and reduces rounding errors
     center_D = real_ND.double().mean(0)
     real_ND, generated_ND = real_ND.double() - center_D, generated_ND.double() - center_D
     return (
@@ -45,13 +45,13 @@ def precision_recall(
 
 
 def share_error(share: float, count: int) -> float:
-    """Binomial standard error of a share of `count` images, the manifold taken as given."""
+    """Binomial standard error of a share of `count` images, for a fixed manifold."""
     return math.sqrt(share * (1 - share) / count)
 
 
 def _share_inside(points_ND: torch.Tensor, set_ND: torch.Tensor, k: int, chunk: int) -> float:
     radii_N = torch.cat(
-        [  # an image is its own neighbour number 0, at a distance of zero
+        [  # the nearest, at distance zero, is the image itself
             squares_KN.kthvalue(k + 1, dim=1).values
             for squares_KN in _squares(set_ND, set_ND, chunk)
         ]
@@ -64,7 +64,7 @@ def _share_inside(points_ND: torch.Tensor, set_ND: torch.Tensor, k: int, chunk: 
 
 
 def _squares(a_ND: torch.Tensor, b_ND: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-    """Squared distances (K, N), chunk by chunk of `a_ND`; equal rows are at exactly zero or above."""
+    """Squared distances (K, N), chunk by chunk of `a_ND`, clamped at zero."""
     norms_N = b_ND.square().sum(1)
     for rows_KD in a_ND.split(chunk):
         squares_KN = torch.addmm(norms_N, rows_KD, b_ND.T, alpha=-2)
@@ -73,14 +73,13 @@ def _squares(a_ND: torch.Tensor, b_ND: torch.Tensor, chunk: int) -> Iterator[tor
 
 
 def _figures(of: Subject) -> dict[str, float]:
-    assert of.own_ND is not None
-    assert of.real_ND is not None
-    precision, recall = precision_recall(of.real_ND, of.own_ND)
+    own_ND, real_ND = of.compared_ND
+    precision, recall = precision_recall(real_ND, own_ND)
     return {
         "precision": precision,
-        "precision_se": share_error(precision, len(of.own_ND)),
+        "precision_se": share_error(precision, len(own_ND)),
         "recall": recall,
-        "recall_se": share_error(recall, len(of.real_ND)),
+        "recall_se": share_error(recall, len(real_ND)),
     }
 
 

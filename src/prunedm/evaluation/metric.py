@@ -1,7 +1,7 @@
 """A metric: its column in every table, what it means, and the step that measures it.
 
-To add one: a file with the record, and a line in `tables.METRICS`. Files of results, tables, the
-report, sweeps and the terminal take it from there.
+To add one: a file with the record, and a line in `tables.METRICS`. Result files, tables, the summary,
+the report, sweeps and the terminal take it from there.
 """
 
 import math
@@ -22,7 +22,7 @@ from prunedm.task import Stream
 
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _IMAGES = ("dataset", "features", "samples", "reference", "sampler", "spacing", "seed")
-# what a measurement needs, the cheapest first -> the conditions that decide its figures
+# what a measurement needs, cheapest first -> the conditions that its figures depend on
 NEEDS: dict[str, tuple[str, ...]] = {
     "weights": (),
     "problems": ("dataset", "problems", "seed", "prediction", "schedule"),
@@ -37,27 +37,32 @@ _BEFORE = {"samples": ("samples",), "features": ("samples", "features"), "pairs"
 
 @dataclass(frozen=True)
 class Subject:
-    """One model as it is measured. Shapes: N images, D features."""
+    """One model to measure. Shapes: N images, D features."""
 
     denoiser: nn.Module
     masks: Masks | None
-    example: Callable[[int], Inputs]  # inputs of so many images
+    example: Callable[[int], Inputs]  # batch size -> inputs
     bytes_disk: Callable[[], int]
-    problems: Callable[[], Stream]  # the held-out ones
+    problems: Callable[[], Stream]  # held-out denoising problems
     device: torch.device
-    largest_batch: int  # of those that are timed
+    largest_batch: int  # of the batch sizes that are timed
     seed: int
-    folder: Path  # where it may leave files
+    folder: Path  # where measurements may leave files
     progress: Progress
-    images_NHWC: np.ndarray | None = None  # the samples; those of "features" have all of these
-    own_ND: torch.Tensor | None = None
-    real_ND: torch.Tensor | None = None
-    features: str = ""  # the network's name
+    images_NHWC: np.ndarray | None = None  # the samples, from step "samples" on
+    features_ND: tuple[torch.Tensor, torch.Tensor] | None = None  # of samples and held-out images
+    features: str = ""  # name of the feature network
+
+    @property
+    def compared_ND(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of the samples and of held-out images, for measurements that need "features"."""
+        assert self.features_ND is not None
+        return self.features_ND
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A step that gives figures of one model by name. Pairs and turns are taken of all together."""
+    """A step that measures figures of one model, by name; for pairs and turns, of all models at once."""
 
     step: str
     needs: Literal["weights", "problems", "calls", "samples", "features", "pairs", "turns"]
@@ -66,10 +71,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure: what it is called, what it means, how it reads, and which way is better.
+    """One figure: its name, meaning and format, and which direction is better.
 
-    `text(value, base)`: `base` is the dense model's value, whose unit the whole column takes. A figure
-    without `better` shows no change to dense. Chinese words are in `report/zh.py`.
+    `text(value, base)`: `base` is the dense model's value, which sets the unit of the whole column. A
+    figure without `better` shows no change to dense. Chinese words are in `report/words.zh.yaml`.
     """
 
     key: str  # its name in `Figures`
@@ -78,17 +83,22 @@ class Metric:
     text: Callable[[float, float], str]
     measured: Measurement
     better: Literal["lower", "higher", ""] = "lower"
-    spread: str = ""  # the name of its ± in `Figures`
+    spread: str = ""  # name in `Figures` of its standard error or spread
     unit: str = ""
+    change: str = ""  # name of its mean change to dense, case by case; the error is `{change}_se`
     also: tuple[str, ...] = ()  # names of further figures that belong to it
+    # a sentence on the conditions, filled from `Conditions` and `Figures`
+    conditions: str = ""
     each: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # of pairs: image by image
+    note: Callable[[tuple[int, ...]], str] = lambda size: ""  # a caveat for images of (H, W)
     named: Callable[[str], str] = lambda features: ""  # another header, by the features' name
-    detail: Callable[[Figures], str] = lambda figures: ""  # what reads after the number
-    instead: Callable[[Figures], str] = lambda figures: ""  # what reads in a number's place
+    detail: Callable[[Figures], str] = lambda figures: ""  # text after the number
+    instead: Callable[[Figures], str] = lambda figures: ""  # text in place of a number
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return self.key, *([self.spread] if self.spread else []), *self.also
+        changes = (self.change, f"{self.change}_se") if self.change else ()
+        return self.key, *([self.spread] if self.spread else []), *changes, *self.also
 
     @property
     def same(self) -> tuple[str, ...]:
@@ -102,7 +112,7 @@ class Metric:
 
 
 def amount(value: float, base: float, *, unit: str = "") -> str:
-    """`value` with three digits or so, in the decimal unit of `base`: "0.78M" beside "1.08M"."""
+    """`value` to about three digits, in the decimal unit of `base`: "0.78M" beside "1.08M"."""
     if value and not 0.1 * _scale(base)[0] <= value < 1e4 * _scale(base)[0]:
         base = value
     scale, letter = _scale(base)
@@ -119,5 +129,5 @@ def fixed(digits: int) -> Callable[[float, float], str]:
 
 
 def wide(value: float, base: float = 0.0) -> str:
-    """Two decimals, or three digits of what has many: kernel distances grow with the features."""
+    """Two decimals, or three digits from 10,000 on: kernel distances grow with the features."""
     return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"

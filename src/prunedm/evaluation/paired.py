@@ -1,4 +1,4 @@
-"""Paired measures: two models' images from the same noise, one by one.
+"""Paired metrics: two models' images from the same noise, image by image.
 
 Shapes: N images, H W pixels, C channels, K taps of a window.
 """
@@ -30,8 +30,8 @@ def ssim(images_NHWC: np.ndarray, reference_NHWC: np.ndarray) -> np.ndarray:
     """Structural similarity of each uint8 image to its reference: (N,), 1 for identical ones.
 
     Wang et al. 2004 (IEEE TIP 13:4): Gaussian windows of 11 pixels that lie wholly within the
-    image, sigma 1.5, data range 255; the mean over windows and channels. Smaller images take
-    `window_for` them. Raises `UserError` where the two are of different shapes.
+    image, sigma 1.5, data range 255; the mean over windows and channels. Smaller images take the
+    window that `window_for` gives. Raises `UserError` where the two are of different shapes.
     """
     _check(images_NHWC, reference_NHWC)
     taps_K = _taps(window_for(images_NHWC.shape[1:3]))
@@ -39,7 +39,7 @@ def ssim(images_NHWC: np.ndarray, reference_NHWC: np.ndarray) -> np.ndarray:
 
 
 def median_error(values_N: np.ndarray, *, draws: int = 200, seed: int = 0) -> float:
-    """Standard error of the median, over values drawn again with repeats."""
+    """Standard error of the median, by bootstrap."""
     rng = np.random.default_rng(seed)
     picked = rng.integers(0, len(values_N), (draws, len(values_N)))
     return float(np.median(values_N[picked], axis=1).std(ddof=1))
@@ -49,6 +49,12 @@ def window_for(size: tuple[int, ...]) -> int:
     """11, or the largest odd number of pixels that fits into images of this size."""
     least = min(size)
     return min(WINDOW, least - 1 + least % 2)
+
+
+def _small_windows(size: tuple[int, ...]) -> str:
+    window = window_for(size)
+    small = f"SSIM: windows of {window} pixels, as images of {size[0]}x{size[1]} have no {WINDOW}"
+    return small if window < WINDOW else ""
 
 
 def _ssim(a_HWC: np.ndarray, b_HWC: np.ndarray, taps_K: np.ndarray) -> float:
@@ -79,8 +85,8 @@ def _taps(window: int) -> np.ndarray:
 def _check(images_NHWC: np.ndarray, reference_NHWC: np.ndarray) -> None:
     if images_NHWC.shape != reference_NHWC.shape:
         raise UserError(
-            f"images of shapes {images_NHWC.shape} and {reference_NHWC.shape} are no pairs; "
-            "draw both from the same noise, as many and as large"
+            f"images of shapes {images_NHWC.shape} and {reference_NHWC.shape} are not pairs; "
+            "draw both from the same noise, in the same number and size"
         )
 
 
@@ -94,7 +100,8 @@ PSNR = Metric(
     better="higher",
     spread="psnr_se",
     unit=" dB",
-    also=("identical",),  # share of images that equal the dense model's: no noise, no PSNR
+    also=("identical",),  # share of images that equal the dense model's, so have no PSNR
+    conditions="PSNR: against the dense model's image of the same noise; the median.",
     each=psnr,
     instead=lambda figures: IDENTICAL if (figures.identical or 0) >= 0.5 else "",
 )
@@ -107,4 +114,5 @@ SSIM = Metric(
     better="higher",
     spread="ssim_se",
     each=ssim,
+    note=_small_windows,
 )

@@ -1,4 +1,4 @@
-"""What one denoiser call really does: the memory it needs, and the kernel that does most work."""
+"""What one denoiser call takes: its memory, and the kernel that does most of the work."""
 
 import os
 from collections.abc import Callable
@@ -19,19 +19,19 @@ _PRODUCTS = ("conv", "mm", "linear", "matmul", "attention", "einsum")
 
 
 def one_call(network: nn.Module, inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """A call of `network` on these inputs, where its weights are and in their type."""
+    """A call of `network` on these inputs, on its device and in its type."""
     told = like_weights(network, inputs)
     return lambda: answer(network, told)
 
 
 def peak_memory(module: nn.Module, call: Call, device: torch.device | str = "cpu") -> int:
-    """Bytes of parameters and buffers, and the most that `call` holds besides at any moment.
+    """Bytes of parameters and buffers, plus the most that `call` allocates at any one time.
 
-    On CPUs what PyTorch's allocator gives and takes back, as its profiler sees it; oneDNN's own
-    scratch memory is not in it. The inputs of the call were there before, and are not counted.
+    On CPUs these are the allocations that PyTorch's profiler sees, without oneDNN's own scratch memory.
+    The call's inputs exist before, and are not counted.
     """
     own = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-    call()  # lazily made buffers and workspaces are no part of a call
+    call()  # lazily allocated buffers and workspaces do not count
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -39,7 +39,7 @@ def peak_memory(module: nn.Module, call: Call, device: torch.device | str = "cpu
         call()
         torch.cuda.synchronize(device)
         return own + int(torch.cuda.max_memory_allocated(device)) - before
-    # the profiler's own list of events adds what an operator took and gave back to one number
+    # the profiler's public events only have each operator's net allocation
     profiler: Any = _profile(call, memory=True).profiler
     changes = [
         e
@@ -54,7 +54,7 @@ def peak_memory(module: nn.Module, call: Call, device: torch.device | str = "cpu
 
 
 def kernel(call: Call) -> str:
-    """ "dense" or "semi-structured" by the operators that ran, and the product that took longest."""
+    """ "dense" or "semi-structured" by the operators that ran, with the slowest product in brackets."""
     call()
     seen = _profile(call).key_averages()
     sparse, products = (
@@ -67,7 +67,7 @@ def kernel(call: Call) -> str:
 
 
 def _profile(call: Call, *, memory: bool = False) -> profile:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would log that there is no GPU
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -86,7 +86,8 @@ def _figures(of: Subject) -> dict[str, float]:
 PEAK_MEMORY = Metric(
     "peak_memory_mb",
     "peak MB",
-    "most memory that one call holds, weights included, at the largest timed batch, in MB",
+    "peak memory of one call at the largest timed batch, weights included, in MB",
     fixed(1),
     Measurement("memory", "calls", _figures),
+    conditions="Peak memory: one call with a batch of {peak_memory_batch}.",
 )

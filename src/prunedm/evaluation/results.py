@@ -1,4 +1,4 @@
-"""What an evaluation found out about one model, and under which conditions: one row of the table."""
+"""The results of evaluating one model and their conditions: one row of the table."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -7,13 +7,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_fiel
 from prunedm.record import Record, finite
 from prunedm.tables import METRICS
 
-EMA, LAST = "EMA ", "not averaged"  # of `Conditions.weights`
-# a number that is not finite was not measured; JSON has none either
+EMA, LAST = "EMA ", "not averaged"  # values of `Conditions.weights`
+# numbers that are not finite count as not measured; JSON cannot hold them either
 Measured = Annotated[int | float | None, AfterValidator(finite)]
 
 
 class LayerSparsity(BaseModel):
-    """What is left of one prunable layer."""
+    """The non-zero weights of one prunable layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -21,31 +21,31 @@ class LayerSparsity(BaseModel):
     nonzero: int
     pattern: str = ""  # "2:4" where the layer has an N:M mask
     valid: float | None = None  # share of its groups that are N:M
-    why_dense: str = ""  # of a layer without a mask in a model that has masks
+    why_dense: str = ""  # why it has no mask, in a model with masks
 
 
 class Timing(BaseModel):
-    """One way to call the denoiser, and how long it takes."""
+    """How long the denoiser takes when called in one way."""
 
     batch: int
     dtype: str  # "float32", "bf16 autocast"
     threads: int
     compiled: bool = False
-    kernel: str = "dense"  # what really ran: "dense", "semi-structured", ...
+    kernel: str = "dense"  # what actually ran: "dense", "semi-structured", ...
     median_ms: float
-    spread_ms: float  # half the distance between the quartiles
+    spread_ms: float  # half the interquartile range
     others: float = 0.0  # share of the processor that other processes used meanwhile
 
-    @computed_field  # type: ignore[prop-decorator]  # in the files too
+    @computed_field  # type: ignore[prop-decorator]  # so that files have it too
     @property
     def images_per_s(self) -> float:
         return 1000 * self.batch / self.median_ms
 
 
 class Figures(BaseModel):
-    """Figures by name: those of every metric (`tables.METRICS`), and what is not a number.
+    """Figures by name: those of every metric (`tables.METRICS`), and those that are not numbers.
 
-    None where a figure was not asked for, does not apply, or its step failed.
+    None where a figure was not requested, does not apply, or its step failed.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -77,19 +77,19 @@ class Figures(BaseModel):
 
 
 def figure_names() -> list[str]:
-    """Every figure that a metric has, in the order of the columns."""
+    """The names of all metrics' figures, in the order of the columns."""
     return [name for metric in METRICS.values() for name in metric.fields]
 
 
 class Change(BaseModel):
-    """How far a figure is from the dense model's: the difference, and its share of that."""
+    """A figure's change from the dense model's: absolute, and relative to it."""
 
     absolute: float
     relative: Measured = None  # -0.3: 30 % less
 
 
 class Conditions(BaseModel):
-    """Without these, the figures mean nothing. Empty ones are not known."""
+    """What the figures were measured under; empty where not known."""
 
     dataset: str
     problems: int  # held-out denoising problems behind `loss`
@@ -103,33 +103,39 @@ class Conditions(BaseModel):
     dtype: str  # "float32", "float32 (TF32 convolutions)"
     threads: int = 0
     weights: str = ""  # "EMA 0.9999", an average over training with its decay; "not averaged"
-    prediction: str = ""  # what the denoiser gives: "epsilon", "sample", "v_prediction"
-    schedule: str = ""  # of noise: "linear 0.0001 to 0.02, 1000 steps"
+    prediction: str = ""  # what the denoiser predicts: "epsilon", "sample", "v_prediction"
+    schedule: str = ""  # noise schedule: "linear 0.0001 to 0.02, 1000 steps"
     latency_batch: int
-    latency_repeats: int = 0  # timed calls behind a median, after the warm-up
+    latency_repeats: int = 0  # timed calls per median, after the warm-up
 
 
 class Asked(BaseModel):
-    """One pruning of the lineage: what was asked for, and what came out."""
+    """One pruning target of the lineage: requested and reached."""
 
     what: str  # "params", "pattern", ...
     asked: float | str
     got: float | str
-    reason: str = ""  # where the two differ
+    reason: str = ""  # why the two differ
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """`asked` and `got` as they are shown."""
+        asked, got = (f"{v:.4g}" if isinstance(v, float) else v for v in (self.asked, self.got))
+        return asked, got
 
 
 class StepResult(BaseModel):
     """One step of an evaluation and how it ended; `error` also says why a step was skipped."""
 
     step: str
-    model: str = ""  # the label; "" for a step of all models
+    model: str = ""  # its label; "" for a step on all models
     status: Literal["done", "failed", "skipped"]
     seconds: float = 0.0
     error: str = ""
 
 
 class Evaluation(BaseModel):
-    """One model's row: its label ("dense", "1-prune", ...), figures, conditions and records."""
+    """One model's row: label ("dense", "1-prune", ...), figures, conditions and records."""
 
     label: str
     model: str
@@ -137,15 +143,13 @@ class Evaluation(BaseModel):
     figures: Figures
     conditions: Conditions
     record: Record | None = None
-    dense: Figures | None = None  # the dense model's, where this is another one
-    changes: dict[str, Change] = Field(default_factory=dict)  # to dense, of figures that compare
+    dense: Figures | None = None  # the dense model's, unless this is it
+    changes: dict[str, Change] = Field(default_factory=dict)  # to dense, of comparable figures
     layers: list[LayerSparsity] = Field(default_factory=list)
     asked: list[Asked] = Field(default_factory=list)
-    reloads: bool | None = None  # loaded again, it gives the same output to the bit
-    failed: dict[str, str] = Field(default_factory=dict)  # step -> its error; the rest went on
-    samples_file: str = (
-        ""  # uint8 NHWC .npz beside the results, from the same noise for every model
-    )
-    curve: dict[str, Any] = Field(
-        default_factory=dict
-    )  # {"losses": [...], "held_out": [[step, loss]]}
+    reloads: bool | None = None  # whether a reload gives bit-identical output; None: not checked
+    failed: dict[str, str] = Field(default_factory=dict)  # failed step -> its error
+    # uint8 NHWC .npz beside the results, from the same noise for every model
+    samples_file: str = ""
+    # {"losses": [...], "held_out": [[step, loss]]}
+    curve: dict[str, Any] = Field(default_factory=dict)

@@ -1,7 +1,6 @@
 """Size and work: parameters, non-zeros, multiply-accumulates, packed bytes, N:M validity."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunedm.architecture import Inputs, answer, like_weights
 from prunedm.evaluation.metric import Measurement, Metric, Subject, amount
-from prunedm.evaluation.results import Figures
+from prunedm.evaluation.results import Figures, LayerSparsity
 from prunedm.masks import Masks
+from prunedm.networks.layer_kinds import weight_of
 from prunedm.networks.layers import prunable_layers, why_not_nm
 
 HALF = 2  # bytes of a half-precision number
@@ -30,10 +30,10 @@ def count_nonzero(denoiser: nn.Module) -> int:
 def count_macs(network: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of a forward pass on `inputs`, attention products included.
 
-    Counted by PyTorch's FLOP counter as the operations run; zeros in weights count as work, since
-    no dense kernel skips them.
+    Counted by PyTorch's FLOP counter as operations run. Zero weights count, since no dense kernel
+    skips them.
     """
-    # the math form of attention is counted on every device and torch version; fused ones are not
+    # only attention's math backend is counted on every device and torch version
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -43,7 +43,7 @@ def count_macs(network: nn.Module, inputs: Inputs) -> int:
 
 
 def packed_bytes(denoiser: nn.Module, masks: Masks | None) -> int:
-    """Bytes in half precision, masked layers stored as their kept values and one bit a weight."""
+    """Bytes in half precision, with masked layers as their kept values plus one bit per weight."""
     total = HALF * count_parameters(denoiser)
     for _, mask in masks or ():
         kept = int(mask.sum())
@@ -51,42 +51,58 @@ def packed_bytes(denoiser: nn.Module, masks: Masks | None) -> int:
     return total
 
 
-@dataclass(frozen=True)
-class NmValidity:
-    """How far a model's masks are what hardware accepts."""
-
-    pattern: str
-    valid: float | None  # share of groups with at most N non-zeros, over the masked layers
-    layers: int
-    dense: dict[str, str]  # prunable layers without a mask, and why
-
-
-def nm_validity(denoiser: nn.Module, masks: Masks | None) -> NmValidity:
-    """Checked on the weights themselves, not on the masks."""
+def nm_validity(denoiser: nn.Module, masks: Masks | None) -> dict[str, Any]:
+    """The figures of N:M masks, checked on the weights themselves; empty without any."""
     if masks is None or not masks.patterns:
-        return NmValidity("", None, 0, {})
-    m = min(pattern.m for pattern in masks.patterns.values())
-    dense = {
-        name: why_not_nm(layer, m) or "left dense"
+        return {"pattern": "", "nm_valid": None, "nm_layers": 0, "nm_dense": {}}
+    return {
+        "pattern": masks.pattern_text,
+        "nm_valid": masks.validity(denoiser),
+        "nm_layers": len(masks.patterns),
+        "nm_dense": _why_dense(denoiser, masks),
+    }
+
+
+@torch.no_grad()
+def layer_sparsity(denoiser: nn.Module, masks: Masks | None) -> list[LayerSparsity]:
+    """Every prunable layer in the model's order; zeros and validity are counted on the weights."""
+    patterns = masks.patterns if masks else {}
+    dense = _why_dense(denoiser, masks) if masks else {}
+    found = []
+    for name, layer in prunable_layers(denoiser).items():
+        weight, pattern = weight_of(layer), patterns.get(name)
+        found.append(
+            LayerSparsity(
+                name=name,
+                shape=tuple(weight.shape),
+                weights=weight.numel(),
+                nonzero=int(torch.count_nonzero(weight)),
+                pattern=str(pattern) if pattern else "",
+                valid=float(pattern.valid_in(weight).double().mean()) if pattern else None,
+                why_dense=dense.get(name, ""),
+            )
+        )
+    return found
+
+
+def _why_dense(denoiser: nn.Module, masks: Masks) -> dict[str, str]:
+    """The prunable layers without a mask, and why each has none."""
+    m = min((pattern.m for pattern in masks.patterns.values()), default=0)
+    return {
+        name: (why_not_nm(layer, m) if m else None) or "left dense"
         for name, layer in prunable_layers(denoiser).items()
         if name not in masks.by_layer
     }
-    return NmValidity(masks.pattern_text, masks.validity(denoiser), len(masks.patterns), dense)
 
 
 def _figures(of: Subject) -> dict[str, Any]:
-    validity = nm_validity(of.denoiser, of.masks)
     params, nonzero = count_parameters(of.denoiser), count_nonzero(of.denoiser)
-    return {
+    return nm_validity(of.denoiser, of.masks) | {
         "params": params,
         "nonzero": nonzero,
         "sparsity": 1 - nonzero / params,
         "bytes_disk": of.bytes_disk(),
         "bytes_packed": packed_bytes(of.denoiser, of.masks),
-        "pattern": validity.pattern,
-        "nm_valid": validity.valid,
-        "nm_layers": validity.layers,
-        "nm_dense": validity.dense,
     }
 
 
@@ -118,11 +134,11 @@ DISK = Metric("bytes_disk", "disk", "bytes of the denoiser's weight files", _BYT
 PACKED = Metric(
     "bytes_packed",
     "packed (fp16)",
-    "bytes in half precision; layers with N:M masks as their kept values and one bit a weight",
+    "bytes in half precision; layers with N:M masks as their kept values plus one bit per weight",
     _BYTES,
     _SIZE,
 )
-COMPRESSION = Metric(  # figured where the dense model is beside it
+COMPRESSION = Metric(  # computed in comparisons with the dense model
     "compression",
     "compression",
     "the dense model's packed bytes over this model's",
@@ -133,8 +149,8 @@ COMPRESSION = Metric(  # figured where the dense model is beside it
 NM_VALID = Metric(
     "nm_valid",
     "N:M",
-    "share of groups of M weights with at most N that are not zero, over the masked layers",
-    # rounded down: what is not whole never reads 100 %
+    "share of the masked layers' groups of M weights with at most N non-zeros",
+    # rounded down: less than all never reads 100 %
     lambda value, base: f"{math.floor(1000 * value) / 10:g} %",
     _SIZE,
     better="",

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +20,8 @@ WARMUP = 3
 
 
 @dataclass(frozen=True)
-class Latency:
-    """Median and half the interquartile range, in milliseconds, of one call with `batch` images."""
-
-    median_ms: float
-    spread_ms: float
-    batch: int
-
-
-@dataclass(frozen=True)
 class Way:
-    """How the denoiser is called: images at a time, bf16 autocast or its own type, compiled or not."""
+    """How the denoiser is called: batch size, bf16 autocast or its own type, compiled or eager."""
 
     batch: int
     bf16: bool = False
@@ -49,10 +40,10 @@ def in_turns(
     each: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[list[float]]:
-    """Seconds of each call in each of `repeats` turns: what else the machine does falls on all alike.
+    """Seconds of each call in each of `repeats` turns, so that other load affects all calls alike.
 
-    `warmup` turns before them do not count. `each`: calls in a row that make a turn; the seconds are
-    of one. `device`: whose work is waited for.
+    `warmup` turns before them do not count. `each`: calls per turn, whose mean is taken. `device`:
+    where the work runs, to be synchronized.
     """
     device = torch.device(device)
     seconds: list[list[float]] = [[] for _ in calls]
@@ -68,20 +59,6 @@ def in_turns(
     return seconds
 
 
-def latency(
-    network: nn.Module, inputs: Inputs, *, repeats: int, device: torch.device | str = "cpu"
-) -> Latency:
-    """Time `network` on these inputs, eager, in its own dtype."""
-    return latencies([(network, inputs)], repeats=repeats, device=device)[0]
-
-
-def latencies(
-    asked: Sequence[tuple[nn.Module, Inputs]], *, repeats: int, device: torch.device | str = "cpu"
-) -> list[Latency]:
-    """Time several networks in turns, so that what else the machine does falls on all alike."""
-    return _latencies(asked, way=Way(_rows(asked[0][1])), repeats=repeats, device=device)
-
-
 def timings(
     asked: Sequence[tuple[nn.Module, Inputs]],
     way: Way,
@@ -89,13 +66,14 @@ def timings(
     repeats: int,
     device: torch.device | str = "cpu",
 ) -> list[Timing]:
-    """As `latencies`, with how each was called and which kernel ran.
+    """Time several networks on their inputs in turns, and name the kernel that ran.
 
-    Compiled networks are timed one after the other: the compiler gives up on the eighth that is
+    Compiled networks are timed one after another, because the compiler gives up on the eighth that is
     alive. Raises `UserError` where nothing was compiled.
     """
-    timed = _compiled if way.compiled else _plainly
+    device = torch.device(device)
     neighbours = Neighbours()
+    timed = _compiled if way.compiled else _timed
     found = timed(asked, way, repeats, device)
     others = neighbours.share
     return [
@@ -104,56 +82,33 @@ def timings(
             dtype="bf16 autocast" if way.bf16 else dtype_in_words(network),
             threads=torch.get_num_threads(),
             compiled=way.compiled,
-            kernel=kernel_name,
-            median_ms=latency.median_ms,
-            spread_ms=latency.spread_ms,
             others=others,
+            **measured,
         )
-        for (network, _), (latency, kernel_name) in zip(asked, found, strict=True)
+        for (network, _), measured in zip(asked, found, strict=True)
     ]
-
-
-def _rows(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values())))
 
 
 @torch.inference_mode()
-def _latencies(
-    asked: Sequence[tuple[nn.Module, Inputs]],
-    *,
-    way: Way,
-    repeats: int,
-    device: torch.device | str,
-) -> list[Latency]:
-    device = torch.device(device)
+def _timed(
+    asked: Sequence[tuple[nn.Module, Inputs]], way: Way, repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Median and spread in milliseconds of each call, in turns; then its kernel."""
     calls = [one_call(network.eval().to(device), inputs) for network, inputs in asked]
-    with _autocast(device, way):
+    with torch.autocast(device.type, torch.bfloat16, enabled=way.bf16):
         seconds = in_turns(calls, repeats=repeats, device=device)
     low, median, high = np.percentile(1000 * np.array(seconds), [25, 50, 75], axis=1)
+    with torch.autocast(device.type, torch.bfloat16, enabled=way.bf16):
+        kernels = [kernel(call) for call in calls]
     return [
-        Latency(float(m), float(h - q) / 2, way.batch)
-        for q, m, h in zip(low, median, high, strict=True)
+        {"median_ms": float(m), "spread_ms": float(h - q) / 2, "kernel": name}
+        for q, m, h, name in zip(low, median, high, kernels, strict=True)
     ]
 
 
-def _plainly(
-    asked: Sequence[tuple[nn.Module, Inputs]],
-    way: Way,
-    repeats: int,
-    device: torch.device | str,
-) -> list[tuple[Latency, str]]:
-    """In turns; and the kernel of each."""
-    found = _latencies(asked, way=way, repeats=repeats, device=device)
-    kernels = [_kernel(network, inputs, way) for network, inputs in asked]
-    return list(zip(found, kernels, strict=True))
-
-
 def _compiled(
-    asked: Sequence[tuple[nn.Module, Inputs]],
-    way: Way,
-    repeats: int,
-    device: torch.device | str,
-) -> list[tuple[Latency, str]]:
+    asked: Sequence[tuple[nn.Module, Inputs]], way: Way, repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
     from torch._dynamo import reset  # slow to import
     from torch._dynamo.utils import counters
 
@@ -162,25 +117,15 @@ def _compiled(
         reset()
         counters.clear()
         fast: nn.Module = torch.compile(network)  # type: ignore[assignment]
-        found += _plainly([(fast, inputs)], way, repeats, device)
+        found += _timed([(fast, inputs)], way, repeats, device)
         if not counters["stats"]["unique_graphs"]:
             raise UserError("torch.compile compiled nothing: it ran the eager model")
     reset()
     return found
 
 
-def _kernel(network: nn.Module, inputs: Inputs, way: Way) -> str:
-    device = next(network.parameters()).device
-    with torch.inference_mode(), _autocast(device, way):
-        return kernel(one_call(network, inputs))
-
-
-def _autocast(device: torch.device, way: Way) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if way.bf16 else nullcontext()
-
-
 def dtype_in_words(denoiser: nn.Module) -> str:
-    """The weights' type; and on CUDA whether convolutions round float32 to TF32 on the way."""
+    """The weights' type, and whether CUDA convolutions round float32 to TF32."""
     weight = next(denoiser.parameters())
     name = str(weight.dtype).removeprefix("torch.")
     rounded = weight.dtype == torch.float32 and weight.device.type == "cuda"
@@ -188,12 +133,12 @@ def dtype_in_words(denoiser: nn.Module) -> str:
 
 
 def tf32_convolutions() -> bool:
-    """Whether PyTorch lets cuDNN do so; GPUs before Ampere have no TF32."""
+    """Whether PyTorch allows TF32 in cuDNN; GPUs before Ampere do not have it."""
     if torch.cuda.get_device_capability() < (8, 0):
         return False
     try:
         return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # set by the newer names, which do not go together with this one
+    except RuntimeError:  # set through the newer API, which excludes this one
         precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
         return precision == "tf32"
 
@@ -206,8 +151,11 @@ def _wait(device: torch.device) -> None:
 LATENCY = Metric(
     "latency_ms",
     "latency ms",
-    "one denoiser call: median ± half the distance between the quartiles",
+    "one denoiser call: median ± half the interquartile range",
     fixed(2),
     Measurement("latency", "turns"),
     spread="latency_spread_ms",
+    conditions="Latency: one denoiser call with a batch of {latency_batch} in {dtype} on {device}; the "
+    f"median of {{latency_repeats}} calls after {WARMUP} warm-up calls, ± half the interquartile range. "
+    "Other work on the machine counts.",
 )

@@ -1,4 +1,4 @@
-"""One definition of the table of results; the terminal, Markdown, CSV and the report draw it."""
+"""The table of results, as the terminal, Markdown, CSV and the report show it."""
 
 import csv
 import html
@@ -15,16 +15,17 @@ from prunedm.tables import METRICS
 
 NONE = "–"
 FAILED = "failed"
+Tone = Literal["better", "worse", ""]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as it is shown: its value, ± its spread, and the change to dense."""
+    """A figure as text: its value, ± its spread, and the change to dense."""
 
     value: str
     spread: str = ""
     change: str = ""
-    tone: Literal["better", "worse", ""] = ""  # "" within the spread, or neither
+    tone: Tone = ""
 
     @property
     def figure(self) -> str:
@@ -37,18 +38,18 @@ class Cell:
 def headers(
     evaluations: Sequence[Evaluation], columns: Sequence[Metric] | None = None
 ) -> list[str]:
-    """The names over `rows`."""
+    """The column headers of `rows`."""
     return ["model", *(header(column, evaluations) for column in _columns(columns))]
 
 
 def header(column: Metric, evaluations: Sequence[Evaluation]) -> str:
-    """A metric's name; the FD's says in which features it was measured."""
+    """A metric's header; FD's names the features it was measured in."""
     features = {e.conditions.features for e in evaluations}
     return column.named(features.pop() if len(features) == 1 else "") or column.header
 
 
 def cell(column: Metric, evaluation: Evaluation, dense: Evaluation) -> Cell:
-    """One figure of one model; the change to `dense` where the two are comparable."""
+    """One figure of one model, with its change to `dense` where the two are comparable."""
     value, base = _value(column, evaluation), _value(column, dense)
     if failed(column, evaluation):
         return Cell(FAILED)
@@ -65,8 +66,15 @@ def cell(column: Metric, evaluation: Evaluation, dense: Evaluation) -> Cell:
         return Cell(text, _spread_text(spread, column))
     change = change_in_words(value, base)
     noise = (spread or 0) + (_spread(column, dense) or 0)
-    tone = _tone(column, value - base, noise) if change else ""
+    tone = tone_of(value - base, noise, column.better) if change else ""
     return Cell(text, _spread_text(spread, column), change, tone)
+
+
+def tone_of(change: float, noise: float, better: str = "lower") -> Tone:
+    """Whether a change is for the better or the worse; "" up to `noise`."""
+    if not abs(change) > noise:
+        return ""
+    return "better" if (change < 0) == (better == "lower") else "worse"
 
 
 def failed(column: Metric, evaluation: Evaluation) -> bool:
@@ -75,7 +83,7 @@ def failed(column: Metric, evaluation: Evaluation) -> bool:
 
 
 def measured(evaluations: Sequence[Evaluation]) -> list[Metric]:
-    """The columns that say something about at least one of these."""
+    """The columns with an entry for at least one of these."""
     return [
         column
         for column in METRICS.values()
@@ -84,12 +92,12 @@ def measured(evaluations: Sequence[Evaluation]) -> list[Metric]:
 
 
 def known(column: Metric, evaluation: Evaluation) -> bool:
-    """Whether the figure was measured, if only to find that it is no number."""
+    """Whether the figure was measured, even if the result is not a number."""
     return _value(column, evaluation) is not None or bool(column.instead(evaluation.figures))
 
 
 def changes(evaluation: Evaluation, dense: Evaluation) -> dict[str, Change]:
-    """By field of `Figures`: what was measured of both in a way that compares."""
+    """By field of `Figures`: the changes of what both models have under equal conditions."""
     found = {}
     for column in METRICS.values():
         value, base = _value(column, evaluation), _value(column, dense)
@@ -110,7 +118,7 @@ def rows(
 
 
 def change_in_words(value: float, base: float) -> str:
-    """The change from `base`: "−30 %", "+2.1 %", "×12"; "" where it has no meaning."""
+    """The change from `base`: "−30 %", "+2.1 %", "×12"; "" where it is undefined."""
     if not (math.isfinite(value) and math.isfinite(base)) or base <= 0:
         return ""
     percent = 100 * (value / base - 1)
@@ -124,19 +132,19 @@ def change_in_words(value: float, base: float) -> str:
 
 
 def comparable(column: Metric, one: Evaluation, other: Evaluation) -> bool:
-    """Whether the conditions that decide this figure are the same."""
+    """Whether the conditions that this figure depends on are the same."""
     return all(getattr(one.conditions, k) == getattr(other.conditions, k) for k in column.same)
 
 
 def quality(evaluations: Sequence[Evaluation]) -> Metric:
-    """FD where it was measured of every model in the same way, else the loss."""
+    """FD where every model has it under the same conditions, else the loss."""
     fd, dense = METRICS["fd"], evaluations[0]
     whole = all(e.figures.fd is not None and comparable(fd, e, dense) for e in evaluations)
     return fd if whole else METRICS["loss"]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other is at most equal to in both, by rising first value."""
+    """Indices of the Pareto-optimal points (lower is better in both), by rising first value."""
     order = sorted(range(len(points)), key=lambda k: points[k])
     best, found = float("inf"), []
     for k in order:
@@ -147,7 +155,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def differences(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, object, object]]:
-    """Label, condition, its value and the first model's where they differ, of figures both have."""
+    """Label, condition, its value and the first model's, where the two differ and it matters."""
     return [
         (e.label, name, value, getattr(evaluations[0].conditions, name))
         for e in evaluations[1:]
@@ -161,7 +169,7 @@ def differences(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, objec
 
 
 def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
-    """A line for each of `differences`."""
+    """One line for each of `differences`."""
     return [
         f"{label}: {name} is {value}, not {expected} as for {evaluations[0].label}; figures that "
         "depend on it do not compare"
@@ -172,14 +180,18 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 def markdown_table(evaluations: Sequence[Evaluation]) -> str:
     """Rows are models; figures that no model has are left out."""
     columns = measured(evaluations)
-    lines = [headers(evaluations, columns), *rows(evaluations, columns)]
-    ruler = ["---", *("---:" for _ in columns)]
-    escaped = [[_markdown(text) for text in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], ruler, *escaped[1:]]) + "\n"
+    return markdown(headers(evaluations, columns), rows(evaluations, columns)) + "\n"
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
+    ruler = ["---"] + ["---:"] * (len(head) - 1)
+    escaped = [[_markdown(str(text)) for text in line] for line in (head, *body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], ruler, *escaped[1:]])
 
 
 def csv_text(evaluations: Sequence[Evaluation]) -> str:
-    """Every figure and condition as it was measured, one row a model; empty where not measured."""
+    """Every figure and condition unrounded, one row per model; empty where not measured."""
     own = ["label", "model", "hash", "reloads", "failed"]
     names = [*own, *figure_names(), *Figures.model_fields, *Conditions.model_fields]
     out = io.StringIO()
@@ -224,12 +236,6 @@ def _spread_text(spread: float | None, column: Metric) -> str:
         return ""
     text = column.text(spread, spread)
     return text if float(text) else f"{spread:.0e}"
-
-
-def _tone(column: Metric, change: float, noise: float) -> Literal["better", "worse", ""]:
-    if abs(change) <= noise:
-        return ""
-    return "better" if (change < 0) == (column.better == "lower") else "worse"
 
 
 def _markdown(text: str) -> str:

@@ -1,11 +1,11 @@
-"""TorchScript files, whose code is read before it runs.
+"""TorchScript files, whose code is checked before it runs.
 
-TorchScript is a programming language: it can write files, and runs some of them while it is loaded.
-What only computes on tensors and texts is run; for all else the user must say that he trusts it.
+TorchScript is a programming language: it can write files, and some of it runs while it is loaded.
+Code that only computes on tensors and strings is run; for anything else the user must state trust.
 
-The check does not depend on how the text is parsed: it looks at every word, also in strings and
-comments, and knows what could put a word together otherwise. What passes is packed anew, so that
-what was read is what PyTorch loads.
+The check does not depend on parsing: it looks at every word, even in strings and comments, and at
+whatever could assemble a word otherwise. A file that passes is repacked, so that PyTorch loads exactly
+what was checked.
 """
 
 import re
@@ -26,8 +26,8 @@ _LEFT_OUT = re.compile(r"[^/]+/(code/.+\.debug_pkl|traced_inputs(/\d+|\.pkl))")
 _SMALL = re.compile(
     r"[^/]+/(code/[\w/]+\.py|(data|constants)\.pkl|version|byteorder|\.data/\w+|\.\w+)"
 )
-# operators with texts among their arguments: of Python's texts and containers, and modes of tensor
-# operators. Another one may take the name of a file
+# operators with harmless string arguments: those of Python's strings and containers, and modes of
+# tensor operators. Any other one may take the name of a file
 _TEXTS = {
     *dir(str), *dir(dict), *dir(list), "Delete", "Float", "Int", "_set_item", "add", "any", "device",
     "dict", "eq", "ge", "gt", "le", "len", "list", "lt", "ne", "ord", "percentFormat", "slice",
@@ -48,17 +48,17 @@ _PRIM = {
     "layout", "max", "min", "name", "nbytes", "rangelist", "requires_grad", "tolist", "type",
     "unchecked_cast", "unchecked_unwrap_optional",
 }  # fmt: skip
-# of C++, which may load libraries or open connections; `num_classes` is an attribute
+# C++ classes, which may load libraries or open connections; `num_classes` is an attribute
 _CLASSES = re.compile(rb"(?<![A-Za-z0-9]_)classes")
-_QUALIFIED = re.compile(r"\b__torch__(?:\.\w+)*")  # classes and functions written in the archive
+_QUALIFIED = re.compile(r"\b__torch__(?:\.\w+)*")  # classes and functions defined in the archive
 _OPS = re.compile(r"\bops\b(?:\s*\.\s*(\w+)\s*\.\s*(\w+))?")
-_GETATTR = re.compile(r'\bgetattr\([\w.()\s]*, "\w+"\)')  # no text put together of several
-_ESCAPE = re.compile(r"""\\(?![nt"'\\])""")  # other escapes could spell a word
+_GETATTR = re.compile(r'\bgetattr\([\w.()\s]*, "\w+"\)')  # with a literal name
+_ESCAPE = re.compile(r"""\\(?![nt"'\\])""")  # other escapes could hide a word
 _WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def load_torchscript(path: Path, *, trust: bool) -> nn.Module:
-    """The file's module on the CPU; `trust` runs whatever is written in it.
+    """The file's module on the CPU; `trust` skips the check.
 
     Raises `UserError` for damaged files, and without `trust` for code that may do more than compute.
     """
@@ -68,8 +68,8 @@ def load_torchscript(path: Path, *, trust: bool) -> nn.Module:
             "network, torch.jit.save(torch.jit.trace(network.eval(), images_uint8), 'features.pt'), and "
             "give that"
         )
-    source = str(path) if trust else _packed_anew(path)
-    with warnings.catch_warnings():  # "switch to torch.export" is no advice to who has a file
+    source = str(path) if trust else _repacked(path)
+    with warnings.catch_warnings():  # that advises torch.export
         warnings.simplefilter("ignore", FutureWarning)
         module: nn.Module = torch.jit.load(source, map_location="cpu")
     return module
@@ -84,8 +84,8 @@ def _is_exported(path: Path) -> bool:
         return any(name.endswith(ends) for name in archive.namelist())
 
 
-def _packed_anew(path: Path) -> BytesIO:
-    """The archive without what is not needed, once its code has been read."""
+def _repacked(path: Path) -> BytesIO:
+    """The archive without its unneeded files, after the check of its code."""
     result, small = BytesIO(), 0
     with ZipFile(path) as archive, ZipFile(result, "w", ZIP_STORED) as new:
         names = [name.casefold() for name in archive.namelist()]
@@ -111,29 +111,29 @@ def _packed_anew(path: Path) -> BytesIO:
 
 
 def _suspects(name: str, content: bytes) -> Iterator[str]:
-    """What in a text, or in a pickle of TorchScript's own reader, may do more than compute."""
+    """What in a source file or TorchScript pickle may do more than compute."""
     if _CLASSES.search(content):
-        yield "uses a class that is not written in it"
+        yield "uses a class that it does not define"
     if not name.endswith(".py"):
         return
     if not content.isascii():
         yield "is not plain ASCII"
     text = content.decode("ascii", errors="replace")
     if _ESCAPE.search(text):
-        yield "spells texts by escapes"
+        yield "spells strings by escapes"
     for namespace, operator in _OPS.findall(_QUALIFIED.sub("(_)", text)):
         if namespace != "aten" and (namespace != "prim" or operator not in _PRIM):
             yield f"calls ops.{namespace}.{operator}" if namespace else "passes operators on"
     yield from (f"calls {word}" for word in sorted(set(_WORD.findall(text))) if _may_open(word))
     plain = None
-    while plain != text:  # from the inside out: getattr(getattr(self, "0"), "1")
+    while plain != text:  # inside out: getattr(getattr(self, "0"), "1")
         plain, text = text, _GETATTR.sub("(_)", text)
     if re.search(r"\bgetattr\b", text):
         yield "looks names up"
 
 
 def _may_open(word: str) -> bool:
-    """Whether an operator of this name takes texts that are not known to be harmless."""
+    """Whether an operator of this name takes strings that are not known to be harmless."""
     if word.startswith("rpc_"):
         return True
     schemas = torch._C._jit_get_schemas_for_operator(f"aten::{word}")

@@ -1,6 +1,7 @@
-"""sweep.html: all runs on one page that needs no network: table, Pareto front, samples, failures."""
+"""sweep.html: all runs on one self-contained page: table, Pareto front, samples, failures."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from jinja2 import PackageLoader
 from prunedm.errors import masked
 from prunedm.evaluation.report import page as figures_page
 from prunedm.evaluation.report import report_environment
-from prunedm.evaluation.report.front import panels
+from prunedm.evaluation.report.plots import panels
 from prunedm.evaluation.report.words import text
 from prunedm.evaluation.results import Evaluation
 from prunedm.experiments.plan import Sweep, case_of
-from prunedm.experiments.results import Row, dense_of
+from prunedm.experiments.results import Row, evaluation_of
 from prunedm.experiments.store import Store, own_name
 from prunedm.experiments.workers import log_tail
 from prunedm.record import read_record, replace_text
@@ -21,22 +22,12 @@ from prunedm.stages.evaluating.measure import SAMPLES, read_images
 from prunedm.tables import METRICS
 
 FILE = "sweep.html"
-SHOWN = 12  # runs whose samples are shown: of the front first
-_PARTS = (
-    "panels",
-    "quality",
-    "sheets",
-    "gap",
-    "rows",
-    "columns",
-    "labels",
-    "warnings",
-    "conditions",
-)
+SHOWN = 12  # runs whose samples are shown, the Pareto front first
+_PARTS = ("quality", "sheets", "gap", "rows", "columns", "labels", "warnings", "conditions")
 
 
 def write_page(rows: Sequence[Row], plan: Sweep, out: Path) -> Path:
-    """Write OUT/sweep.html, and replace the one that is there."""
+    """Write OUT/sweep.html, replacing an older one."""
     environment = report_environment(PackageLoader("prunedm.experiments"))
     drawn = environment.get_template("sweep.html.j2").render(page(rows, plan, out))
     replace_text(out / FILE, masked(drawn), own_name(out / FILE))
@@ -66,14 +57,13 @@ def page(rows: Sequence[Row], plan: Sweep, out: Path) -> dict[str, Any]:
 
 
 def _figures(rows: Sequence[Row], store: Store, title: str) -> dict[str, Any]:
-    """The parts of a report that models have in common; empty where none is measured yet."""
+    """The parts that the page shares with a report; empty where no run is measured yet."""
     measured = [row for row in rows if row.evaluation is not None]
-    dense = next((d for row in measured if row.run and (d := dense_of(store, row.run))), None)
-    empty: dict[str, Any] = {key: [] for key in _PARTS}
+    known = (evaluation_of(store, row.run.dense, "dense") for row in measured if row.run)
+    dense = next(filter(None, known), None)
+    common = {"title": title, "version": metadata.version("prunedm")}
     if dense is None:
-        from prunedm import __version__
-
-        return empty | {"title": title, "version": __version__}
+        return common | {key: [] for key in ("panels", *_PARTS)}
     evaluations: list[Evaluation] = [dense, *(row.evaluation for row in measured if row.evaluation)]
     shown = sorted(measured, key=lambda row: not row.best)[:SHOWN]
     folders = {row.label: row.run.evaluation for row in shown if row.run}
@@ -88,7 +78,7 @@ def _figures(rows: Sequence[Row], store: Store, title: str) -> dict[str, Any]:
         if row.evaluation
     ]
     drawn = {"panels": panels([dense, *numbered], whole["quality"])}
-    return empty | {key: whole[key] for key in (*_PARTS, "title", "version")} | drawn
+    return common | {key: whole[key] for key in _PARTS} | drawn
 
 
 def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any]]:
@@ -110,7 +100,7 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
     for name, way in list(plan.objectives.items())[:2]:
         known = [row for row in rows if row.values[name] is not None]
         if known:
-            best = sorted(known, key=lambda row: not row.best)  # of equals, one of the front
+            best = sorted(known, key=lambda row: not row.best)  # among equals, one of the front
             pick = min if way == "minimize" else max
             chosen = pick(best, key=lambda row: row.values[name] or 0.0)
             tiles.append(
@@ -128,7 +118,7 @@ def _tiles(rows: Sequence[Row], plan: Sweep, store: Store) -> list[dict[str, Any
 
 
 def _seconds(rows: Sequence[Row], store: Store) -> tuple[float, float]:
-    """Of the stages that were made, once each; and as often as they are in a run."""
+    """Seconds of all stages counted once each, and counted once per run."""
     once: dict[str, float] = {}
     alone = 0.0
     for row in rows:

@@ -1,4 +1,4 @@
-"""A sweep in the terminal: every run with its objectives, and how it stands."""
+"""A sweep in the terminal: every run with its objectives and its state."""
 
 from collections.abc import Sequence
 

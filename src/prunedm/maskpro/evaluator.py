@@ -8,9 +8,14 @@ import numpy as np
 import torch
 
 from prunedm.errors import UserError
-from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.profiling import peak_memory
-from prunedm.evaluation.size import count_nonzero, count_parameters, nm_validity, packed_bytes
+from prunedm.evaluation.size import (
+    count_nonzero,
+    count_parameters,
+    layer_sparsity,
+    nm_validity,
+    packed_bytes,
+)
 from prunedm.evaluation.speed import Way, one_call, timings
 from prunedm.folder import Model, load, size_on_disk
 from prunedm.hub import find
@@ -80,8 +85,8 @@ class MaskProEvaluator:
         sizes = _sizes(model)
         found: dict[str, Any] = sizes | {
             "sparsity": 1 - sizes["nonzero"] / sizes["params"],
-            "pattern": validity.pattern,
-            "nm_compliance": validity.valid,
+            "pattern": validity["pattern"],
+            "nm_compliance": validity["nm_valid"],
             "layers": {
                 layer.name: layer.model_dump(exclude={"name"})
                 | {"sparsity": 1 - layer.nonzero / layer.weights}

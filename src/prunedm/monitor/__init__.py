@@ -1,1 +1,1 @@
-"""What runs on this machine, how far it is, and what it uses: `prunedm monitor`."""
+"""`prunedm monitor`: the runs on this machine, their progress and their resources."""

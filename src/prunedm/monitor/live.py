@@ -1,4 +1,4 @@
-"""The view that renews itself, until `q` or Ctrl-C."""
+"""The view that refreshes itself until `q` or Ctrl-C."""
 
 import sys
 import time
@@ -8,9 +8,8 @@ from contextlib import contextmanager, suppress
 from rich.console import Console
 from rich.live import Live
 
-from prunedm.monitor.machine import Meter
+from prunedm.monitor.machine import Meter, first_look, look
 from prunedm.monitor.screen import screen
-from prunedm.monitor.snapshot import first_look, look
 
 
 def show_once(console: Console, meter: Meter) -> None:
@@ -18,8 +17,9 @@ def show_once(console: Console, meter: Meter) -> None:
 
 
 def show_live(console: Console, meter: Meter, every: float) -> None:
-    """Renew the picture every `every` seconds; Ctrl-C or q ends it silently."""
-    with suppress(KeyboardInterrupt), _keys() as key, _live(console) as live:
+    """Refresh the view every `every` seconds; Ctrl-C or q ends it silently."""
+    view = Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop")
+    with suppress(KeyboardInterrupt), _keys() as key, view as live:
         snapshot = first_look(meter)
         while True:
             size = console.size
@@ -29,23 +29,16 @@ def show_live(console: Console, meter: Meter, every: float) -> None:
             snapshot = look(meter)
 
 
-def _live(console: Console) -> Live:
-    return Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop")
-
-
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits so many seconds for a key, without Enter where the terminal allows it."""
+    """A function that waits some seconds for a key, without Enter where the terminal allows it."""
     try:
         import select
         import termios
         import tty
 
         before = termios.tcgetattr(sys.stdin)
-    except (ImportError, OSError, ValueError):  # Windows, or no terminal to type in
-        yield _sleep
-        return
-    except termios.error:
+    except Exception:  # Windows, or no terminal to type in; termios.error has no base but Exception
         yield _sleep
         return
 

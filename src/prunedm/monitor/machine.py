@@ -1,7 +1,8 @@
-"""CPUs, memory and GPUs: of the machine by psutil and NVML, of a run by its process tree."""
+"""CPUs, memory and GPUs of the machine, by psutil and NVML, and what each run uses of them."""
 
 import os
 import socket
+import time
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from prunedm.system.running import Entry
+from prunedm.system.running import Entry, Finished, entries, finished
+
+SHOWN_FINISHED = 5
+FIRST_LOOK = 0.3  # seconds over which the first CPU shares are measured
 
 
 class Gpu(BaseModel):
-    """What NVML says of one GPU; None is what it does not tell of this one."""
+    """One GPU by NVML; None for figures that it does not have."""
 
     index: int
     name: str
-    utilisation: float | None = None  # percent of the last sample in which a kernel ran
+    utilisation: float | None = None  # percent of the last sample period with a kernel running
     memory_used: int | None = None  # bytes
     memory_total: int | None = None
     temperature: float | None = None  # degrees Celsius
@@ -28,9 +32,9 @@ class Machine(BaseModel):
     """The machine at one time."""
 
     host: str
-    cpu: float  # percent of all cores, since the last look
+    cpu: float  # percent of all cores since the last look
     cores: int
-    load: float | None  # processes that run or wait, over a minute
+    load: float | None  # running or waiting processes, mean over a minute
     memory_used: int  # bytes
     memory_total: int
     gpus: list[Gpu]
@@ -38,20 +42,38 @@ class Machine(BaseModel):
 
 
 class Use(BaseModel):
-    """What a process and its children use; pages that they share count for each of them."""
+    """What a process and its children use; shared pages count for each of them."""
 
-    cpu: float  # percent of one core, since the last look
+    cpu: float  # percent of one core since the last look
     memory: int  # bytes, resident
 
 
+class Run(BaseModel):
+    """A running process and what it uses; times are in seconds."""
+
+    entry: Entry
+    use: Use | None  # None for other hosts
+    elapsed: float
+    silent: float  # since it last wrote its entry
+    remaining: float | None  # of the current progress bar
+
+
+class Snapshot(BaseModel):
+    """One look: the machine, the runs, and those that finished lately."""
+
+    now: float
+    machine: Machine
+    runs: list[Run]
+    finished: list[Finished]
+
+
 class Gpus:
-    """NVIDIA's GPUs by NVML; without a driver there are none, and `reason` says so."""
+    """NVIDIA's GPUs by NVML; without a driver there are none, and `reason` says why."""
 
     def __init__(self, nvml: Any = None) -> None:
-        """nvml: the module pynvml, or what stands in for it in a test."""
-        if nvml is None:
-            nvml = import_module("pynvml")
-        self._nvml, self._handles, self.reason = nvml, [], ""
+        """nvml: the module pynvml, or a test double."""
+        self._nvml = nvml = nvml or import_module("pynvml")
+        self._handles, self.reason = [], ""
         try:
             nvml.nvmlInit()
             self._handles = [
@@ -61,7 +83,7 @@ class Gpus:
             self.reason = f"no NVIDIA GPU ({error})"
 
     def read(self) -> list[Gpu]:
-        """All GPUs as they are now."""
+        """The current state of all GPUs."""
         return [self._gpu(index, handle) for index, handle in enumerate(self._handles)]
 
     def _gpu(self, index: int, handle: Any) -> Gpu:
@@ -81,7 +103,7 @@ class Gpus:
         )
 
     def _ask(self, question: Any, *arguments: Any) -> Any:
-        """The answer, or None: some GPUs, and parts of GPUs, do not have every figure."""
+        """The answer, or None: not every GPU or MIG instance has every figure."""
         try:
             return question(*arguments)
         except self._nvml.NVMLError:
@@ -89,7 +111,7 @@ class Gpus:
 
 
 class Meter:
-    """Looks at the machine and at runs; CPU shares are since the look before, so look twice."""
+    """Measures the machine and runs; CPU shares are since the previous look, so look twice."""
 
     def __init__(self, gpus: Gpus | None = None) -> None:
         self._gpus = gpus or Gpus()
@@ -110,7 +132,7 @@ class Meter:
         )
 
     def use(self, entry: Entry) -> Use | None:
-        """What a run of this host uses; None for others, and where it may not be asked."""
+        """What a run on this host uses; None for other hosts, and without permission."""
         process = entry.process()
         if process is None:
             return None
@@ -122,3 +144,33 @@ class Meter:
                     use.cpu += known.cpu_percent()
                     use.memory += known.memory_info().rss
         return use
+
+
+def look(meter: Meter, now: float | None = None) -> Snapshot:
+    """The current state; a meter's CPU shares are meaningful from its second look on."""
+    now = time.time() if now is None else now
+    return Snapshot(
+        now=now,
+        machine=meter.machine(),
+        runs=[_run(entry, meter, now) for entry in entries()],
+        finished=finished()[:SHOWN_FINISHED],
+    )
+
+
+def first_look(meter: Meter) -> Snapshot:
+    """A look with the CPU shares of the `FIRST_LOOK` seconds before it."""
+    look(meter)
+    time.sleep(FIRST_LOOK)
+    return look(meter)
+
+
+def _run(entry: Entry, meter: Meter, now: float) -> Run:
+    silent = max(0.0, now - entry.updated)
+    left = (entry.total - entry.done) / entry.rate if entry.rate else None
+    return Run(
+        entry=entry,
+        use=meter.use(entry),
+        elapsed=max(0.0, now - entry.started),
+        silent=silent,
+        remaining=None if left is None else max(0.0, left - silent),
+    )

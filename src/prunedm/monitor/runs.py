@@ -1,4 +1,4 @@
-"""One run by its name: found, stopped, and what it said."""
+"""One run by its name: find it, stop it, show its log."""
 
 import time
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ _TAIL = 65_536  # bytes of a log file that are read
 
 
 def find_run(name: str, running: Sequence[Entry]) -> Entry:
-    """The run of this folder, folder's name or pid. Raises `UserError` unless it is just one."""
+    """The run with this folder, folder name or pid. Raises `UserError` unless there is exactly one."""
     if not running:
-        raise UserError(f"nothing runs, so no {name!r}")
+        raise UserError(f"nothing is running, so there is no {name!r}")
     path = Path(name).absolute()
     for found in (
         [e for e in running if e.out == path],
@@ -25,8 +25,8 @@ def find_run(name: str, running: Sequence[Entry]) -> Entry:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(f"{len(found)} runs are {name!r}; give the pid: {_listed(found)}")
-    raise UserError(f"no run {name!r}; running are {_listed(running)}")
+            raise UserError(f"{len(found)} runs match {name!r}; give the pid: {_listed(found)}")
+    raise UserError(f"no run {name!r}; running: {_listed(running)}")
 
 
 def _listed(running: Sequence[Entry]) -> str:
@@ -34,7 +34,7 @@ def _listed(running: Sequence[Entry]) -> str:
 
 
 def stop_and_wait(entry: Entry, seconds: float = STOP_WITHIN) -> bool:
-    """Interrupt the run; whether it ended within `seconds`."""
+    """Interrupt the run, and return whether it ended within `seconds`."""
     stop(entry)
     deadline = time.monotonic() + seconds
     while entry.process() is not None:
@@ -45,13 +45,13 @@ def stop_and_wait(entry: Entry, seconds: float = STOP_WITHIN) -> bool:
 
 
 def how_to_go_on(entry: Entry) -> str:
-    """The command that continues a stopped run, and where to give it."""
+    """The command that continues a stopped run, with the folder to give it in."""
     elsewhere = entry.cwd and Path(entry.cwd) != Path.cwd()
     return f"in {entry.cwd}: {entry.command}" if elsewhere else entry.command
 
 
 def said(entry: Entry) -> list[str]:
-    """The last lines of the run's log file; without one, what it said last."""
+    """The last lines of the run's log file, or its last messages if it has none."""
     if entry.log is None:
         return entry.lines
     try:

@@ -1,4 +1,4 @@
-"""A snapshot as text: meters of the machine, two lines a run, what finished lately."""
+"""A snapshot as text: meters of the machine, two lines per run, and recently finished runs."""
 
 import math
 import time
@@ -9,22 +9,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from prunedm.monitor.machine import Gpu, Machine
-from prunedm.monitor.snapshot import Run, Snapshot
+from prunedm.monitor.machine import Gpu, Machine, Run, Snapshot
 from prunedm.system.running import Finished
 from prunedm.system.watching import HELD_OUT
 
-HELP = "q leaves, the runs go on · --stop RUN ends one · --log RUN shows what it said"
+HELP = "q quits, runs continue · --stop RUN ends one · --log RUN shows its log"
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 16  # held-out losses shown
-_SILENT_FOR = 15.0  # seconds without news that are worth telling
-_HOT = 85.0  # degrees Celsius at which most GPUs begin to slow down
+_SILENT_FOR = 15.0  # seconds without an update that are worth mentioning
+_HOT = 85.0  # degrees Celsius at which most GPUs start to throttle
 _FULL = 90.0  # percent of memory
 _WIDE = 100
 
 
 def screen(snapshot: Snapshot, *, width: int, height: int | None = None) -> Group:
-    """The whole picture; where `height` lines are too few, first what finished is left out."""
+    """The whole view; where `height` lines are too few, finished runs are left out first."""
     machine = _machine(snapshot.machine, width)
     fixed = 7 + max(1, len(snapshot.machine.gpus))  # title, meters, help, lines between
     room = height - fixed if height else 10**6
@@ -32,7 +31,7 @@ def screen(snapshot: Snapshot, *, width: int, height: int | None = None) -> Grou
     if 2 * len(runs) + len(ended) + 2 > room:
         ended = ended[: max(0, room - 2 * len(runs) - 2)]
     parts: list[RenderableType] = [_title(snapshot, width), Text(), machine, Text()]
-    parts.append(_runs(runs, width, room) if runs else Text("nothing runs", style="dim"))
+    parts.append(_runs(runs, width, room) if runs else Text("nothing is running", style="dim"))
     if ended:
         parts += [Text(), _finished(ended)]
     if height:
@@ -75,7 +74,7 @@ def _machine(machine: Machine, width: int) -> RenderableType:
 
 def _meter(percent: float | None, alarm: float = 1000.0) -> tuple[RenderableType, str]:
     if percent is None:
-        return Text("not told", style="dim"), ""
+        return Text("unknown", style="dim"), ""
     style = "red" if percent >= alarm else "cyan"
     bar = ProgressBar(total=100, completed=percent, complete_style=style, finished_style=style)
     return bar, f"{percent:.0f} %"
@@ -97,7 +96,7 @@ def _gpu(gpu: Gpu) -> Text:
 
 
 def _runs(runs: Sequence[Run], width: int, room: int) -> RenderableType:
-    """Two lines a run, or one where there are too many; those that do not fit are counted."""
+    """Two lines per run, or one where there are too many; those that do not fit are counted."""
     details = 2 * len(runs) <= room
     shown = runs if details or len(runs) <= room else runs[: max(1, room - 1)]
     parts: list[RenderableType] = []
@@ -144,7 +143,7 @@ def _run_cells(run: Run) -> list[RenderableType]:
 def _details(run: Run) -> Text:
     entry, parts = run.entry, list[str | Text]()
     if run.silent > _SILENT_FOR:
-        parts.append(Text(f"no news for {duration(run.silent)}", style="yellow"))
+        parts.append(Text(f"no update for {duration(run.silent)}", style="yellow"))
     parts += [entry.about] * bool(entry.about)
     if not entry.here:
         parts.append(f"on {entry.host}")
@@ -161,7 +160,7 @@ def _details(run: Run) -> Text:
 
 
 def _figures(run: Run) -> tuple[list[str], list[str]]:
-    """The last figures: held-out loss with its course, and loss; then the others."""
+    """The last figures: held-out loss with its history, and loss; then the others."""
     figures = {name: f"{value:.4g}" for name, (_, value) in run.entry.figures.items()}
     first = []
     if HELD_OUT in figures:
@@ -173,7 +172,7 @@ def _figures(run: Run) -> tuple[list[str], list[str]]:
 
 
 def sparks(values: Sequence[float]) -> str:
-    """The last values as small bars from their lowest to their highest; nothing for less than 2."""
+    """The last values as small bars, scaled from lowest to highest; "" for fewer than two."""
     values = [v for v in values[-_SPARKS:] if math.isfinite(v)]
     if len(values) < 2:
         return ""
@@ -209,7 +208,7 @@ def duration(seconds: float) -> str:
 
 
 def speed(rate: float) -> str:
-    """Units a second, or seconds a unit."""
+    """Units per second, or time per unit."""
     if rate >= 1:
         return f"{rate:.1f}/s"
     return f"{1 / rate:.1f} s each" if rate > 1 / 60 else f"{duration(1 / rate)} each"

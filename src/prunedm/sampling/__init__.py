@@ -1,8 +1,7 @@
-"""Sampling: exactly n images; image i is a function of (seed, i) alone."""
+"""Sampling: exactly n images; image i depends on (seed, i) alone."""
 
-from prunedm.sampling.draw import sample_batches
+from prunedm.sampling.draw import draw_images, images_of, sample_batches
 from prunedm.sampling.fast import FastDenoiser
-from prunedm.sampling.images import draw_images, images_of
 from prunedm.sampling.schedule import SAMPLERS, SPACINGS, make_sampler, set_steps
 
 __all__ = [

@@ -1,22 +1,54 @@
-"""Batches of images, each image from its own noise."""
+"""Images of a model, each from its own noise."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from prunedm.architecture import Inputs, Shape, answer
 from prunedm.errors import UserError
+from prunedm.folder import Model
 from prunedm.networks.inference import evaluating
 from prunedm.progress import Bar, Progress, Silent
 from prunedm.randomness import generator_for
 from prunedm.sampling.fast import FastDenoiser, native_types
-from prunedm.sampling.schedule import for_sampler, set_steps
+from prunedm.sampling.schedule import for_sampler, make_sampler, set_steps
 from prunedm.task.codec import Codec
 from prunedm.task.condition import Condition
+
+
+def draw_images(
+    model: Model,
+    *,
+    sampler: str = "ddim",
+    spacing: str = "trailing",
+    condition: Condition | None = None,
+    **options: Any,
+) -> Iterator[torch.Tensor]:
+    """Images 0..count-1 of the model as uint8 NCHW batches on the CPU.
+
+    condition: instead of the model's own (classes in turn). options: those of `sample_batches`.
+    """
+    return sample_batches(
+        model.denoiser,
+        make_sampler(model.scheduler, sampler, spacing),
+        codec=model.codec,
+        condition=condition or model.condition,
+        **options,
+    )
+
+
+def images_of(
+    model: Model, count: int, steps: int, *, batch_size: int | None = None, **options: Any
+) -> np.ndarray:
+    """`count` images, uint8 NHWC; `options` as in `draw_images`, at most 64 in a batch by default."""
+    size = batch_size or min(64, count)
+    batches = draw_images(model, count=count, steps=steps, batch_size=size, **options)
+    return np.ascontiguousarray(torch.cat(list(batches)).permute(0, 2, 3, 1).numpy())
 
 
 def sample_batches(
@@ -37,10 +69,10 @@ def sample_batches(
 ) -> Iterator[torch.Tensor]:
     """Images 0..count-1 as uint8 NCHW batches on the CPU.
 
-    The compute batch is constant, the last one padded, so that an image's bits do not depend on
-    how many others are asked for. `starts` are the first images of the batches to draw where not
-    all are wanted. `condition` says what each image is told. `speed` "exact" is float32 as the
-    denoiser is; "fast" see `FastDenoiser`: close to that, not the same bits; `made` is shown each one.
+    The compute batch is constant and the last one padded, so that an image's bits do not depend on
+    how many are drawn. starts: first images of the batches to draw, if not all. condition: gives the
+    denoiser's conditioning inputs for each image. speed: "exact" runs the denoiser as it is; "fast"
+    runs a `FastDenoiser`, which is close but not bit-identical. made: called with each `FastDenoiser`.
     """
     progress = progress or Silent()
     starts = range(0, count, batch_size) if starts is None else starts
@@ -68,7 +100,7 @@ def sample_batches(
                     bar=bar,
                 )
                 x_NCHW = draw(call)
-                if isinstance(call, FastDenoiser) and _went_too_far(call, x_NCHW):
+                if isinstance(call, FastDenoiser) and _overflowed(call, x_NCHW):
                     call = _wider(call, denoiser, progress)
                     made(call)
                     x_NCHW = draw(call)
@@ -82,19 +114,19 @@ def _check_finite(x_NCHW: torch.Tensor, start: int) -> None:
     if not finite_N.all():
         first = start + int((~finite_N).nonzero()[0])
         raise UserError(
-            f"image {first} is not finite: the model's weights are broken, or this sampler is not for "
-            "it; try --sampler ddim"
+            f"image {first} is not finite: the model's weights are broken, or this sampler does not "
+            "suit it; try --sampler ddim"
         )
 
 
-def _went_too_far(call: FastDenoiser, x_NCHW: torch.Tensor) -> bool:
-    """Beyond float16; the other types reach as far as float32."""
+def _overflowed(call: FastDenoiser, x_NCHW: torch.Tensor) -> bool:
+    """Whether float16 overflowed; the other types have the range of float32."""
     return call.dtype == torch.float16 and not bool(x_NCHW.isfinite().all())
 
 
 def _wider(call: FastDenoiser, denoiser: nn.Module, progress: Progress) -> FastDenoiser:
-    """For the calls that are left, in a type that reaches as far as float32."""
-    progress.say("float16 is too narrow for this model; its images are drawn in a wider type")
+    """A denoiser for the remaining calls, in a type with the range of float32."""
+    progress.say("this model overflows float16; its images are drawn in a wider type")
     wide = next(kind for kind in native_types(call.device) if kind != torch.float16)
     return FastDenoiser(denoiser, calls=call.calls - call.seen, say=progress.say, dtype=wide)
 

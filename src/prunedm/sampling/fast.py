@@ -1,10 +1,11 @@
-"""A denoiser for sampling fast: channels-last, half precision where it is safe, compiled if it pays."""
+"""A denoiser for fast sampling: channels-last, half precision where safe, compiled if it pays."""
 
 import copy
 import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from prunedm.architecture import Inputs, answer, architecture_of
 from prunedm.errors import first_line
 from prunedm.networks.layer_kinds import find_kind
 
-# Share of an eager call that compiling saves, and the seconds that it takes for each module with
-# weights of its own. For a UNet of 91 such modules on one core: 0.44 and 0.47; on an H100: 0.77 and
-# 0.27. All are on the careful side: a wrong "no" costs a part of the saving, a wrong "yes" a wait.
+# Share of an eager call that compiling saves, and the seconds it takes per module with weights of its
+# own. Measured for a UNet of 91 such modules: 0.44 and 0.47 on one core, 0.77 and 0.27 on an H100. The
+# values here are cautious: a wrong "no" loses part of the saving, a wrong "yes" costs a wait.
 SAVED_SHARE = {"cpu": 0.3, "cuda": 0.5}
 SECONDS_PER_LAYER = {"cpu": 0.8, "cuda": 0.4}
 
@@ -24,14 +25,15 @@ SECONDS_PER_LAYER = {"cpu": 0.8, "cuda": 0.4}
 class FastDenoiser(nn.Module):
     """A copy of `denoiser` with the same interface, made for many calls of one shape.
 
-    Convolutions and linear layers run in `dtype`: the first of `native_types` unless told. In float32
-    remain the first and last convolution, whose rounding would be added to the image at every step,
-    the embeddings of time and class, and the normalisations. Inputs and outputs are float32, and so
-    is the sampler's arithmetic. Call `.to(device)` on the denoiser before.
+    Convolutions and linear layers run in `dtype`, by default the first of `native_types`. The first and
+    last convolution, whose rounding errors would be added to the image at every step, the embeddings
+    of time and class, and the normalizations stay in float32; so do inputs, outputs and the sampler's
+    arithmetic. Move the denoiser to its device before.
 
-    The second call is timed, and the copy compiled if the rest of `calls` pays for it (`compiling`
-    "auto"; "on" compiles at the first, "off" never), on a GPU into CUDA graphs: a small denoiser
-    waits for its launches there. Where compiling fails, `say` is told once, and calls go on uncompiled.
+    The second call is timed, and the copy is compiled if the remaining `calls` pay for it (`compiling`
+    "auto"; "on" compiles at the first call, "off" never). On a GPU it compiles into CUDA graphs, because
+    a small denoiser spends its time on launches there. If compiling fails, `say` gets a message, and
+    calls stay uncompiled.
     """
 
     def __init__(
@@ -61,13 +63,13 @@ class FastDenoiser(nn.Module):
     def forward(
         self, sample: torch.Tensor, *, return_dict: bool = False, **others: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """As the denoiser's, float32 in and out; always a tuple."""
+        """As the denoiser's, with float32 in and out; always a tuple."""
         assert not return_dict
         inputs = others | {"sample": sample.contiguous(memory_format=torch.channels_last)}
         self.seen += 1
         if self.seen == 1 and self.compiling == "on":
             self._compile(inputs)
-        if self.seen == 2 and self.compiling == "auto":  # the first one warms up
+        if self.seen == 2 and self.compiling == "auto":  # the first warms up
             started = self._now()
             output = self._run(self.inner, inputs)
             took, left = self._now() - started, self.calls - self.seen
@@ -81,22 +83,23 @@ class FastDenoiser(nn.Module):
         half = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if half else None, enabled=half):
             output = answer(call, inputs)
-        # the next call of a CUDA graph writes where this one's output lies
+        # the next call of a CUDA graph overwrites this one's output
         return output.float().clone() if self.graphs else output.float()
 
     def _compile(self, inputs: Inputs) -> None:
         started = self._now()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of diffusers' code, and harmless
+                warnings.simplefilter("ignore")  # harmless ones from diffusers' code
                 mode = "reduce-overhead" if self.graphs else None
                 call = torch.compile(self.inner, dynamic=False, mode=mode)
                 self._run(call, inputs)
             self._compiled = call
-        # compilers, their absence, and what they call raise whatever they like
-        except Exception as error:
+        except Exception as error:  # compilers raise many types
             reason = first_line(error)
-            self.say(f"torch.compile does not work here ({reason[:200]}); going on without it")
+            self.say(
+                f"torch.compile does not work here ({reason[:200]}); sampling continues without it"
+            )
         self.compile_seconds = self._now() - started
 
     def _now(self) -> float:
@@ -106,21 +109,21 @@ class FastDenoiser(nn.Module):
 
 
 def compiling_pays(call_seconds: float, calls_left: int, layers: int, kind: str = "cpu") -> bool:
-    """Whether what compiling is thought to save is more than what it takes, on a `kind` of device."""
+    """Whether compiling should save more time than it takes, on a `kind` of device."""
     kind = kind if kind in SAVED_SHARE else "cpu"
     return calls_left * call_seconds * SAVED_SHARE[kind] > layers * SECONDS_PER_LAYER[kind]
 
 
 def count_layers(module: nn.Module) -> int:
-    """Modules with weights of their own; compile time grows with their number."""
+    """The number of modules with weights of their own, to which compile time is proportional."""
     return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
 
 
 def native_types(device: torch.device) -> list[torch.dtype]:
-    """Types that are at least as fast as float32 there, best first.
+    """The types that are at least as fast as float32 on the device, best first.
 
-    float16 is as fast as bfloat16 where there are both, and rounds eight times finer; but it ends at
-    65,504, so images that are not finite are to be drawn again in the next type.
+    float16 is as fast as bfloat16 where the device has both, and rounds eight times finer; but it ends
+    at 65,504, so images that are not finite must be drawn again in the next type.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -142,7 +145,7 @@ def _cpu_has(feature: str) -> bool:
 
 
 class _InFloat32:
-    """What autocast does not touch; what it is given is made float32. Mixed into a module's class."""
+    """Mixed into a module's class: runs it outside autocast, on inputs cast to float32."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         device = next(self.parameters()).device.type  # type: ignore[attr-defined]
@@ -152,13 +155,9 @@ class _InFloat32:
             )
 
 
-_CLASSES: dict[type, Any] = {}  # by the class that each is made of
-
-
+@cache
 def _in_float32(cls: type) -> Any:
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(cls.__name__, (_InFloat32, cls), {})
-    return _CLASSES[cls]
+    return type(cls.__name__, (_InFloat32, cls), {})
 
 
 def _widened(value: Any) -> Any:
@@ -166,7 +165,7 @@ def _widened(value: Any) -> Any:
 
 
 def _mixed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In place: weights of the layers in `dtype` cast once, all others kept from autocast."""
+    """In place: cast the layers' weights to `dtype` once, and keep autocast from all other modules."""
     precise = architecture_of(denoiser).precise
     kept = [m for n, m in denoiser.named_modules() if _stays_float32(n, m, precise)]
     whole = {id(inner) for module in kept for inner in module.modules()}
@@ -175,8 +174,8 @@ def _mixed(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
             module.to(dtype)
     for module in kept:
         if next(module.parameters(), None) is not None:
-            # the class alone changes: attributes stay where others read them
-            module.__class__ = _in_float32(type(module))
+            # only the class changes, so that attributes stay readable
+            module.__class__ = _in_float32(type(module))  # type: ignore[arg-type]
     return denoiser
 
 

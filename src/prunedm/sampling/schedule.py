@@ -1,4 +1,4 @@
-"""Samplers by name, their timesteps, and DDIM steps that follow any of them."""
+"""Samplers by name, their timesteps, and DDIM steps for any timesteps."""
 
 import inspect
 from typing import Any
@@ -27,11 +27,11 @@ SPACINGS = ("trailing", "uniform", "quad")
 
 
 def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
-    """A diffusers scheduler for sampling with the trained one's noise schedule.
+    """A diffusers scheduler that samples with the trained one's noise schedule.
 
-    "trailing" timesteps are even and end at T-1, so the first step starts from pure noise (Lin et al.
-    2023); for the others see `spaced`. Raises `UserError` for an unknown name, for a scheduler that
-    cannot sample from such a model, and for a spacing that it does not take.
+    "trailing" timesteps are evenly spaced and end at T-1, so that the first step starts from pure noise
+    (Lin et al. 2023); for the others see `spaced`. Raises `UserError` for an unknown name, a scheduler
+    that cannot sample from such a model, and a spacing that it does not support.
     """
     if isinstance(process_of(trained), FlowMatching):
         return _flow_sampler(trained, name, spacing)
@@ -47,13 +47,13 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
     elif spacing != "trailing":
         if "timesteps" not in inspect.signature(cls.set_timesteps).parameters:
             raise UserError(
-                f"sampler {name!r} takes no {spacing} spacing; try trailing, or one of "
+                f"sampler {name!r} does not support {spacing} spacing; try trailing, or one of "
                 f"{', '.join(SAMPLERS)}"
             )
         cls = _at_given_timesteps(cls)
-    # diffusers would take the other class's own defaults, betas too, for what the trained one left out
+    # without this, diffusers replaces the trained one's defaults by the other class's, betas too
     config = {k: v for k, v in trained.config.items() if k != "_use_default_values"}
-    if not _takes_variance(cls):  # some would take the first three channels for an image's
+    if not _takes_variance(cls):  # some would use only the first three channels
         config.pop("variance_type", None)
     try:
         sampler = cls.from_config(config, timestep_spacing=spacing)
@@ -64,16 +64,16 @@ def make_sampler(trained: Any, name: str, spacing: str = "trailing") -> Any:
 
 
 def _flow_sampler(trained: Any, name: str, spacing: str) -> Any:
-    """DDIM's path is Euler's for a flow: both follow the same ordinary differential equation."""
+    """For a flow DDIM is Euler's method: both follow the same ordinary differential equation."""
     cls = scheduler_class(FLOW_SAMPLERS.get(name, name))
     if cls is None or not ("FlowMatch" in cls.__name__ or _takes_flows(cls)):
         raise UserError(
-            f"sampler {name!r} cannot sample from this model: it learned a flow; try "
+            f"sampler {name!r} cannot sample from this model, which learned a flow; try "
             f"{', '.join(FLOW_SAMPLERS)}"
         )
     if spacing != "trailing":
         raise UserError(
-            f"spacing {spacing!r}: the steps of a flow are those of its shift; leave it out"
+            f"spacing {spacing!r}: the steps of a flow follow from its shift; leave it out"
         )
     config = {k: v for k, v in trained.config.items() if k != "_use_default_values"}
     if _takes_flows(cls):
@@ -91,7 +91,7 @@ def _takes_flows(cls: Any) -> bool:
 
 
 def _check_fits(sampler: Any, trained: Any, name: str) -> None:
-    """Raise `UserError` unless it leads from noise to image on the trained schedule, by seed alone."""
+    """Raise `UserError` unless it goes from noise to image on the trained schedule, by seed alone."""
     own, due = getattr(sampler, "alphas_cumprod", torch.empty(0)), trained.alphas_cumprod
     # some end a little above zero
     if own.shape != due.shape or not torch.allclose(own.float(), due.float(), atol=1e-6):
@@ -106,13 +106,13 @@ def _check_fits(sampler: Any, trained: Any, name: str) -> None:
 
 
 def _check_steps(sampler: Any, name: str) -> None:
-    """Raise `UserError` unless a step wants the output, the time and the sample alone."""
+    """Raise `UserError` unless a step takes the output, the time and the sample alone."""
     if not hasattr(sampler, "step"):
         raise _unfit(name, "it has no plain steps")
     parameters = inspect.signature(sampler.step).parameters.values()
     wanted = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if wanted != ["model_output", "timestep", "sample"]:
-        raise _unfit(name, f"its steps want {', '.join(wanted)}")
+        raise _unfit(name, f"its steps take {', '.join(wanted)}")
 
 
 def _unfit(name: str, why: str) -> UserError:
@@ -122,36 +122,36 @@ def _unfit(name: str, why: str) -> UserError:
 
 
 def _takes_variance(cls: Any) -> bool:
-    """Whether its steps make use of a variance that the denoiser has learned."""
+    """Whether its steps use a learned variance."""
     return issubclass(cls, DDPMScheduler | DDPMParallelScheduler)
 
 
 def for_sampler(sampler: Any, output_NCHW: torch.Tensor, x_NCHW: torch.Tensor) -> torch.Tensor:
-    """The output as the sampler's steps want it: with a learned variance, or without.
+    """The output as the sampler's steps take it: with a learned variance, or without.
 
-    Raises `UserError` where the sampler wants one that the denoiser does not give.
+    Raises `UserError` where the sampler needs one that the denoiser does not predict.
     """
     learned = sampler.config.get("variance_type") in ("learned", "learned_range")
     if not (learned and _takes_variance(type(sampler))):
         return without_variance(output_NCHW, x_NCHW)
     if output_NCHW.shape[1] == x_NCHW.shape[1]:
         raise UserError(
-            "the scheduler says that the variance is learned, and the denoiser makes none; give "
+            "the scheduler has a learned variance, which the denoiser does not predict; give "
             "--sampler ddim, or set variance_type to fixed_large in scheduler_config.json"
         )
     return output_NCHW
 
 
 def set_steps(sampler: Any, steps: int, shape: Shape | None = None) -> None:
-    """Give the sampler its timesteps and an empty memory. Raises `UserError` where it refuses.
+    """Set the sampler's timesteps and reset its state. Raises `UserError` where it refuses them.
 
-    shape: (C, H, W) of a sample, by which some flows shift their steps towards noise.
+    shape: (C, H, W) of a sample, which determines the shift of some flows.
     """
     most = sampler.config.num_train_timesteps
     if steps > most:
         raise UserError(f"{steps} sampling steps: the model has {most}; give at most that many")
     given: dict[str, Any] = {}
-    if sampler.config.get("use_dynamic_shifting"):  # as the pipelines of Flux do
+    if sampler.config.get("use_dynamic_shifting"):  # as in Flux's pipelines
         given = {"sigmas": np.linspace(1, 1 / steps, steps).tolist(), "mu": _shift(sampler, shape)}
     try:
         sampler.set_timesteps(steps, **given)
@@ -170,8 +170,8 @@ def _shift(sampler: Any, shape: Shape | None) -> float:
 def spaced(spacing: str, steps: int, trained: int) -> np.ndarray:
     """Timesteps from trained-1 down to 0: "uniform", or "quad" (Song et al. 2021, appendix D.2).
 
-    Quadratic ones lie dense near 0; where several would fall on one timestep they move up to the next
-    free ones, since a step from t to t would do nothing.
+    Quadratic ones are dense near 0; where several would coincide, they move up to the next free
+    timesteps, since a step from t to t does nothing.
     """
     power = {"uniform": 1, "quad": 2}[spacing]
     if steps == 1:
@@ -195,12 +195,12 @@ def _at_given_timesteps(cls: Any) -> Any:
 class Ddim(DDIMScheduler):  # type: ignore[misc]
     """DDIM without noise (Song et al. 2021, eq. 12, eta = 0), from each timestep to the next one.
 
-    diffusers' own steps go from t to t - T // steps, whatever timestep comes next; that is the same
-    only where timesteps are even and `steps` divides T.
+    diffusers' own steps go from t to t - T // steps, whatever the next timestep is; the two agree only
+    for evenly spaced timesteps where `steps` divides T.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """As diffusers does, or uniform or quadratic."""
+        """As diffusers, with uniform and quadratic spacings too."""
         c = self.config
         if c.timestep_spacing in ("uniform", "quad"):
             self.num_inference_steps = num_inference_steps
@@ -212,7 +212,7 @@ class Ddim(DDIMScheduler):  # type: ignore[misc]
     def step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor
     ) -> DDIMSchedulerOutput:
-        """x_NCHW one timestep less noisy; the last step goes to `final_alpha_cumprod`."""
+        """x_NCHW at the next timestep; the last step goes to `final_alpha_cumprod`."""
         place = int((self.timesteps == timestep).nonzero()[0])
         left = self.timesteps[place + 1 :]
         alpha = self.alphas_cumprod[timestep]
@@ -228,7 +228,7 @@ class Ddim(DDIMScheduler):  # type: ignore[misc]
     def _predicted(
         self, output: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean image and noise that the denoiser's output stands for."""
+        """The clean image and the noise that the output predicts."""
         signal, sigma = alpha**0.5, (1 - alpha) ** 0.5
         kind = self.config.prediction_type
         if kind == "epsilon":

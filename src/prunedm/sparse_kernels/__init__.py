@@ -1,1 +1,1 @@
-"""2:4 layers as GEMMs on sparse tensor cores, where timing says that they are faster."""
+"""2:4 layers as GEMMs on sparse tensor cores, where they are measured to be faster."""

@@ -1,13 +1,15 @@
 """GEMMs by a 2:4 weight: PyTorch's on sparse tensor cores, and a reference of the packed format.
 
-Two values of each group of four along K are kept, with their places (Mishra et al. 2021, "Accelerating
-Sparse Deep Neural Networks"). Shapes: y[B, O] = x[B, K] W[O, K]^T. For inference: no gradient passes.
+Of each group of four along K two values are stored with their positions (Mishra et al. 2021,
+"Accelerating Sparse Deep Neural Networks"). Shapes: y[B, O] = x[B, K] W[O, K]^T. For inference only:
+no gradients.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +27,15 @@ class Gemm(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and what inputs have to be."""
-        raise NotImplementedError
+        """The type of the weights, which inputs must have too."""
+        return next(chain(self.parameters(), self.buffers())).dtype
 
     def forward(self, x_BK: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError
 
 
 class PackedGemm(Gemm):
-    """The reference: any device and type; holds B * O * K/2 numbers while it runs."""
+    """The reference, for any device and type; needs memory for B * O * K/2 numbers."""
 
     values_OS: torch.Tensor
     column_OS: torch.Tensor
@@ -43,12 +45,9 @@ class PackedGemm(Gemm):
         outputs, columns = weight_OK.shape
         values_GN, index_GN = pack(weight_OK)
         group_G = torch.arange(len(index_GN), device=index_GN.device) % (columns // 4)
+        # first, since it gives the type
         self.register_buffer("values_OS", values_GN.reshape(outputs, -1))
         self.register_buffer("column_OS", (4 * group_G[:, None] + index_GN).reshape(outputs, -1))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values_OS.dtype
 
     def forward(self, x_BK: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         y_BO = torch.einsum("bos,os->bo", x_BK[:, self.column_OS], self.values_OS)
@@ -56,33 +55,29 @@ class PackedGemm(Gemm):
 
 
 class SemiStructuredGemm(Gemm):
-    """PyTorch's, on sparse tensor cores. `.to()` passes a packed weight by: it stays where it is."""
+    """PyTorch's, on sparse tensor cores. `.to()` has no effect on the packed weight."""
 
     def __init__(self, weight_OK: torch.Tensor, backend: str = "CUSPARSELT") -> None:
         super().__init__()
         packed = getattr(torch.sparse, f"SparseSemiStructuredTensor{backend}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is a prototype
+            warnings.simplefilter("ignore", UserWarning)  # "prototype"
             sparse_OK = packed.from_dense(weight_OK.detach().contiguous())
         self.weight = nn.Parameter(sparse_OK, requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
 
     def forward(self, x_BK: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x_BK.contiguous(), self.weight, bias_O)
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> "SemiStructuredGemm":
-        return self  # even `.to()` to where it is already raises in inference mode
+        return self  # in inference mode even a `.to()` the same device raises
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SemiStructuredGemm":
-        return self  # nothing changes a packed weight, and cuSPARSELt's cannot be cloned
+        return self  # the packed weight is immutable, and cuSPARSELt's cannot be cloned
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to run a 2:4 GEMM: how W[O, K] is packed, what O and K must be multiples of, its types."""
+    """A 2:4 GEMM: how W[O, K] is packed, the multiples that O and K must be, and its types."""
 
     name: str
     pack: Callable[[torch.Tensor], Gemm]
@@ -91,13 +86,13 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = ()  # any
 
     def why_not(self, outputs: int, columns: int, dtype: torch.dtype) -> str | None:
-        """None where it takes W[O, K] of this type, else the reason."""
+        """None where it supports W[O, K] of this type, else the reason."""
         if self.dtypes and dtype not in self.dtypes:
             return f"no GEMM of {in_words(dtype)}"
         if outputs % self.rows:
-            return f"{outputs} outputs are no multiple of {self.rows}"
+            return f"{outputs} outputs are not a multiple of {self.rows}"
         if columns % self.columns:
-            return f"{columns} weights an output are no multiple of {self.columns}"
+            return f"{columns} weights per output are not a multiple of {self.columns}"
         return None
 
 
@@ -109,7 +104,7 @@ CUDA_KERNELS = (
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel], str]:
-    """The sparse kernels that run there, tried on a small matrix; and where none does, why."""
+    """The sparse kernels that work there, tried on a small matrix; and the reason if none does."""
     if device.type != "cuda":
         return [], f"the denoiser is on {device.type}, not on an NVIDIA GPU"
     if dtype not in HALF:
@@ -122,7 +117,7 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel]
         try:
             _try_kernel(kernel, device, dtype)
             works.append(kernel)
-        # a build without the library, an architecture it has no code for, a changed interface
+        # a build without the library, an unsupported architecture, a changed interface
         except (RuntimeError, AttributeError) as error:
             reason = first_line(error)
             errors.append(f"{kernel.name}: {reason[:100]}")
@@ -130,9 +125,9 @@ def find_kernels(device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel]
 
 
 def pack(weight_OK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two values_GN of each group of four in W[O, K], and their places index_GN, ascending.
+    """Two values_GN of each group of four in W[O, K], and their positions index_GN, ascending.
 
-    Where fewer than two are not zero, zeros fill the rest: the first ones.
+    With fewer than two non-zeros, the first zeros of the group fill up.
     """
     weight_GM = to_groups(weight_OK, 4)
     taken_GM = weight_GM != 0
@@ -148,7 +143,7 @@ def in_words(dtype: torch.dtype) -> str:
 
 
 def _try_kernel(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises `RuntimeError` where a 2:4 GEMM does not run, or not rightly."""
+    """Raise `RuntimeError` where a 2:4 GEMM does not run or gives a wrong result."""
     groups = torch.tensor([1, 0, 2, 0, 0, 1, 0, -1, 0, 0, 1, 1, 0, 2, 0, 0])
     weight_OK = groups.to(device, dtype).repeat(128, 8)
     x_BK = (torch.arange(64 * 128, device=device) % 7).to(dtype).reshape(64, 128)

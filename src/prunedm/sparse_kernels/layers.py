@@ -1,7 +1,7 @@
-"""2:4 layers as sparse GEMMs: linear layers, and convolutions on channels-last pixels.
+"""2:4 layers as sparse GEMMs: linear layers, and convolutions on channels-last images.
 
 A weight becomes W[O, K] with K in channels-last order, (kernel row, kernel column, input channel), so
-that groups of four input channels stay neighbours. N images, C or I input channels, O outputs.
+that groups of four input channels stay adjacent. N images, C or I input channels, O outputs.
 """
 
 import copy
@@ -16,12 +16,12 @@ from prunedm.networks.layer_kinds import find_kind, kind_of, to_matrix, weight_o
 from prunedm.networks.layers import why_not_nm
 from prunedm.sparse_kernels.gemm import CUDA_KERNELS, Gemm, Kernel
 
-_PATCH_BYTES = 1 << 28  # of unfolded pixels at a time
-_ROW_MULTIPLE = 8  # of pixels: PyTorch copies what is no multiple of it, at each GEMM
+_PATCH_BYTES = 1 << 28  # most bytes of unfolded pixels at a time
+_ROW_MULTIPLE = 8  # of pixels; PyTorch pads anything else by a copy, at each GEMM
 
 
 class SparseLinear(nn.Module):
-    """A linear layer by a sparse GEMM; inputs are cast to the weight's type, as autocast does."""
+    """A linear layer as a sparse GEMM; inputs are cast to the weight's type, as by autocast."""
 
     def __init__(self, layer: nn.Module, kernel: Kernel) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class SparseLinear(nn.Module):
 
 
 class SparseConv2d(nn.Module):
-    """A convolution by sparse GEMMs on channels-last pixels: NCHW in, NCHW in channels-last order out.
+    """A convolution as sparse GEMMs: NCHW in, NCHW with channels-last strides out.
 
-    `form` "im2col": one GEMM over unfolded pixels, some images at a time so that memory is bounded.
-    "shifted": one GEMM for each kernel tap, summed; at stride 1 nothing is unfolded, because in the
-    list of all pixels of padded images a tap is a shift. Its sum is rounded once more at each tap.
-    A kernel of one tap is the same in both.
+    `form` "im2col": one GEMM over unfolded pixels, a few images at a time to bound memory. "shifted":
+    one GEMM per kernel tap, summed; at stride 1 nothing is unfolded, because in the list of all pixels
+    of the padded images a tap is a shift. The sum is rounded once per tap. For a kernel of one tap
+    both forms are the same.
     """
 
     def __init__(self, layer: nn.Conv2d, kernel: Kernel, form: str = "im2col") -> None:
@@ -87,7 +87,7 @@ class SparseConv2d(nn.Module):
         return y_BO.reshape(len(x_NCHW), out_h, out_w, self.out_channels)
 
     def _shifted(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        """=> y[N, H', W', O] at stride 1; pixels that straddle two rows are computed and left out."""
+        """=> y[N, H', W', O] at stride 1; windows across two rows are computed and discarded."""
         count, _, height, width = x_NCHW.shape
         (top, left), (kernel_h, kernel_w) = self.padding, self.kernel_size
         padded = (height + 2 * top, width + 2 * left)
@@ -105,7 +105,7 @@ class SparseConv2d(nn.Module):
         return y_NHWO[:, :out_h, :out_w]
 
     def _taps(self, x_NCHW: torch.Tensor) -> list[torch.Tensor]:
-        """x[N, H', W', I] that each kernel tap meets, row by row of the kernel."""
+        """The inputs x[N, H', W', I] of each kernel tap, row by row of the kernel."""
         top, left = self.padding
         if top or left:
             x_NCHW = F.pad(x_NCHW, (left, left, top, top))
@@ -133,7 +133,7 @@ class SparseConv2d(nn.Module):
 
 
 def forms(layer: nn.Module) -> tuple[str, ...]:
-    """The ways a layer can become GEMMs; one where they are all the same."""
+    """The ways a layer can become GEMMs; one where all are the same."""
     if weight_of(layer)[0, 0].numel() == 1:
         return ("gemm",)
     return ("im2col", "shifted")
@@ -150,7 +150,7 @@ def to_sparse(layer: nn.Module, kernel: Kernel, form: str) -> nn.Module:
 def candidates(
     layer: nn.Module, dtype: torch.dtype, kernels: Sequence[Kernel]
 ) -> tuple[list[tuple[Kernel, str]], list[str]]:
-    """Kernels and forms that take a 2:4 layer in this type; and why the others do not."""
+    """The kernels and forms that support a 2:4 layer in this type, and why others do not."""
     weight = weight_of(layer)
     outputs, inputs = weight.shape[:2]
     found, refused = [], []

@@ -1,4 +1,4 @@
-"""2:4 layers on sparse tensor cores: each layer's dense and sparse forms timed, the fastest kept."""
+"""2:4 layers on sparse tensor cores: each layer's dense and sparse forms are timed, the fastest kept."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,16 @@ from prunedm.randomness import seed_for
 from prunedm.sparse_kernels.gemm import HALF, Kernel, find_kernels, in_words
 from prunedm.sparse_kernels.layers import candidates, to_sparse, why_not_sparse
 
-TOLERANCE = 0.02  # relative error of the denoiser's answer; half precision alone is near 0.001
+TOLERANCE = 0.02  # relative error of the denoiser's output; half precision alone gives about 0.001
 _WARMUP, _TURNS, _CALLS = 3, 15, 10
 
-Timer = Callable[[Sequence[Call]], list[float]]  # milliseconds of one of each
+Timer = Callable[[Sequence[Call]], list[float]]  # milliseconds of each call
 Met = tuple[torch.Tensor, int]  # a layer's first input on the meta device, and its GEMM's rows
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of a layer. GEMM B x O x K; `pixels` B is None where nothing was run."""
+    """The decision for one layer, a GEMM of B x O x K; `pixels` B is None where nothing was run."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ class Choice:
     form: str = ""  # the fastest sparse one
     sparse_ms: float | None = None
     chosen: bool = False
-    reason: str = ""  # why it was not timed, or not replaced
+    reason: str = ""  # for not timing or not replacing it
 
     @property
     def speedup(self) -> float | None:
@@ -50,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """All layers' choices, and how far the denoiser's answer moved (None where nothing changed)."""
+    """All layers' choices, and the denoiser's relative error (None where nothing changed)."""
 
     choices: list[Choice]
     relative_error: float | None = None
@@ -61,17 +61,14 @@ class Selection:
 
 
 def time_in_turns(calls: Sequence[Call]) -> list[float]:
-    """As layers run in eager PyTorch: ten calls in a row, in turns, and the median turn.
-
-    Launching is a part of it where it takes longer than the work.
-    """
+    """The median of turns of ten calls in eager PyTorch; launch-bound calls take the launch time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = in_turns(calls, repeats=_TURNS, warmup=_WARMUP, each=_CALLS, device=device)
     return [1000 * statistics.median(taken) for taken in seconds]
 
 
 def time_graphs(calls: Sequence[Call]) -> list[float]:
-    """As `time_in_turns`, of CUDA graphs: the work without launches, for denoisers to be compiled."""
+    """As `time_in_turns` with CUDA graphs: without launches, for denoisers to be compiled."""
     return [took / _CALLS for took in time_in_turns([_captured(call) for call in calls])]
 
 
@@ -86,13 +83,12 @@ def use_sparse_kernels(
     tolerance: float = TOLERANCE,
     progress: Progress | None = None,
 ) -> Selection:
-    """Replace, in place, each 2:4 layer whose sparse form is faster, for calls like `inputs`.
+    """Replace in place each 2:4 layer whose sparse form is faster, for calls like `inputs`.
 
-    Layers to be replaced have weights of `dtype` on an NVIDIA GPU: cast and move the denoiser before,
-    and compile it after, with `timer=time_graphs`. `kernels`: those of the GPU.
-    Where there is none, nothing is timed or changed, and the choices say which layers would be
-    eligible. Raises `UserError`, with the dense layers back in place, where the denoiser's answer
-    moved by more than `tolerance`.
+    Layers must have weights of `dtype` on an NVIDIA GPU: cast and move the denoiser before. To compile
+    it afterwards, time with `timer=time_graphs`. `kernels` are by default those of the GPU; without any,
+    nothing is timed or changed, and the choices say which layers would be eligible. Raises `UserError`,
+    with the dense layers back in place, where the output's relative error is above `tolerance`.
     """
     progress = progress or Silent()
     layers = prunable_layers(denoiser, protect=())
@@ -100,7 +96,7 @@ def use_sparse_kernels(
     if kernels is None:
         kernels, why = find_kernels(next(denoiser.parameters()).device, dtype)
     if why:
-        progress.say(f"nothing is made sparse: {why}")
+        progress.say(f"no layer is replaced: {why}")
         return Selection([_unmeasured(n, layer, dtype) for n, layer in layers.items()])
     call = _steady(denoiser, inputs, dtype)
     with evaluating(denoiser):
@@ -128,14 +124,14 @@ def time_forms(
     kernels: Sequence[Kernel],
     timer: Timer,
 ) -> tuple[float, dict[str, tuple[float, nn.Module]]]:
-    """Milliseconds of a 2:4 layer as it is, and of each sparse form that runs, by name, on `x`."""
+    """Milliseconds on `x` of a 2:4 layer as it is, and of each sparse form that runs, by name."""
     modules: dict[str, nn.Module] = {}
     for kernel, form in candidates(layer, dtype, kernels)[0]:
         try:
             module = to_sparse(layer, kernel, form).eval()
             module(x)
             modules[f"{form}, {kernel.name}"] = module
-        except RuntimeError:  # out of memory, or a shape that the library refuses
+        except RuntimeError:  # out of memory, or an unsupported shape
             continue
     dense_ms, *sparse_ms = timer([lambda m=m: m(x) for m in (layer, *modules.values())])  # type: ignore[misc]
     return dense_ms, {
@@ -153,7 +149,7 @@ def _fastest(
     kernels: Sequence[Kernel],
     timer: Timer,
 ) -> tuple[Choice, nn.Module | None]:
-    """The choice for one layer, and the module to put in its place."""
+    """The choice for one layer, and its replacement, if any."""
     choice = _described(name, layer, met and met[1])
     weight = weight_of(layer)
     reason = why_not_sparse(layer, dtype, kernels)
@@ -183,7 +179,7 @@ def _replaced(
     *,
     tolerance: float,
 ) -> float:
-    """Put the faster forms in; how far the answer moved. Undone where too far, or where they fail."""
+    """Put the faster forms in; returns the output's relative error. Undone if it is too large."""
     kept = False
     try:
         for name, module in faster.items():
@@ -196,7 +192,7 @@ def _replaced(
                 replace_module(denoiser, name, layers[name])
     if not kept:
         raise UserError(
-            f"sparse kernels moved the denoiser's answer by {error:.2g} of its size, more than "
+            f"sparse kernels change the denoiser's output by a relative error of {error:.2g}, above "
             f"{tolerance:g}; the dense layers are back: use them, or bfloat16 if float16 overflows"
         )
     return error
@@ -205,7 +201,7 @@ def _replaced(
 def _observed(
     call: Callable[[], torch.Tensor], layers: Mapping[str, nn.Module]
 ) -> tuple[torch.Tensor, dict[str, Met]]:
-    """The denoiser's answer, and what each layer met on the way."""
+    """The denoiser's output, and what each layer met on the way."""
     met: dict[str, Met] = {}
 
     def hear(name: str, layer: Any, inputs: Any, output: torch.Tensor) -> None:
@@ -216,7 +212,7 @@ def _observed(
 
 
 def _steady(denoiser: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """The denoiser's answer to these inputs, as float32, at each call."""
+    """A call that gives the denoiser's output for these inputs in float32."""
     run = one_call(denoiser, inputs)
 
     def call() -> torch.Tensor:
@@ -256,7 +252,7 @@ def _captured(call: Call) -> Call:
 
 
 def _autocast(denoiser: nn.Module, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """For denoisers of which only the layers are in half precision, as `FastDenoiser`'s."""
+    """Autocast for denoisers with only their layers in half precision, like `FastDenoiser`'s."""
     weight = next(denoiser.parameters())
     mixed = dtype in HALF and weight.dtype == torch.float32
     return torch.autocast(weight.device.type, dtype) if mixed else nullcontext()

@@ -1,7 +1,7 @@
-"""report.html: the whole result on one page that needs no network and little script.
+"""report.html: the whole result on one self-contained page, in English and Chinese (`words`).
 
-The page speaks English and Chinese (`words`), and is safe to hold anything: all data are escaped,
-and its own policy forbids every request and every script but the one inside it.
+All data are escaped, and the page's content security policy forbids every request and every script
+but the one inside it.
 """
 
 import base64
@@ -17,12 +17,11 @@ from markupsafe import Markup
 
 from prunedm.errors import UserError
 from prunedm.evaluation import table
-from prunedm.evaluation.pictures import Curve, curve_of, loss_curves
-from prunedm.evaluation.report.checks import check_lines, shown
+from prunedm.evaluation.report.checks import check_lines
 from prunedm.evaluation.report.conditions import conditions_in_words
 from prunedm.evaluation.report.figures import header, key_figures, meaning, rows, warnings
-from prunedm.evaluation.report.front import panels
 from prunedm.evaluation.report.layers import layer_bars, left_dense
+from prunedm.evaluation.report.plots import Curve, curve_of, loss_curves, panels
 from prunedm.evaluation.report.samples import GAP, sheets
 from prunedm.evaluation.report.stages import failures, timeline, total_time
 from prunedm.evaluation.report.timings import timing_blocks
@@ -39,19 +38,18 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML file; the first evaluation is the dense model.
 
-    `samples` holds uint8 NHWC images by label, image i of every model from the same noise; it may
-    lack models. Replaces `path`.
+    `samples` holds uint8 NHWC images by label, image i of every model from the same noise; some
+    models may have none. Replaces `path`.
     """
     if not evaluations:
         raise UserError("a report needs at least one evaluated model")
     template = report_environment().get_template("page.html.j2")
-    page_text = template.render(page(evaluations, samples, title=title))
-    path.write_text(page_text, encoding="utf-8")
+    path.write_text(template.render(page(evaluations, samples, title=title)), encoding="utf-8")
     return path
 
 
 def report_environment(*more: BaseLoader) -> Environment:
-    """What the page's templates are rendered by; `more` are looked in first."""
+    """The page's template environment; templates are looked up in `more` first."""
     environment = Environment(
         loader=ChoiceLoader([*more, PackageLoader("prunedm.evaluation.report")]),
         autoescape=True,
@@ -60,7 +58,6 @@ def report_environment(*more: BaseLoader) -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {"text": text, "attribute": attribute, "own": _own(environment)}
-    environment.globals["shown"] = shown
     return environment
 
 
@@ -68,7 +65,8 @@ def page(
     evaluations: Sequence[Evaluation], samples: Mapping[str, np.ndarray], *, title: str
 ) -> dict[str, Any]:
     """Everything the template shows, in the page's order."""
-    dense, curves = evaluations[0], training_curves(evaluations)
+    dense_loss, curves = evaluations[0].figures.loss, training_curves(evaluations)
+    drawn = zip(curves, loss_curves(curves, dense=dense_loss), strict=True)
     quality = header(table.quality(evaluations), evaluations)
     return {
         "title": title,
@@ -85,8 +83,8 @@ def page(
         "panels": panels(evaluations, quality),
         "bars": layer_bars(evaluations),
         "timings": timing_blocks(evaluations),
-        "curves": _drawn(curves, dense.figures.loss),
-        "dense_loss": "" if dense.figures.loss is None else f"{dense.figures.loss:.4f}",
+        "curves": [(curve, svg) for curve, svg in drawn if svg],
+        "dense_loss": "" if dense_loss is None else f"{dense_loss:.4f}",
         "stages": timeline(evaluations),
         "total_time": total_time(evaluations),
         "failures": failures(evaluations),
@@ -97,7 +95,7 @@ def page(
 
 
 def training_curves(evaluations: Sequence[Evaluation]) -> list[Curve]:
-    """The training of each stage that has kept its losses."""
+    """The training of each stage that kept its losses."""
     return [
         curve_of(e.label, e.curve.get("losses", ()), e.curve.get("held_out", ()))
         for e in evaluations
@@ -105,19 +103,12 @@ def training_curves(evaluations: Sequence[Evaluation]) -> list[Curve]:
     ]
 
 
-def _drawn(curves: Sequence[Curve], dense_loss: float | None) -> list[tuple[Curve, Markup]]:
-    svgs = loss_curves(curves, dense=dense_loss)
-    # numbers only: no data to escape
-    return [(curve, Markup(svg)) for curve, svg in zip(curves, svgs, strict=True) if svg]
-
-
 def _own(environment: Environment) -> dict[str, Markup]:
-    """The page's style and script, and the hash by which its policy knows the script."""
-    style, script = (_source(environment, name) for name in ("style.css", "script.js"))
+    """The page's style and script, and the script's hash for the policy."""
+    assert environment.loader
+    style, script = (
+        Markup(environment.loader.get_source(environment, name)[0])
+        for name in ("style.css", "script.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return {"style": style, "script": script, "script_hash": Markup(f"sha256-{digest}")}
-
-
-def _source(environment: Environment, name: str) -> Markup:
-    assert environment.loader
-    return Markup(environment.loader.get_source(environment, name)[0])

@@ -1,4 +1,4 @@
-"""Under which conditions the figures hold, in words."""
+"""The conditions that the figures hold under, in sentences."""
 
 from collections.abc import Sequence
 
@@ -6,61 +6,51 @@ from markupsafe import Markup
 
 from prunedm.evaluation import table
 from prunedm.evaluation.report.figures import header
-from prunedm.evaluation.report.words import text
+from prunedm.evaluation.report.words import Words, text, translated
 from prunedm.evaluation.results import EMA, Evaluation
 from prunedm.system.neighbours import disturbance
 from prunedm.tables import METRICS
 
-_OPTIONAL = ("fd", "psnr_db", "latency_ms")  # figures with a sentence of their own
 
-
-def conditions_in_words(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Markup]]]:
-    """Labels and sentences; models of one set of conditions share the words."""
+def conditions_in_words(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Words]]]:
+    """Labels and sentences; models of equal conditions share them."""
     groups: dict[str, list[Evaluation]] = {}
     for e in evaluations:
-        # how weights came to be is each model's own
+        # weights may differ within a group: they have sentences of their own
         groups.setdefault(e.conditions.model_dump_json(exclude={"weights"}), []).append(e)
     return [(", ".join(e.label for e in group), _sentences(group)) for group in groups.values()]
 
 
-def _sentences(group: Sequence[Evaluation]) -> list[Markup]:
-    """A sentence for every figure that was measured, and which were not."""
-    values = group[0].conditions.model_dump()
-    missing = {c.key for c in METRICS.values() if not any(table.known(c, e) for e in group)}
-    missing -= {"nm_valid"}  # a model without masks has none to check
-    names = [header(column, group) for column in METRICS.values() if column.key in missing]
-    drawn = not {"fd", "psnr_db"} <= missing
+def _sentences(group: Sequence[Evaluation]) -> list[Words]:
+    """Those of every metric that was measured, the group's own, and which metrics are missing."""
+    figures = {name: value for e in group for name, value in e.figures if value is not None}
+    values = figures | group[0].conditions.model_dump()
+    known = [c for c in METRICS.values() if any(table.known(c, e) for e in group)]
+    drawn = any("sampler" in column.same for column in known)
+    wanted = {
+        "samples": drawn or any(e.samples_file for e in group),
+        "spacing": drawn and values["spacing"],
+        "model": values["prediction"],
+        "device": True,
+        "threads": values["threads"],
+    }
     return [
-        text("conditions.loss", **values),
-        *([text("conditions.model", **values)] if values["prediction"] else []),
-        *_weights(group),
-        *(text(f"conditions.{key}", **values) for key in _OPTIONAL if key not in missing),
+        *(translated(f"metric.{c.key}.conditions", c.conditions, **values)
+          for c in known if c.conditions),
+        *(text(f"conditions.{key}", **values) for key, is_told in wanted.items() if is_told),
         *_disturbed(group),
-        *([text("conditions.spacing", **values)] if drawn and values["spacing"] else []),
-        text("conditions.size"),
-        text("conditions.device", **values),
-        *([text("conditions.threads", **values)] if values["threads"] else []),
-        *(
-            [
-                text(
-                    "conditions.missing",
-                    english=Markup(", ").join(names),
-                    chinese=Markup("、").join(names),
-                )
-            ]
-            if names
-            else []
-        ),
-    ]
+        *_weights(group),
+        *_missing(group),
+    ]  # fmt: skip
 
 
-def _disturbed(group: Sequence[Evaluation]) -> list[Markup]:
+def _disturbed(group: Sequence[Evaluation]) -> list[Words]:
     others = max((t.others for e in group for t in e.figures.timings), default=0.0)
     return [text("conditions.disturbed", others=f"{others:.0%}")] if disturbance(others) else []
 
 
-def _weights(group: Sequence[Evaluation]) -> list[Markup]:
-    """What the weights are, of models that are the same in it; nothing where no record tells."""
+def _weights(group: Sequence[Evaluation]) -> list[Words]:
+    """Whether weights were averaged in training, for models whose record tells."""
     found: dict[str, list[str]] = {}
     for e in group:
         found.setdefault(e.conditions.weights, []).append(e.label)
@@ -73,3 +63,15 @@ def _weights(group: Sequence[Evaluation]) -> list[Markup]:
         for kind, labels in found.items()
         if kind
     ]
+
+
+def _missing(group: Sequence[Evaluation]) -> list[Words]:
+    names = [
+        header(column, group)
+        for column in METRICS.values()
+        # a model without masks has no N:M groups to check
+        if column.key != "nm_valid" and not any(table.known(column, e) for e in group)
+    ]
+    english = Markup(", ").join(name.english for name in names)
+    chinese = Markup("、").join(name.chinese for name in names)
+    return [text("conditions.missing", names=Words.of(english, chinese))] if names else []

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 from prunedm.evaluation import table
 from prunedm.evaluation.metric import Metric
 from prunedm.evaluation.paired import IDENTICAL
-from prunedm.evaluation.report.words import text, translated
+from prunedm.evaluation.report.words import Words, text, translated
 from prunedm.evaluation.results import Evaluation
 from prunedm.evaluation.table import Cell
 from prunedm.tables import METRICS
@@ -19,11 +19,11 @@ _VALIDITY = re.compile(r"(?P<share>\S+ %) of (?P<pattern>.+) in (?P<layers>\d+) 
 
 
 def key_figures(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """The headline: four figures of the last model, with their change to dense."""
+    """The headline: up to four figures of the last model, with their change to dense."""
     dense, last = evaluations[0], evaluations[-1]
     tiles = []
     for column in map(METRICS.__getitem__, _KEY_FIGURES):
-        now, before = (str(table.cell(column, e, e).figure) for e in (last, dense))
+        now, before = (table.cell(column, e, e).figure for e in (last, dense))
         shown = table.cell(column, last, dense)
         if now != table.NONE:
             story = f"{before} → {shown.figure}" if shown.change else ""
@@ -39,12 +39,11 @@ def key_figures(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[tuple[Evaluation, list[tuple[Markup, Cell]]]]:
-    """The measured columns: each cell's figure as it is written, and the cell for its change."""
-    columns, lines = table.measured(evaluations), []
-    for e in evaluations:
-        cells = [table.cell(column, e, evaluations[0]) for column in columns]
-        lines.append((e, [(_figure(cell), cell) for cell in cells]))
-    return lines
+    """The measured columns: each figure in both languages, and its cell for the change."""
+    return [
+        (e, [(_figure(cell), cell) for cell in cells])
+        for e, cells in table.lines(evaluations, table.measured(evaluations))
+    ]
 
 
 def _figure(cell: Cell) -> Markup:
@@ -55,16 +54,13 @@ def _figure(cell: Cell) -> Markup:
     found = _VALIDITY.fullmatch(cell.value)
     if not found:
         return escape(cell.figure)
-    layers = found["layers"]
-    small = Markup("<small>{}</small>").format(
-        text("nm.one" if layers == "1" else "nm.many", layers=layers)
-    )
-    return text("nm.share", share=found["share"], pattern=found["pattern"]) + " " + small
+    layers = text("nm.one" if found["layers"] == "1" else "nm.many", layers=found["layers"])
+    share = text("nm.share", share=found["share"], pattern=found["pattern"])
+    return Markup("{} <small>{}</small>").format(share, layers)
 
 
-def warnings(evaluations: Sequence[Evaluation]) -> list[Markup]:
-    """One line for every condition that is not the first model's, of figures that both have."""
-    dense = evaluations[0].label
+def warnings(evaluations: Sequence[Evaluation]) -> list[Words]:
+    """A line for each of `table.differences`."""
     return [
         text(
             "differs",
@@ -72,17 +68,16 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[Markup]:
             name=translated(f"condition.{name}", name),
             value=value,
             expected=expected,
-            dense=dense,
+            dense=evaluations[0].label,
         )
         for label, name, value, expected in table.differences(evaluations)
     ]
 
 
-def header(column: Metric, evaluations: Sequence[Evaluation]) -> Markup:
-    """The table's name of a figure; where it names the features, it is one in both languages."""
+def header(column: Metric, evaluations: Sequence[Evaluation]) -> Words:
+    """The table's name of a figure; one that names the features is the same in both languages."""
     english = table.header(column, evaluations)
-    own = english == column.header
-    return translated(f"metric.{column.key}", english) if own else escape(english)
+    return translated(f"metric.{column.key}" if english == column.header else "", english)
 
 
 def meaning(column: Metric) -> Markup:

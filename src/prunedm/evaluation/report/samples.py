@@ -1,4 +1,4 @@
-"""The same samples of every model, as sheets that the page lays over each other."""
+"""The same samples of every model, as sheets that the page can overlay."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from prunedm.errors import UserError
 from prunedm.evaluation.pictures import data_uri, grid
 from prunedm.evaluation.results import Evaluation
 
-SHOWN = 36  # samples of each model, at most
+SHOWN = 36  # most samples of a model
 GAP = 1  # pixels between samples
-_PIXELS = 1_200_000  # of a sheet, about: larger samples are fewer
-_SHEET = 300  # pixels: how wide a sheet of samples is drawn, at least
-_SMALL = 96  # pixels: images up to here are enlarged pixel by pixel
+_PIXELS = 1_200_000  # of a sheet, about: of larger samples fewer are shown
+_SHEET = 300  # least width of a sheet on the page, in CSS pixels
+_SMALL = 96  # pixels: images up to this size are enlarged pixel by pixel
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Sheet:
     columns: int
     tile: tuple[int, int]  # height, width of an image
     small: bool  # drawn pixel by pixel
-    paired: bool  # image for image comparable to the first sheet
+    paired: bool  # comparable to the first sheet image by image
 
 
 def sheets(evaluations: Sequence[Evaluation], samples: Mapping[str, np.ndarray]) -> list[Sheet]:
@@ -51,7 +51,7 @@ def _sheet(label: str, images_NHWC: np.ndarray, first: Sheet | None) -> Sheet:
     columns = max(1, round(len(shown) ** 0.5))
     picture = grid(shown, columns, gap=GAP)
     small = max(height, width) <= _SMALL
-    # whole multiples only, else some pixels would be wider than others
+    # by whole multiples, so that all pixels are equally wide
     zoom = max(1, -(-_SHEET // picture.width)) if small else 1
     tile, count = (height, width), len(shown)
     paired = first is None or (first.tile, first.shown) == (tile, count)

@@ -7,66 +7,57 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from prunedm.evaluation.report.words import text, translated
+from prunedm.evaluation.report.words import Words, text, translated
 from prunedm.evaluation.results import Evaluation
 from prunedm.record import Record
 
-_LONG = 200  # letters of a list or table
-Fields = dict[str, Markup]  # a field of the record -> its value
+_LONG = 200  # characters of a list or table that is left to the record
 
 
 @dataclass(frozen=True)
 class StageLine:
-    """One stage of the timeline; `start` and `share` are parts of all stages' wall time, in %."""
+    """One stage of the timeline; `start` and `share` are in % of all stages' wall time."""
 
-    name: Markup
-    labels: list[str]  # of the models it made
-    time: Markup
+    name: Words
+    labels: list[str]  # the models that it made
+    time: Words
     start: float
     share: float
-    fields: list[tuple[Markup, Fields]]
+    fields: list[tuple[Words, dict[str, Markup]]]  # groups of the record's fields
 
 
 @dataclass(frozen=True)
 class Failure:
     step: str
     error: str
-    labels: list[str]
+    labels: list[str]  # the models that go without it
 
 
 def timeline(evaluations: Sequence[Evaluation]) -> list[StageLine]:
-    """The stages in the order of their records, one after another on one axis of time."""
+    """The stages in the order of their records, end to end on one time axis."""
     found = lineage_of(evaluations)
     total = sum(record.wall_time_s for record, _ in found)
     stages, passed = [], 0.0
     for record, labels in found:
         start, share = (100 * s / total if total > 0 else 0.0 for s in (passed, record.wall_time_s))
         passed += record.wall_time_s
+        name = translated(f"stage.{record.stage}", record.stage)
         time = duration(record.wall_time_s)
-        stages.append(
-            StageLine(
-                translated(f"stage.{record.stage}", record.stage),
-                labels,
-                time,
-                start,
-                share,
-                _fields(record),
-            )
-        )
+        stages.append(StageLine(name, labels, time, start, share, _fields(record)))
     return stages
 
 
-def total_time(evaluations: Sequence[Evaluation]) -> Markup:
+def total_time(evaluations: Sequence[Evaluation]) -> Words:
     return duration(sum(record.wall_time_s for record, _ in lineage_of(evaluations)))
 
 
 def failures(evaluations: Sequence[Evaluation]) -> list[Failure]:
-    """What went wrong, once, with the labels of the models that go without it."""
+    """Every failure once, with the labels of the models it affects."""
     found: dict[tuple[str, str], list[str]] = {}
     for e in evaluations:
-        for step, error in e.failed.items():
-            found.setdefault((step, error), []).append(e.label)
-    return [Failure(step, error, labels) for (step, error), labels in found.items()]
+        for failure in e.failed.items():
+            found.setdefault(failure, []).append(e.label)
+    return [Failure(*failure, labels) for failure, labels in found.items()]
 
 
 def lineage_of(evaluations: Sequence[Evaluation]) -> list[tuple[Record, list[str]]]:
@@ -74,16 +65,16 @@ def lineage_of(evaluations: Sequence[Evaluation]) -> list[tuple[Record, list[str
     known: list[tuple[Record, list[str]]] = []
     for e in evaluations:
         for record in e.record.lineage() if e.record else []:
-            found = [entry for entry in known if _same(entry[0], record)]
-            labels = found[0][1] if found else []
-            if not found:
+            labels = next((labels for other, labels in known if _same(other, record)), None)
+            if labels is None:
+                labels = []
                 known.append((record, labels))
             if record is e.record:
                 labels.append(e.label)
     return known
 
 
-def duration(seconds: float) -> Markup:
+def duration(seconds: float) -> Words:
     """ "48 s", "12 min 5 s", "3 h 20 min"."""
     if seconds < 60:
         return text("seconds", s=f"{seconds:.3g}")
@@ -97,13 +88,13 @@ def _same(one: Record, other: Record) -> bool:
     return one.identity == other.identity and one.created == other.created
 
 
-def _fields(record: Record) -> list[tuple[Markup, Fields]]:
-    """A record as text: what its <details> list."""
+def _fields(record: Record) -> list[tuple[Words, dict[str, Markup]]]:
+    """The record's fields as text, in groups."""
     run = {
-        text("run.seed"): text("none") if record.seed is None else escape(record.seed),
-        text("run.device"): escape(record.device or text("not_recorded")),
+        text("run.seed"): text("none") if record.seed is None else record.seed,
+        text("run.device"): record.device or text("not_recorded"),
         text("run.wall_time"): duration(record.wall_time_s),
-        text("run.created"): escape(record.created or text("not_recorded")),
+        text("run.created"): record.created or text("not_recorded"),
     }
     inputs = {role: f"{source.path}  {source.hash}" for role, source in record.inputs.items()}
     groups: dict[str, dict[Any, Any]] = {
@@ -120,11 +111,9 @@ def _fields(record: Record) -> list[tuple[Markup, Fields]]:
     ]
 
 
-def _brief(value: Any) -> str | Markup:
-    """A value as JSON; long lists and tables are left to the record itself."""
+def _brief(value: Any) -> str:
+    """A value as JSON; long lists and tables are left to the record."""
     if isinstance(value, float):
         return f"{value:.6g}"
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if isinstance(value, (list, dict)) and len(written) > _LONG:
-        return text("long")
-    return written
+    return text("long") if isinstance(value, (list, dict)) and len(written) > _LONG else written

@@ -1,4 +1,4 @@
-"""The model that `learn` began with: the same weights under the first masks."""
+"""The model that `learn` started from: the given weights under the initial masks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,34 +17,33 @@ from prunedm.masks import Masks, Pattern
 from prunedm.networks.layers import prunable_layers
 from prunedm.options import LearnOptions
 from prunedm.progress import Progress
-from prunedm.record import Record
+from prunedm.record import Record, finite
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.inputs import images_for, reload, score_weights
 from prunedm.stages.masks import before_masks, masks_from, unmasked
 
 
 def is_learned(model: Model) -> bool:
-    """Whether `learn` made this very folder."""
+    """Whether `learn` made this folder."""
     return model.record is not None and model.record.stage == "learn" and model.masks is not None
 
 
 def under_first_masks(learned: Model, *, device: str, progress: Progress) -> Model:
-    """What `learn` was given, under the masks that it began with; found through its record.
+    """The model that `learn` was given, under the masks that it started from, found by its record.
 
-    Masks of a score are scored again, from the recorded options. Where learning trained the weights
-    too, they are here as they were before. Raises `UserError` where what went in is gone or changed.
+    Masks from a score are computed again from the recorded options. Weights are those before learning,
+    even where it trained them. Raises `UserError` where an input is gone or has changed.
     """
     record = learned.record
     assert record is not None
     assert learned.masks is not None
     options = LearnOptions.model_validate(record.options | {"device": device})
     given = reload(record.inputs["model"])
-    own = given.masks
     model = unmasked(given, before_masks(given))
     if "masks" in record.inputs:
         masks = _masks_of_file(model, learned.masks, record, options)
     else:
-        masks = own or _scored(model, options, progress)
+        masks = given.masks or _scored(model, options, progress)
     masks.apply_(model.denoiser.cpu())
     return replace(model, masks=masks, dtype=learned.dtype)
 
@@ -57,9 +56,9 @@ def masks_comparison(
     losses: Sequence[np.ndarray | None],
     samples: Sequence[np.ndarray | None],
 ) -> dict[str, Any]:
-    """The learned masks against the first ones, on the same problems and noise; first comes first.
+    """The learned masks against the first ones, on the same problems and noise.
 
-    `changed`: share of groups that differ. Changes are of the learned masks to the first.
+    `changed`: share of groups that differ. Losses and samples come in the order first, learned.
     """
     found: dict[str, Any] = {
         "first": first.figures.model_dump(mode="json"),
@@ -72,17 +71,15 @@ def masks_comparison(
         found |= {"loss_change": change.mean, "loss_change_se": change.standard_error}
     before_NHWC, after_NHWC = samples
     if before_NHWC is not None and after_NHWC is not None:
-        likeness = psnr(after_NHWC, before_NHWC)
-        finite = bool(np.isfinite(np.median(likeness)))  # not where most images are the same
         found |= {
-            "psnr_db": float(np.median(likeness)) if finite else None,
+            "psnr_db": finite(float(np.median(psnr(after_NHWC, before_NHWC)))),
             "ssim": float(np.median(ssim(after_NHWC, before_NHWC))),
         }
     return found
 
 
 def _masks_of_file(model: Model, learned: Masks, record: Record, options: LearnOptions) -> Masks:
-    """The masks given by name, projected as they were: the patterns say whether they had to be."""
+    """The masks of the given file, projected to the pattern if they were then."""
     source = record.inputs["masks"]
     masks, found = masks_from(source.path, model.denoiser, targets=options.targets)
     if found.source.hash != source.hash:

@@ -1,4 +1,4 @@
-"""measure: one model by itself. `evaluate` and `compare` are made of these."""
+"""measure: one model on its own, for `evaluate`, `compare` and sweeps."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,19 +11,27 @@ from pydantic import TypeAdapter
 
 from prunedm.data import ImageSet
 from prunedm.evaluation.features import FeatureNetwork
-from prunedm.evaluation.layers import layer_sparsity
 from prunedm.evaluation.loss import streamed_batches
 from prunedm.evaluation.metric import Subject
-from prunedm.evaluation.results import Conditions, Evaluation, Figures, StepResult, figure_names
+from prunedm.evaluation.results import (
+    EMA,
+    LAST,
+    Asked,
+    Conditions,
+    Evaluation,
+    Figures,
+    StepResult,
+    figure_names,
+)
+from prunedm.evaluation.size import layer_sparsity
 from prunedm.evaluation.speed import dtype_in_words
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
 from prunedm.progress import Progress
 from prunedm.reading import check_regular, read_as, validated
-from prunedm.record import Source, bare_paths, device_name, write_json
+from prunedm.record import Record, Source, bare_paths, device_name, write_json
 from prunedm.sampling import make_sampler
-from prunedm.stages.evaluating.conditions import asked, weights_in_words
 from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, features_of
 from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
@@ -42,21 +50,21 @@ _Steps = TypeAdapter(list[StepResult])
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What all models of one comparison are measured with."""
+    """What all models of a comparison share: options, held-out images, feature network."""
 
     options: EvaluateOptions
     reference: ImageSet
     network: FeatureNetwork | None  # None where no distance is measured
     progress: Progress
-    files: dict[str, Source] = field(default_factory=dict)  # that the network was read from
+    files: dict[str, Source] = field(default_factory=dict)  # of the feature network, by role
 
     @property
     def inputs(self) -> dict[str, Source]:
-        """What decides the figures beside the model and the options."""
+        """The inputs of a measurement beside the model."""
         return {"dataset": data_source(self.reference), **self.files}
 
     def lighter(self) -> "Yardstick":
-        """For models between the first and the last: `middle_samples` images, and no FD of them."""
+        """For models between the first and the last: `middle_samples` images, and no FD."""
         fewer = self.options.middle_samples
         if fewer is None or not self.options.samples:
             return self
@@ -71,7 +79,7 @@ def measure(
 ) -> None:
     """Write `evaluation_results.json`, `steps.json`, `losses.npy`, and samples where there are any.
 
-    Without latencies: those are taken in turns. A step that fails is recorded, and the rest goes on.
+    Latencies are left to `time_in_turns`. A step that fails is recorded, and the others are taken.
     """
 
     def make(folder: Path) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def measure(
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """What `measure` or `evaluate` wrote of one model."""
+    """The row that `measure` or `evaluate` wrote."""
     return read_as(Evaluation, folder / RESULTS, f"delete {folder} and measure again")
 
 
@@ -119,15 +127,13 @@ def batches_of(options: EvaluateOptions) -> list[int]:
 
 
 class _Measuring:
-    """The steps of one model, in the order of their cost."""
+    """The steps of one model, the cheapest first."""
 
     def __init__(
         self, model: Model, label: str, yard: Yardstick, folder: Path, steps: Steps
     ) -> None:
-        self.model, self.label, self.yard, self.folder, self.steps = (
-            model, label, yard, folder, steps,
-        )  # fmt: skip
-        self.options, self.network = yard.options, yard.network
+        self.model, self.label, self.yard, self.steps = model, label, yard, steps
+        self.options = yard.options
         self.figures: dict[str, Any] = dict.fromkeys(figure_names())
         self.subject = Subject(
             denoiser=model.denoiser,
@@ -143,17 +149,16 @@ class _Measuring:
         )
 
     def all(self) -> Evaluation:
-        """Every step that the depth has; the reload check first, before weights move anywhere."""
+        """Every step of the depth; the reload check first, before weights move to a device."""
         model, steps, denoiser = self.model, self.steps, self.model.denoiser
         reloads = self._reloads()
         denoiser.to(self.subject.device)
         self._take("weights")
         layers = steps.take("sparsity", lambda: layer_sparsity(denoiser, model.masks))
         self._take("problems")
-        drawn = False
         if self.options.depth != "quick":
             self._take("calls")
-            drawn = self._samples()
+            self._samples()
         return Evaluation(
             label=self.label,
             model=bare(model.name),
@@ -165,7 +170,7 @@ class _Measuring:
             asked=asked(model.record),
             reloads=reloads,
             failed=steps.failed,
-            samples_file=SAMPLES if drawn else "",
+            samples_file=SAMPLES if self.subject.images_NHWC is not None else "",
             curve=model.record.figures.get("curve", {}) if model.record else {},
         )
 
@@ -176,7 +181,7 @@ class _Measuring:
         return False if DIFFERS in self.steps.failed["reload check"] else None
 
     def _take(self, needs: str) -> None:
-        """Every measurement that needs no more than this; several metrics may share one."""
+        """Every measurement with these needs; several metrics may share one."""
         for measurement in dict.fromkeys(metric.measured for metric in METRICS.values()):
             work = measurement.figures
             if measurement.needs == needs and work is not None:
@@ -187,20 +192,32 @@ class _Measuring:
         problems = problems_on(self.yard.reference, self.model, self.options.seed)
         return streamed_batches(problems, self.options.problems, self.options.batch_size)
 
-    def _samples(self) -> bool:
-        """Whether there are samples; and, where there is a network, how far they are off."""
+    def _samples(self) -> None:
+        """Draw samples, and measure on them and on their features."""
         if not self.options.samples:
             self.steps.skip("samples", "samples = 0")
-            return False
-        images = self.steps.take("samples", self._draw)
-        if images is not None:
-            self.subject = replace(self.subject, images_NHWC=images)
+            return
+        images_NHWC = self.steps.take("samples", self._draw)
+        if images_NHWC is not None:
+            self.subject = replace(self.subject, images_NHWC=images_NHWC)
             self._take("samples")
-        if self.network is None:
+        network = self.yard.network
+        if network is None:
             self.steps.skip("fd", "skip_fid" if self.options.skip_fid else "between first and last")
-        elif images is not None:
-            self._distances(self.network, images)
-        return images is not None
+        elif images_NHWC is not None:
+            features_ND = self.steps.take(
+                "features",
+                lambda: features_of(
+                    images_NHWC,
+                    self.yard.reference,
+                    network,
+                    self.subject.device,
+                    most=self.options.references,
+                ),
+            )
+            if features_ND is not None:
+                self.subject = replace(self.subject, features_ND=features_ND, features=network.name)
+                self._take("features")
 
     def _draw(self) -> np.ndarray:
         wanted = SampleOptions(
@@ -211,31 +228,13 @@ class _Measuring:
             seed=self.options.seed,
             device=self.options.device,
         )
-        images = sample_resumably(self.model, wanted, self.folder / RESUME, self.yard.progress)
-        np.savez(self.folder / SAMPLES, images=images)
+        folder = self.subject.folder
+        images = sample_resumably(self.model, wanted, folder / RESUME, self.yard.progress)
+        np.savez(folder / SAMPLES, images=images)
         return images
 
-    def _distances(self, network: FeatureNetwork, images_NHWC: np.ndarray) -> None:
-        """Every distance, all in the same features of the same samples."""
-        found = self.steps.take(
-            "features",
-            lambda: features_of(
-                images_NHWC,
-                self.yard.reference,
-                network,
-                self.subject.device,
-                most=self.options.references,
-            ),
-        )
-        if found is not None:
-            own_ND, real_ND = found
-            self.subject = replace(
-                self.subject, own_ND=own_ND, real_ND=real_ND, features=network.name
-            )
-            self._take("features")
-
     def _conditions(self) -> Conditions:
-        options, network, reference = self.options, self.network, self.yard.reference
+        options, network, reference = self.options, self.yard.network, self.yard.reference
         sampler = make_sampler(self.model.scheduler, options.sampler)
         return Conditions(
             dataset=bare(reference.name),
@@ -255,3 +254,27 @@ class _Measuring:
             latency_batch=options.latency_batch,
             latency_repeats=options.latency_repeats,
         )
+
+
+def asked(record: Record | None) -> list[Asked]:
+    """The target of each pruning in the lineage, and what it reached."""
+    found = []
+    for stage in record.lineage() if record else []:
+        got = stage.figures.get("achieved", {})
+        for what, wanted in stage.figures.get("requested", {}).items():
+            reached = got.get(what, wanted)  # a pattern is reached, or the stage fails
+            reason = stage.figures.get("reason", "")
+            found.append(Asked(what=what, asked=wanted, got=reached, reason=reason))
+    return found
+
+
+def weights_in_words(record: Record | None) -> str:
+    """Whether the weights are an average over training, by the last stage that trained them."""
+    for stage in reversed(record.lineage() if record else []):
+        decay = stage.options.get("ema_decay")
+        own = stage.stage != "learn" or stage.options.get(
+            "train_weights"
+        )  # else EMA of logits only
+        if decay is not None and own:
+            return f"{EMA}{decay:g}" if decay else LAST
+    return ""

@@ -1,4 +1,4 @@
-"""Quality of samples: the feature network, and the features of samples and held-out images.
+"""The feature network, and the features of samples and held-out images.
 
 Shapes: N images, D features.
 """
@@ -17,18 +17,17 @@ from prunedm.options import EvaluateOptions
 from prunedm.record import Source
 from prunedm.stages.inputs import file_source
 
-LEAST_SAMPLES = 300  # where the number is not given; more where the features need it
-UNSCORED_SAMPLES = 64  # where no distance is measured
+LEAST_SAMPLES = 300  # by default; more where the features need it
+UNSCORED_SAMPLES = 64  # by default, where no distance is measured
 
 
 def with_features(
     options: EvaluateOptions, reference: ImageSet
 ) -> tuple[EvaluateOptions, FeatureNetwork | None, dict[str, Source]]:
-    """Samples and features settled; the network of FD and KID (None where they are skipped), and the
-    files that it was read from, by role.
+    """Options with `samples` and `features` resolved, the feature network, and its files by role.
 
-    Raises `UserError` for what would fail only after hours: features that do not take the images,
-    and too few images for them.
+    The network is None where no distance is measured. Raises `UserError` for what would otherwise fail
+    only after hours: features that do not take the images, and too few images for the features.
     """
     if options.depth == "quick" or options.samples == 0:
         return options.model_copy(update={"samples": 0}), None, {}
@@ -65,7 +64,7 @@ def features_of(
     *,
     most: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, D) of samples and of the held-out images, of these the first `most`."""
+    """Features (N, D) of the samples, and of the first `most` held-out images."""
     drawn_NCHW = torch.from_numpy(images_NHWC).permute(0, 3, 1, 2)
     own_ND = extract(network, image_batches(drawn_NCHW), device=device)
     return own_ND, _reference_features(reference, network, device, most)
@@ -81,7 +80,7 @@ def feature_files(features: str, inception_weights: str) -> dict[str, Source]:
 
 @lru_cache(maxsize=4)
 def _features(name: str, weights: str, trust: bool, hashes: tuple[str, ...]) -> FeatureNetwork:
-    """`hashes` of its files: one that was written anew is read anew."""
+    """Cached by the `hashes` of its files too, so that a changed file is read again."""
     return load_features(name, weights=weights or None, trust=trust)
 
 
@@ -96,7 +95,6 @@ def _reference_features(
     key = (images.fingerprint(), network.module, count)  # two files may share a name
     if key not in _references:
         first: Subset[torch.Tensor] = Subset(images, range(count))  # type: ignore[arg-type]
-        batches = image_batches(first)  # decoded as they are wanted
         _references.clear()  # one set at a time: they can be large
-        _references[key] = extract(network, batches, device=device)
+        _references[key] = extract(network, image_batches(first), device=device)
     return _references[key]

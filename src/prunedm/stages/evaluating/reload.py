@@ -15,14 +15,17 @@ DIFFERS = "gives another output"
 
 @torch.no_grad()
 def check_reload(model: Model) -> bool:
-    """True, or `UserError` where the outputs on two fixed inputs differ.
+    """True; raises `UserError` where the outputs on two fixed inputs differ.
 
-    Unnarrowed networks are loaded by diffusers alone, without any of our code.
+    Networks that are not narrowed are loaded by diffusers alone, without any code of prunedm.
     """
     folder, _ = model_folder(model.name)
     place = folder / model.component if (folder / model.component).is_dir() else folder
     again = _load_again(place, type(model.denoiser))
-    before, now = (_outputs(denoiser, model) for denoiser in (model.denoiser, again))
+    before, now = (
+        answer(denoiser, like_weights(denoiser, model.example(2))).float()  # one early, one late
+        for denoiser in (model.denoiser, again)
+    )
     if not torch.allclose(before, now, rtol=0, atol=0, equal_nan=True):
         gap = float((before - now).abs().max())
         raise UserError(f"{model.name} loaded again {DIFFERS} (by up to {gap:.3g}); save it again")
@@ -38,13 +41,10 @@ def _load_again(place: Path, cls: Any) -> torch.nn.Module:
     denoiser, loading = cls.from_pretrained(
         place, local_files_only=True, variant=variant or None, output_loading_info=True
     )
-    if loading["missing_keys"]:  # diffusers does not know the names of wrapped weights
+    if loading["missing_keys"]:  # diffusers does not know wrapped weights by name
         denoiser = load(place).denoiser
     for parameter in denoiser.parameters():
-        parameter.data = parameter.data.clone()  # aligned like the model's, not like the file
+        parameter.data = (
+            parameter.data.clone()
+        )  # aligned in memory like the model's, not as in the file
     return denoiser.eval()
-
-
-def _outputs(denoiser: torch.nn.Module, model: Model) -> torch.Tensor:
-    """The answer to two fixed noisy images, early and late, in float32 on the denoiser's device."""
-    return answer(denoiser, like_weights(denoiser, model.example(2))).float()

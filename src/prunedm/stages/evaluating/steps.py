@@ -1,7 +1,7 @@
-"""The frame around every step of an evaluation: what fails is told, and the rest goes on."""
+"""The steps of an evaluation: a step that fails is recorded, and the evaluation continues."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from traceback import extract_tb
 from typing import TypeVar
@@ -20,7 +20,7 @@ class Steps:
         self.taken: list[StepResult] = []
 
     def take(self, name: str, work: Callable[[], Found]) -> Found | None:
-        """What `work` gives, or None where it fails; an interruption is no failure and goes up."""
+        """The result of `work`, or None where it fails. Interruptions propagate."""
         started, found, error = time.monotonic(), None, ""
         try:
             found = work()
@@ -42,26 +42,21 @@ class Steps:
 
     @property
     def failed(self) -> dict[str, str]:
-        """Step -> its error."""
+        """Failed step -> its error."""
         return {s.step: s.error for s in self.taken if s.status == "failed"}
 
     @property
     def failures(self) -> list[str]:
-        """What failed, of which model, and why: one line each."""
-        return failures(self.taken)
-
-
-def failures(steps: Sequence[StepResult]) -> list[str]:
-    """What failed, of which model, and why: one line each."""
-    return [
-        f"{f'{s.model}: ' if s.model else ''}{s.step} ({s.error})"
-        for s in steps
-        if s.status == "failed"
-    ]
+        """One line per failure: the model, the step and the error."""
+        return [
+            f"{s.model}: {s.step} ({s.error})" if s.model else f"{s.step} ({s.error})"
+            for s in self.taken
+            if s.status == "failed"
+        ]
 
 
 def _in_words(error: Exception) -> str:
-    """One line; of what is no mistake of the user's, also the type and the place."""
+    """One line; for errors other than `UserError` with the type and the place."""
     text = shortened(masked(str(error)))
     if isinstance(error, UserError):
         return text

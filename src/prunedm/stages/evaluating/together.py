@@ -1,4 +1,4 @@
-"""What only all models together give: latencies in turns, and every model beside the dense one."""
+"""Measurements across models: latencies in turns, and comparisons with the dense model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,24 +21,21 @@ from prunedm.tables import METRICS
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure under a label; `shown` is its name where its folder will be gone."""
+    """A model to measure under a label; `shown` is its name in results where its folder is temporary."""
 
     label: str
     model: Model
     yard: Yardstick
     shown: str = ""
-    first_masks: bool = False  # the last entry's weights under the masks that it began with
+    first_masks: bool = False  # the last entry's model before mask learning
 
 
 def time_in_turns(rows: list[Evaluation], entries: Sequence[Candidate], steps: Steps) -> None:
-    """Latencies of all models in turns: times minutes apart do not compare."""
+    """Latencies of all models in turns: times taken minutes apart do not compare."""
     options = entries[-1].yard.options
     ways = [Way(batch) for batch in batches_of(options)]
     if options.depth == "comprehensive":
-        ways += [
-            Way(options.latency_batch, bf16=True),
-            Way(options.latency_batch, compiled=True),
-        ]
+        ways += [Way(options.latency_batch, **{how: True}) for how in ("bf16", "compiled")]
     for number, way in enumerate(ways):
         name = str(way) if number else "latency"
         found, errors = _in_turns(name, way, entries, steps)
@@ -56,7 +53,7 @@ def time_in_turns(rows: list[Evaluation], entries: Sequence[Candidate], steps: S
 def _in_turns(
     name: str, way: Way, entries: Sequence[Candidate], steps: Steps
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Timings and errors by label. Models that fail by themselves too leave the others their turns."""
+    """Timings and errors by label. Models that fail on their own are left out of the others' turns."""
     options = entries[-1].yard.options
 
     def work(chosen: Sequence[Candidate], repeats: int) -> list[Timing]:
@@ -86,7 +83,7 @@ def _in_turns(
 
 
 def set_beside(rows: Sequence[Evaluation]) -> None:
-    """With every model the dense one's figures, and how far it is from them."""
+    """Add the dense model's figures, and the changes from them, to every other row."""
     dense = rows[0]
     for row in rows[1:]:
         if row.figures.bytes_packed and dense.figures.bytes_packed:
@@ -100,18 +97,18 @@ def pair_with_dense(
     losses: Mapping[str, np.ndarray | None],
     steps: Steps,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What differs from the dense model, problem by problem and image by image.
+    """Compare every model with the dense one, problem by problem and image by image.
 
-    The latter is given back, by label and metric.
+    Returns the values by image, by label and metric; the rows get the summary figures.
     """
     paired, dense = {}, rows[0].label
     for row in rows[1:]:
-        both = losses[dense], losses[row.label]
-        like = comparable(LOSS, row, rows[0])  # problems of another noise schedule are others
-        if like and both[0] is not None and both[1] is not None:
-            change = LossEstimate.of(torch.from_numpy(both[1]) - torch.from_numpy(both[0]))
-            row.figures.loss_change = change.mean
-            row.figures.loss_change_se = change.standard_error
+        before_N, after_N = losses[dense], losses[row.label]
+        # under another noise schedule the problems differ
+        if before_N is not None and after_N is not None and comparable(LOSS, row, rows[0]):
+            change = LossEstimate.of(torch.from_numpy(after_N) - torch.from_numpy(before_N))
+            setattr(row.figures, LOSS.change, change.mean)
+            setattr(row.figures, f"{LOSS.change}_se", change.standard_error)
         if dense in samples and row.label in samples:
             count = min(len(samples[row.label]), len(samples[dense]))
             pair = samples[row.label][:count], samples[dense][:count]
@@ -124,12 +121,12 @@ def pair_with_dense(
 
 
 def _each(images_NHWC: np.ndarray, dense_NHWC: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric of pairs, image by image."""
+    """Every paired metric, image by image."""
     return {m.key: m.each(images_NHWC, dense_NHWC) for m in METRICS.values() if m.each}
 
 
 def _note_pairs(row: Evaluation, found: Mapping[str, np.ndarray]) -> None:
-    """The medians, and their errors; neither where most images are the same."""
+    """Enter the medians and their errors; neither where most images are identical."""
     for key, values_N in found.items():
         if np.isfinite(np.median(values_N)):
             setattr(row.figures, key, float(np.median(values_N)))

@@ -1,1 +1,1 @@
-"""What `export` is made of: the job, one writer a format, and what int8 costs in quality."""
+"""The parts of `export`: the job, one file per format, and what int8 costs in quality."""

@@ -1,4 +1,4 @@
-"""packed: values and one bit a weight; prunedm loads it as any model folder."""
+"""packed: kept values and one bit per weight; prunedm loads it like any model folder."""
 
 import torch
 
@@ -24,7 +24,7 @@ def write(job: Job) -> Written:
 
 
 def _check_bits(job: Job, again: torch.nn.Module, dtype: torch.dtype) -> None:
-    """What was loaded again is the model in that type, to the bit."""
+    """Raise `UserError` unless the loaded model equals the saved one in that type, bit by bit."""
     own = job.model.denoiser.state_dict()
     for name, tensor in again.state_dict().items():
         due = own[name].to(dtype).to(tensor.dtype) if own[name].is_floating_point() else own[name]

@@ -1,4 +1,4 @@
-"""What quantisation costs: losses and distances of the model and of the file, beside each other."""
+"""What quantization costs: losses and distances of the model and of the file."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,7 @@ from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.evaluation.paired import psnr
 from prunedm.sampling import images_of
 from prunedm.stages.evaluating.quality import features_of
-from prunedm.stages.exporting.data import Data
-from prunedm.stages.exporting.job import Job
+from prunedm.stages.exporting.job import Data, Job
 from prunedm.stages.inputs import device_for
 
 

@@ -7,10 +7,8 @@ from prunedm.deployment.description import Description, write_description
 from prunedm.folder import Model, save_config
 from prunedm.options import ExportOptions
 from prunedm.record import file_hash
-from prunedm.stages.exporting.data import Data
-from prunedm.stages.exporting.job import Format, Job, Written
+from prunedm.stages.exporting.job import Data, Format, Job, Written, quiet
 from prunedm.stages.exporting.quality import before_and_after
-from prunedm.stages.exporting.quiet import quiet
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, source_of
 from prunedm.tables import FORMATS

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prunedm.deployment.opening import open_model
-from prunedm.deployment.runtimes import ExportedDenoiser
+from prunedm.deployment.runtimes import ExportedDenoiser, open_model
 from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
 from prunedm.folder import Model
