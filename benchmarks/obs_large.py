@@ -19,7 +19,7 @@ import torch
 from bench import RESULTS, Row, command_line
 from diffusers import DDPMScheduler, UNet2DModel
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.masks import Pattern
 from prunedm.networks.layers import prunable_layers, to_groups, why_not_nm
 from prunedm.record import environment, write_json

@@ -22,7 +22,7 @@ from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load
 from prunedm.options import LearnOptions
 from prunedm.options.presets import PRESETS
-from prunedm.preset_table import SHOWN, StepSeconds, Timing, Timings
+from prunedm.preset_table import SHOWN, StepSeconds, StepTiming, Timings
 from prunedm.record import environment, write_json
 from prunedm.stages.inputs import (
     device_for,
@@ -92,10 +92,10 @@ def measure(arguments: Namespace) -> Row:
     return taken
 
 
-def timing(arguments: Namespace, taken: Row) -> Timing:
+def timing(arguments: Namespace, taken: Row) -> StepTiming:
     """The lowest of all repeats."""
     about = environment(arguments.device)
-    return Timing(
+    return StepTiming(
         model=arguments.name,
         parameters=taken["parameters"],
         kind="GPU" if device_for(arguments.device).type == "cuda" else "CPU",
@@ -114,7 +114,7 @@ def timing(arguments: Namespace, taken: Row) -> Timing:
     )
 
 
-def keep(found: Timing, taken: Row) -> None:
+def keep(found: StepTiming, taken: Row) -> None:
     """Put `found` into both files, replacing the entry of the same model and kind."""
     old = Timings.model_validate_json(PACKAGED.read_text(encoding="utf-8")).measured
     same = (found.model, found.kind)

@@ -44,7 +44,7 @@ from prunedm.folder import Model
 from prunedm.options import PruneOptions
 from prunedm.scores import SCORES
 from prunedm.stages.inputs import images_for
-from prunedm.stages.pruning.job import Job
+from prunedm.stages.pruning.job import PruneJob
 from prunedm.tables import MECHANISMS
 
 SETTINGS: dict[str, Row] = {
@@ -134,7 +134,7 @@ class PruningBench(Bench):
         """One compiled copy that serves all models of the dense architecture."""
         return torch.compile(deepcopy(self.dense.denoiser), dynamic=False)
 
-    def row(self, key: str, job: Job | None = None) -> Row:
+    def row(self, key: str, job: PruneJob | None = None) -> Row:
         """A row from disk, or pruned, measured and saved."""
         options = job.options.model_dump(mode="json", exclude_defaults=True) if job else {}
 
@@ -165,12 +165,12 @@ class PruningBench(Bench):
         )
         return self.compiled
 
-    def job(self, **options: Any) -> Job:
+    def job(self, **options: Any) -> PruneJob:
         wanted = PruneOptions(**self.data | options)
-        return Job(deepcopy(self.dense), wanted, self.images, Terminal())
+        return PruneJob(deepcopy(self.dense), wanted, self.images, Terminal())
 
 
-class ScoredJob(Job):
+class ScoredJob(PruneJob):
     """A job whose scores are made once for all settings."""
 
     cache: dict[str, dict[str, torch.Tensor]] = {}  # noqa: RUF012 (one for the whole script)
@@ -183,7 +183,7 @@ class ScoredJob(Job):
         return self.cache[name]
 
 
-def prune(job: Job) -> tuple[Model, Row]:
+def prune(job: PruneJob) -> tuple[Model, Row]:
     details = MECHANISMS[job.options.mechanism](job)
     if job.model.masks is not None:
         job.model.masks.check_pattern()

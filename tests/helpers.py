@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.folder import Model, save
 from prunedm.task import Batch
 from prunedm.task.codec import Pixels

@@ -11,7 +11,7 @@ from prunedm.calibration import TimeBins
 from prunedm.evaluation.activations import (
     Activations,
     LayerActivations,
-    Trial,
+    ScoreTrial,
     layer_activations,
     verdict,
 )
@@ -59,7 +59,7 @@ def test_the_verdict_says_what_to_expect_and_what_came(outliers, wanda, words):
     found = Activations(bins=[(0, 999)], outlier=3.0, layers={"a": layer})
     losses = {"magnitude": 0.06, "wanda": wanda}
     errors = {"magnitude": 0.0, "wanda": 0.001}
-    trial = Trial(pattern="2:4", dense=0.02, losses=losses, standard_error=errors)
+    trial = ScoreTrial(pattern="2:4", dense=0.02, losses=losses, standard_error=errors)
     sentence = verdict(found, trial)
     assert all(word in sentence for word in [*words, "40%", "2:4", f"{wanda:.4f}", "0.0600"])
 

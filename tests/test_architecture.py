@@ -229,3 +229,12 @@ def test_random_numbers_come_from_named_seeds():
             if ast.unparse(call.func) in drawing:
                 seeded = "generator" in {keyword.arg for keyword in call.keywords}
                 assert seeded or name == "evaluation.speed", f"{name}:{call.lineno}"
+
+
+def test_one_name_is_one_class():
+    places: dict[str, list[str]] = {}
+    for name, tree in MODULES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    assert not {name: where for name, where in places.items() if len(where) > 1}

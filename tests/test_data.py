@@ -10,7 +10,7 @@ from helpers import noise_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prunedm.data import ImageSet, content, hub, load_images, to_model_range, to_uint8
+from prunedm.data.images import ImageSet, content, hub, load_images, to_model_range, to_uint8
 from prunedm.errors import UserError
 
 

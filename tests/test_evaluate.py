@@ -13,7 +13,7 @@ from helpers import TINY, Killed, drawn_figures, noise_images, problems, tiny_fo
 from PIL import Image
 
 from prunedm.console import comparison_tables
-from prunedm.data import load_images
+from prunedm.data.images import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, load_features
 from prunedm.evaluation.loss import denoising_loss, streamed_batches

@@ -27,10 +27,10 @@ from prunedm.progress import Silent
 from prunedm.record import Source, read_record
 from prunedm.stages import evaluate, export, prune, sample
 from prunedm.stages.exporting import job as job_module
-from prunedm.stages.exporting.job import Job
+from prunedm.stages.exporting.job import ExportJob
 from prunedm.stages.exporting.onnx import OnnxDenoiser
 from prunedm.stages.exporting.openvino import OpenVinoDenoiser
-from prunedm.stages.pruning.job import Job as PruneJob
+from prunedm.stages.pruning.job import PruneJob
 from prunedm.tables import FORMATS, MECHANISMS
 
 QUICK = SampleOptions(count=7, batch_size=3, sampling_steps=3, device="cpu")
@@ -312,8 +312,8 @@ def test_a_tolerance_that_is_not_met_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def job(folder: Path) -> Job:
-    return Job(load(tiny_folder()), ExportOptions().filled(), folder, Silent(), None)
+def job(folder: Path) -> ExportJob:
+    return ExportJob(load(tiny_folder()), ExportOptions().filled(), folder, Silent(), None)
 
 
 def test_an_output_that_is_no_number_is_over_every_tolerance(tmp_path):
@@ -332,7 +332,7 @@ def test_the_check_sees_every_timestep_range_and_class(tmp_path):
     assert inputs["timestep"].min() == 0
     assert inputs["timestep"].max() == 999
     model = tiny_model(num_class_embeds=3)
-    labels = Job(model, ExportOptions(), tmp_path, Silent(), None).inputs()["class_labels"]
+    labels = ExportJob(model, ExportOptions(), tmp_path, Silent(), None).inputs()["class_labels"]
     assert set(labels.tolist()) == {0, 1, 2}
 
 
@@ -340,7 +340,7 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path):
     model = tiny_model(class_embed_type="timestep")
     assert model.conditional
     with pytest.raises(UserError, match=r"takes class labels as numbers; .*'timestep'"):
-        Job(model, ExportOptions(), tmp_path, Silent(), None).inputs()
+        ExportJob(model, ExportOptions(), tmp_path, Silent(), None).inputs()
 
 
 class Bessel(nn.Module):
@@ -367,7 +367,7 @@ class Branching(nn.Module):
     ],
 )
 def test_what_a_format_cannot_say_is_one_line(monkeypatch, tmp_path, format, module, message):
-    monkeypatch.setattr(Job, "graph", lambda self: module())
+    monkeypatch.setattr(ExportJob, "graph", lambda self: module())
     options = ExportOptions(format=format, precision="fp32", device="cpu")
     with pytest.raises(UserError) as caught:
         export(tiny_folder(), tmp_path / "out", options)
@@ -378,7 +378,7 @@ def test_what_a_format_cannot_say_is_one_line(monkeypatch, tmp_path, format, mod
 
 
 def test_a_branch_that_tracing_took_for_fixed_is_found_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(Job, "graph", lambda self: Branching())
+    monkeypatch.setattr(ExportJob, "graph", lambda self: Branching())
     with pytest.raises(UserError, match="differs from the model by a relative error"):
         export(tiny_folder(), tmp_path / "out", ExportOptions(format="openvino", device="cpu"))
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunedm.data import load_images
+from prunedm.data.images import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation import features
 from prunedm.evaluation.features import extract, image_batches, load_digits_cnn, load_features

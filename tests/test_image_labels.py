@@ -12,7 +12,7 @@ import pytest
 from helpers import noise_images, tiny_model
 from PIL import Image
 
-from prunedm.data import ImageSet, load_images
+from prunedm.data.images import ImageSet, load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.image_source import Images, open_side
 from prunedm.options import DataOptions

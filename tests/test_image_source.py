@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prunedm.data import load_images
+from prunedm.data.images import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import Statistics, save_statistics
 from prunedm.evaluation.image_source import Images, open_side

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from prunedm import hub
-from prunedm.data import ImageSet, load_images
 from prunedm.data import hub as image_hub
+from prunedm.data.images import ImageSet, load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.image_source import Images, open_side
 

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from helpers import TINY, noise_images, problems, tiny_model
 from PIL import Image
 
-from prunedm.data import to_uint8
+from prunedm.data.images import to_uint8
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
@@ -54,7 +54,7 @@ def stream(channels: int):
 
 
 def _banded(channels: int):
-    from prunedm.data import ImageSet
+    from prunedm.data.images import ImageSet
 
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, channels), dtype=np.uint8)
     mode = {2: "LA", 4: "RGBA"}[channels]

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_folder, tiny_model
 
 from prunedm.cli import main
-from prunedm.data import load_images
+from prunedm.data.images import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save

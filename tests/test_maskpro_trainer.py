@@ -17,7 +17,7 @@ from PIL import Image
 
 import prunedm
 from prunedm.architecture import answer
-from prunedm.data import digits
+from prunedm.data.images import digits
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import load, save

@@ -17,7 +17,7 @@ from prunedm.options import PruneOptions
 from prunedm.progress import Silent
 from prunedm.removal.channels.target import planned_macs
 from prunedm.scores import SCORES
-from prunedm.stages.pruning.job import Job
+from prunedm.stages.pruning.job import PruneJob
 from prunedm.tables import MECHANISMS
 
 CONDITIONAL = {
@@ -61,11 +61,11 @@ ALL = [
 ]
 
 
-def job_for(model: Model | None = None, **options) -> Job:
+def job_for(model: Model | None = None, **options) -> PruneJob:
     model = model or tiny_model(**CONDITIONAL)
     labels = [0, 1, 2] * 4 if model.conditional else None
     wanted = PruneOptions(**({"device": "cpu"} | QUICK | options))
-    return Job(model, wanted, noise_images(labels=labels), Silent())
+    return PruneJob(model, wanted, noise_images(labels=labels), Silent())
 
 
 def pruned(**options) -> tuple[Model, dict]:
@@ -171,13 +171,15 @@ def test_odd_widths_are_rounded_as_finely_as_the_target_asks_for(kind, widths):
     odd = {"block_out_channels": widths, "norm_num_groups": 4, "attention_head_dim": 4}
     options = {"mechanism": "channels", "score": "magnitude", "target": f"{kind}=0.3"}
     model = tiny_model(**odd)
-    job = Job(model, PruneOptions(**options, device="cpu"), noise_images(), listener)
+    job = PruneJob(model, PruneOptions(**options, device="cpu"), noise_images(), listener)
     details = MECHANISMS["channels"](job)
     assert details["achieved"][kind] == pytest.approx(0.3, rel=0.1)
     assert details["round_to"] < 8
     (said,) = listener.said
     assert f"multiples of {details['round_to']}" in said
-    asked = Job(tiny_model(**odd), PruneOptions(**options, round_to=16), noise_images(), Silent())
+    asked = PruneJob(
+        tiny_model(**odd), PruneOptions(**options, round_to=16), noise_images(), Silent()
+    )
     with pytest.raises(UserError, match="round"):
         MECHANISMS["channels"](asked)
 

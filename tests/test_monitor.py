@@ -15,7 +15,7 @@ from rich.console import Console
 from prunedm.cli import main
 from prunedm.errors import UserError
 from prunedm.folder import load
-from prunedm.monitor.machine import Gpu, Gpus, Machine, Meter, Run, Snapshot, Use, look
+from prunedm.monitor.machine import Gpu, Gpus, Machine, Meter, RunningStage, Snapshot, Use, look
 from prunedm.monitor.runs import find_run, said
 from prunedm.monitor.screen import duration, screen, sparks, speed
 from prunedm.progress import Silent
@@ -87,12 +87,14 @@ def entry(**changes) -> Entry:
     return own.model_copy(update=changes)
 
 
-def run(silent: float = 1.0, **changes) -> Run:
+def run(silent: float = 1.0, **changes) -> RunningStage:
     use = Use(cpu=98, memory=1_200_000_000)
-    return Run(entry=entry(**changes), use=use, elapsed=100, silent=silent, remaining=421)
+    return RunningStage(entry=entry(**changes), use=use, elapsed=100, silent=silent, remaining=421)
 
 
-def snapshot(*runs: Run, gpus: Gpus | None = None, ended: list[Finished] | None = None) -> Snapshot:
+def snapshot(
+    *runs: RunningStage, gpus: Gpus | None = None, ended: list[Finished] | None = None
+) -> Snapshot:
     gpus = gpus or Gpus(NoNvml())
     machine = Machine(
         host="box", cpu=93, cores=2, load=3.1, memory_used=5_100_000_000,

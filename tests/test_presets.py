@@ -16,7 +16,7 @@ from prunedm.options import LearnOptions
 from prunedm.options.presets import PRESETS, network_passes, with_preset
 from prunedm.preset_table import (
     StepSeconds,
-    Timing,
+    StepTiming,
     duration,
     expected_seconds,
     print_table,
@@ -174,7 +174,7 @@ def test_the_packaged_times_cover_what_is_shown():
                 assert seconds > 0
 
 
-TIMING = Timing(
+TIMING = StepTiming(
     model="m", parameters=1, kind="CPU", device="d", created="2026-01-01", command="c",
     problems=100, validation_s=2.0, step_s={"relaxed": {10: StepSeconds(new=3.0, known=1.0)}},
 )  # fmt: skip

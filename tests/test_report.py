@@ -25,7 +25,7 @@ from prunedm.evaluation.report.samples import sheets
 from prunedm.evaluation.report.stages import duration, failures, lineage_of, timeline
 from prunedm.evaluation.report.timings import timing_blocks
 from prunedm.evaluation.report.words import WORDS, attribute, text
-from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerSparsity, Timing
+from prunedm.evaluation.results import Asked, Conditions, Evaluation, LayerFigures, Timing
 from prunedm.evaluation.summary import summary_text
 from prunedm.evaluation.table import pareto, quality
 from prunedm.experiments import page as sweep_page
@@ -227,7 +227,7 @@ def evil_models() -> list[Evaluation]:
         update={"device": EVIL, "inputs": {EVIL: Source(path=EVIL, hash=EVIL)}}
     )
     timing = Timing(batch=1, dtype=EVIL, threads=1, kernel=EVIL, median_ms=1, spread_ms=0)
-    layer = LayerSparsity(
+    layer = LayerFigures(
         name=EVIL, shape=(4, 4), weights=16, nonzero=8, pattern=EVIL, valid=0.5, why_dense=EVIL
     )
     model = evaluation(EVIL, dataset=EVIL, pattern=EVIL, nm_valid=1.0, loss=0.05, timings=[timing])
@@ -345,10 +345,10 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def layers(count: int = 3, **last: Any) -> list[LayerSparsity]:
+def layers(count: int = 3, **last: Any) -> list[LayerFigures]:
     """Masked layers, each twice as large as the one before."""
     made = [
-        LayerSparsity(
+        LayerFigures(
             name=f"block.{k}",
             shape=(4, 4 << k),
             weights=16 << k,

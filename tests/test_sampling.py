@@ -17,7 +17,7 @@ from diffusers import (
 from helpers import Killed, tiny_folder, tiny_model
 from PIL import Image
 
-from prunedm.data import to_uint8
+from prunedm.data.images import to_uint8
 from prunedm.errors import UserError
 from prunedm.evaluation.pictures import grid
 from prunedm.options import SampleOptions

@@ -19,7 +19,7 @@ from prunedm.experiments.search import SETTINGS, Searching
 from prunedm.experiments.store import Run, Status, Store
 from prunedm.experiments.study import open_study
 from prunedm.experiments.sweep import rows_of, sweep
-from prunedm.experiments.workers import Job
+from prunedm.experiments.workers import Worker
 from prunedm.record import write_json
 from prunedm.stages.evaluating.measure import RESULTS
 from prunedm.system.running import Entry
@@ -89,7 +89,7 @@ def fake_runs(monkeypatch) -> Started:
             started.die_at = -1
             raise Killed
         finish(store, run)
-        return Job(run, slot, Ended())
+        return Worker(run, slot, Ended())
 
     monkeypatch.setattr(sweeps, "start", start)
     monkeypatch.setattr(sweeps, "_LOOK_EVERY", 0.0)
@@ -247,7 +247,7 @@ def test_a_failed_run_is_told_and_counts(monkeypatch, runs, tmp_path):
     def start(store, run, slot):
         store.write(run)
         store.set_status(run.id, Status(state="failed", error="broken"))
-        return Job(run, slot, Ended(2))
+        return Worker(run, slot, Ended(2))
 
     monkeypatch.setattr(sweeps, "start", start)
     rows = sweep(plan(trials=3), tmp_path / "out")
@@ -313,7 +313,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from prunedm.experiments import sweep as sweeps
 from prunedm.experiments.plan import Sweep
-from prunedm.experiments.workers import Job
+from prunedm.experiments.workers import Worker
 from helpers import Ended
 from test_search import finish
 
@@ -324,7 +324,7 @@ def start(store, run, slot):
             file.write(run.id + "\\n")
         time.sleep(0.02)
         finish(store, run)
-    return Job(run, slot, Ended())
+    return Worker(run, slot, Ended())
 
 sweeps.start, sweeps._LOOK_EVERY = start, 0.0
 plan = Sweep.model_validate_json(Path(sys.argv[2]).read_text())

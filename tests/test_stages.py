@@ -14,7 +14,7 @@ from safetensors import safe_open
 from scipy.linalg import sqrtm
 
 from prunedm.console import pruning_table
-from prunedm.data import load_images
+from prunedm.data.images import load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.size import packed_bytes
 from prunedm.folder import load, save

@@ -30,7 +30,7 @@ from prunedm.experiments.plan import Sweep, case_of, grid_cases, label_of, read_
 from prunedm.experiments.results import Row, mark_best, value_of
 from prunedm.experiments.store import Status, Store, remove_leftovers, run_of
 from prunedm.experiments.sweep import planned, read_kept, rows_of, sweep
-from prunedm.experiments.workers import Job, Slot, outcome, slots
+from prunedm.experiments.workers import Slot, Worker, outcome, slots
 from prunedm.folder import hash_folder
 from prunedm.options import Options
 from prunedm.progress import Silent
@@ -66,7 +66,7 @@ def in_process(monkeypatch, capsys):
         started.append(run.label)
         code = chain.main(str(store.out), run.id)
         store.log(run.id).write_text("".join(capsys.readouterr()), encoding="utf-8")
-        return Job(run, slot, Ended(code))
+        return Worker(run, slot, Ended(code))
 
     monkeypatch.setattr(chain, "_end_with_scheduler", lambda: None)
     monkeypatch.setattr(sweeps, "start", start)
@@ -545,7 +545,7 @@ def test_how_a_job_ended(said, code, state, error, tmp_path):
     store.write(run)
     own = "own words" if said == "failed" else ""
     store.set_status(run.id, Status(state=said, error=own))
-    found = outcome(store, Job(run, Slot(0), Ended(code)))
+    found = outcome(store, Worker(run, Slot(0), Ended(code)))
     assert (found.state, found.error) == (state, error)
     assert store.status(run.id) == found
 
@@ -555,7 +555,7 @@ def test_a_job_that_was_given_up_is_pruned_unless_it_was_faster(said, state, tmp
     store, (run, *_) = Store(tmp_path), sweeps._runs(plan(), HASHES, Silent())
     store.write(run)
     store.set_status(run.id, Status(state=said))
-    assert outcome(store, Job(run, Slot(0), Ended(130), ended_early=True)).state == state
+    assert outcome(store, Worker(run, Slot(0), Ended(130), ended_early=True)).state == state
 
 
 # ------------------------------------------------------------------------------------- results

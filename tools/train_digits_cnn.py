@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch.nn import functional as F
 
-from prunedm.data import load_images
+from prunedm.data.images import load_images
 from prunedm.evaluation.features import DIGITS_CNN_FILE, DigitsCNN, FeatureNetwork, extract
 from prunedm.evaluation.fid import Statistics, frechet_distance, statistics
 from prunedm.randomness import generator_for, seed_for

@@ -27,7 +27,7 @@ from prunedm.model_files.configs import (
     network_class,
     read_network_config,
 )
-from prunedm.model_files.schedule import Found, find_scheduler
+from prunedm.model_files.schedule import FoundScheduler, find_scheduler
 from prunedm.model_files.weights import (
     LARGE,
     Types,
@@ -193,7 +193,7 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     config = read_network_config(where)
     record = architecture_named(class_name(config)) or Architecture()
     text = record.text or hasattr(network_class(class_name(config)), "generate")
-    found = Found(None) if text else find_scheduler(folder, scheduler, record.scheduler)
+    found = FoundScheduler(None) if text else find_scheduler(folder, scheduler, record.scheduler)
     check_timesteps(config, found.scheduler, where)
     if (folder / PACKED_FILE).exists():
         denoiser, masks, types = _load_packed(config, folder)

@@ -24,7 +24,7 @@ class StepSeconds(BaseModel):
     known: float
 
 
-class Timing(BaseModel):
+class StepTiming(BaseModel):
     """Seconds measured on one machine with one model, by `benchmarks/presets.py`.
 
     step_s: by estimator and batch size. validation_s: for one held-out loss of `problems` problems.
@@ -44,15 +44,15 @@ class Timing(BaseModel):
 class Timings(BaseModel):
     """The packaged file."""
 
-    measured: list[Timing] = []
+    measured: list[StepTiming] = []
 
 
-def read_timings() -> list[Timing]:
+def read_timings() -> list[StepTiming]:
     file = resources.files("prunedm") / "assets" / "presets" / "learn-times.json"
     return Timings.model_validate_json(file.read_text(encoding="utf-8")).measured
 
 
-def expected_seconds(options: LearnOptions, timing: Timing) -> float | None:
+def expected_seconds(options: LearnOptions, timing: StepTiming) -> float | None:
     """Expected seconds of steps and held-out losses; None where no step was timed."""
     options = options.filled()
     step_s = timing.step_s.get(options.estimator, {}).get(options.batch_size)
@@ -85,7 +85,7 @@ def print_table(console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _add_estimator(table: Table, estimator: EstimatorName, timings: list[Timing]) -> None:
+def _add_estimator(table: Table, estimator: EstimatorName, timings: list[StepTiming]) -> None:
     default = LearnOptions.model_fields["estimator"].default
     given = LearnOptions(estimator=estimator)
     all_of = [with_preset(given, name).filled() for name in PRESETS]
@@ -108,7 +108,7 @@ def _add_estimator(table: Table, estimator: EstimatorName, timings: list[Timing]
         table.add_row("  GPU, old guides", *(f"~{p.old_time}" for p in PRESETS.values()))
 
 
-def _notes(timings: list[Timing]) -> list[str]:
+def _notes(timings: list[StepTiming]) -> list[str]:
     others = [
         f"{name}: lr {method.lr:g}, logits {method.logits:g}"
         for name, method in ESTIMATORS.items()

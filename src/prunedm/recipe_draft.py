@@ -28,7 +28,7 @@ FIELDS: dict[str, tuple[str, Table]] = dict([*_first, ("learn", ("learn", {})), 
 
 
 @dataclass
-class Entry:
+class StageDraft:
     """One stage as written. told: whether it was given any options."""
 
     name: str
@@ -54,14 +54,14 @@ class Draft:
     """A recipe being put together. was_old: whether the file had stages as fields."""
 
     top: Table = field(default_factory=dict)
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[StageDraft] = field(default_factory=list)
     was_old: bool = False
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> "Draft":
         """Raises `UserError` for a table that cannot be a recipe."""
         listed = table.get("stages")
-        draft = cls({}, [Entry(n, v, dict(t), n != "learn") for n, (v, t) in FIELDS.items()])
+        draft = cls({}, [StageDraft(n, v, dict(t), n != "learn") for n, (v, t) in FIELDS.items()])
         if _is_list(listed):
             both = [name for name in table if name in FIELDS]
             if both:
@@ -122,7 +122,7 @@ class Draft:
         if not numbers or options:
             entries[0].set(options)
 
-    def _named(self, key: str) -> list[Entry]:
+    def _named(self, key: str) -> list[StageDraft]:
         """The stages of this name, or else of this verb."""
         key = key.replace("-", "_")
         by_name = [entry for entry in self.entries if entry.name.replace("-", "_") == key]
@@ -132,7 +132,7 @@ class Draft:
         names = dict.fromkeys(entry.name for entry in self.entries)
         return nearest(key, [*Recipe.model_fields, *names])
 
-    def owner(self, option: str) -> Entry | None:
+    def owner(self, option: str) -> StageDraft | None:
         """The stage that a dotted option belongs to; None for the recipe itself.
 
         Raises `UserError` for an unknown option.
@@ -207,16 +207,16 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and not all(isinstance(part, str) for part in value)
 
 
-def _entry(part: Any) -> Entry:
+def _entry(part: Any) -> StageDraft:
     if isinstance(part, RecipeStage):
-        return Entry(part.name or part.verb, part.verb, part.options.given())
+        return StageDraft(part.name or part.verb, part.verb, part.options.given())
     if isinstance(part, str):
         raise UserError(f"stages: write `- {part}: {{}}` among entries with options")
     try:
         verb = verb_of(part)
     except ValueError as error:
         raise UserError(f"stages: {error}") from error
-    entry, table = Entry(str(part.get("name") or verb), verb, {}), part[verb]
+    entry, table = StageDraft(str(part.get("name") or verb), verb, {}), part[verb]
     if isinstance(table, Options):
         table = table.given()
     if table is not None and not isinstance(table, dict):
@@ -225,7 +225,7 @@ def _entry(part: Any) -> Entry:
     return entry
 
 
-def _checked(label: str, entry: Entry) -> Any:
+def _checked(label: str, entry: StageDraft) -> Any:
     kind = STAGES[entry.verb].options
     try:
         options = kind.model_validate(entry.table)

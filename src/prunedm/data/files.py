@@ -54,7 +54,7 @@ _ORIENTATION = ExifTags.Base.Orientation
 
 
 @dataclass
-class Found:
+class FolderFiles:
     """The image and parquet files of a folder, subfolders included, in the order of their paths."""
 
     files: list[Path] = field(default_factory=list)
@@ -66,13 +66,13 @@ class Found:
         return ", ".join(f"{count:,} {what}" for what, count in sorted(self.left_out.items()))
 
 
-def find_images(folder: Path) -> Found:
+def find_images(folder: Path) -> FolderFiles:
     """All images below a folder. Links are followed, and each folder is read once.
 
     Hidden and system files and folders are left out, and so are sheets of many images in folders of
     prunedm. A pipe with an image's name counts, and is refused when it is opened.
     """
-    found = Found()
+    found = FolderFiles()
     seen: set[tuple[int, int]] = set()
     waiting = [str(folder)]
     while waiting:  # not recursive: folders may be nested thousands deep
@@ -83,7 +83,7 @@ def find_images(folder: Path) -> Found:
     return found
 
 
-def _walk(folder: str, found: Found, seen: set[tuple[int, int]]) -> list[str]:
+def _walk(folder: str, found: FolderFiles, seen: set[tuple[int, int]]) -> list[str]:
     """Add a folder's files to `found`; returns its subfolders, the first of them last."""
     inner: list[str] = []
     try:

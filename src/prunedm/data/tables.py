@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunedm.data.files import BROKEN, SUFFIXES, Found, locate, open_lazily, shown
+from prunedm.data.files import BROKEN, SUFFIXES, FolderFiles, locate, open_lazily, shown
 from prunedm.data.labels import Labels, caption_column, label_column, number, whole_captions
 from prunedm.data.splits import HELD_OUT, split_of, split_of_file, split_of_path
 from prunedm.errors import UserError, first_line, nearest
@@ -181,7 +181,7 @@ def find_dataset(name: str) -> Path | None:
     return path
 
 
-def table_files(folder: Path, found: Found) -> list[Path]:
+def table_files(folder: Path, found: FolderFiles) -> list[Path]:
     """The files that make a folder a dataset: from `save_to_disk`, or parquet files with images.
 
     A table of captions or embeddings beside images is not one. Raises `UserError` where a table of

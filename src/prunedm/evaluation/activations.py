@@ -25,7 +25,7 @@ class LayerActivations(BaseModel):
     drift: float  # 1 - cosine similarity of the cleanest and the noisiest bin's channel norms
 
 
-class Trial(BaseModel):
+class ScoreTrial(BaseModel):
     """Held-out loss of the model pruned by each score, without fine-tuning."""
 
     pattern: str
@@ -70,7 +70,7 @@ def layer_activations(
     )
 
 
-def verdict(found: Activations, trial: Trial) -> str:
+def verdict(found: Activations, trial: ScoreTrial) -> str:
     """Whether an activation-aware score should help, and whether it did in the trial."""
     ratio, losses = found.outlier_ratio, trial.losses
     expected = ratio > LIKELY

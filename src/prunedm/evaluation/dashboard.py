@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from prunedm.evaluation import table
-from prunedm.evaluation.results import Evaluation, LayerSparsity
+from prunedm.evaluation.results import Evaluation, LayerFigures
 from prunedm.tables import METRICS
 
 _COSTS = {"latency_ms": "latency (ms)", "bytes_packed": "packed (MB)", "macs": "MACs (M)"}
@@ -64,7 +64,7 @@ def sparse(rows: Sequence[Evaluation]) -> list[Evaluation]:
     return [row for row in rows if any(_left(layer) < 99 for layer in row.layers)]
 
 
-def _left(layer: LayerSparsity) -> float:
+def _left(layer: LayerFigures) -> float:
     return 100 * layer.nonzero / layer.weights
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
-from prunedm.data import to_model_range
+from prunedm.data.images import to_model_range
 from prunedm.errors import UserError
 from prunedm.evaluation.torchscript import load_torchscript
 from prunedm.model_files.weights import read_bin

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prunedm.data import ImageSet, all_images, is_embedded, load_images, sides
 from prunedm.data.arrays import IMAGES, Damaged, Rows, keys
 from prunedm.data.files import (
     BROKEN,
@@ -25,6 +24,7 @@ from prunedm.data.files import (
     reason,
     shown,
 )
+from prunedm.data.images import ImageSet, all_images, is_embedded, load_images, sides
 from prunedm.data.tables import table_files
 from prunedm.errors import UserError
 from prunedm.evaluation.fid import Statistics, load_statistics

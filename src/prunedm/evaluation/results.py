@@ -12,7 +12,7 @@ EMA, LAST = "EMA ", "not averaged"  # values of `Conditions.weights`
 Measured = Annotated[int | float | None, AfterValidator(finite)]
 
 
-class LayerSparsity(BaseModel):
+class LayerFigures(BaseModel):
     """The non-zero weights of one prunable layer."""
 
     name: str
@@ -145,7 +145,7 @@ class Evaluation(BaseModel):
     record: Record | None = None
     dense: Figures | None = None  # the dense model's, unless this is it
     changes: dict[str, Change] = Field(default_factory=dict)  # to dense, of comparable figures
-    layers: list[LayerSparsity] = Field(default_factory=list)
+    layers: list[LayerFigures] = Field(default_factory=list)
     asked: list[Asked] = Field(default_factory=list)
     reloads: bool | None = None  # whether a reload gives bit-identical output; None: not checked
     failed: dict[str, str] = Field(default_factory=dict)  # failed step -> its error

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunedm.architecture import Inputs, answer, like_weights
 from prunedm.evaluation.metric import Measurement, Metric, Subject, amount
-from prunedm.evaluation.results import Figures, LayerSparsity
+from prunedm.evaluation.results import Figures, LayerFigures
 from prunedm.masks import Masks
 from prunedm.networks.layer_kinds import weight_of
 from prunedm.networks.layers import prunable_layers, why_not_nm
@@ -64,7 +64,7 @@ def nm_validity(denoiser: nn.Module, masks: Masks | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def layer_sparsity(denoiser: nn.Module, masks: Masks | None) -> list[LayerSparsity]:
+def layer_sparsity(denoiser: nn.Module, masks: Masks | None) -> list[LayerFigures]:
     """Every prunable layer in the model's order; zeros and validity are counted on the weights."""
     patterns = masks.patterns if masks else {}
     dense = _why_dense(denoiser, masks) if masks else {}
@@ -72,7 +72,7 @@ def layer_sparsity(denoiser: nn.Module, masks: Masks | None) -> list[LayerSparsi
     for name, layer in prunable_layers(denoiser).items():
         weight, pattern = weight_of(layer), patterns.get(name)
         found.append(
-            LayerSparsity(
+            LayerFigures(
                 name=name,
                 shape=tuple(weight.shape),
                 weights=weight.numel(),

@@ -31,8 +31,8 @@ from prunedm.experiments.store import (
 from prunedm.experiments.study import DATABASE, open_study
 from prunedm.experiments.workers import (
     BUSY,
-    Job,
     Slot,
+    Worker,
     end_all,
     outcome,
     slots,
@@ -236,7 +236,7 @@ def _chosen(runs: Sequence[Labelled], words: Sequence[str]) -> list[Labelled]:
 
 def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progress) -> None:
     """Keep every slot busy until the source has nothing left."""
-    jobs: list[Job] = []
+    jobs: list[Worker] = []
     done = source.count_over()
     with progress.task("runs", source.total, done) as bar:
         try:
@@ -257,7 +257,7 @@ def _work(source: Source, store: Store, places: Sequence[Slot], progress: Progre
             store.release_all()
 
 
-def _over(job: Job, source: Source, store: Store, progress: Progress) -> bool:
+def _over(job: Worker, source: Source, store: Store, progress: Progress) -> bool:
     """Whether the job has ended; if so, tells the source and the user."""
     if job.process.poll() is None:
         if source.watch(job.run, job.entry) and not job.ended_early:
@@ -282,7 +282,7 @@ def _story(store: Store, run: Run, status: Status) -> str:
     return f"{shown}{status.seconds:.0f} s"
 
 
-def _note(jobs: Sequence[Job]) -> str:
+def _note(jobs: Sequence[Worker]) -> str:
     """Progress of the running jobs."""
     entries = [job.entry for job in jobs]
     return ", ".join(f"{e.label} {e.done}/{e.total}" for e in entries if e and e.label)

@@ -66,7 +66,7 @@ def visible_gpus() -> list[str]:
 
 
 @dataclass
-class Job:
+class Worker:
     """A run made by a child process of this one."""
 
     run: Run
@@ -84,7 +84,7 @@ class Job:
             self.process.send_signal(signal.SIGINT)
 
 
-def start(store: Store, run: Run, slot: Slot) -> Job:
+def start(store: Store, run: Run, slot: Slot) -> Worker:
     """A child process that makes `run`; what it prints is added to the run's log."""
     store.write(run)
     store.set_status(run.id, Status())  # clears the status of an earlier session
@@ -99,10 +99,10 @@ def start(store: Store, run: Run, slot: Slot) -> Job:
             env=os.environ | slot.environment | {LOG: str(log), SCHEDULER: str(os.getpid())},
             start_new_session=True,  # Ctrl-C reaches it only through us
         )
-    return Job(run, slot, process)
+    return Worker(run, slot, process)
 
 
-def outcome(store: Store, job: Job) -> Status:
+def outcome(store: Store, job: Worker) -> Status:
     """The final status of an ended job: its own, or how its process ended."""
     status, code = store.status(job.run.id), job.process.returncode
     if job.ended_early:
@@ -121,7 +121,7 @@ def _how_it_ended(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}{hint}"
 
 
-def end_all(jobs: Sequence[Job]) -> None:
+def end_all(jobs: Sequence[Worker]) -> None:
     """Interrupt the jobs and wait; a later sweep continues them."""
     for job in jobs:
         job.interrupt()

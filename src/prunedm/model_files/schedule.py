@@ -16,7 +16,7 @@ ABOVE = 2  # folders: run/checkpoint-500/unet_ema
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundScheduler:
     """A scheduler, and a note for the user about its origin ("": the model folder itself)."""
 
     scheduler: Any
@@ -27,7 +27,7 @@ class Found:
 
 def find_scheduler(
     folder: Path, given: str | Path | None = None, default: str = "DDPMScheduler"
-) -> Found:
+) -> FoundScheduler:
     """The scheduler that is `given` (folder or file), or the folder's, its run's, or the default.
 
     default: the class whose defaults are the original paper's. Raises `UserError` where a file is
@@ -37,7 +37,7 @@ def find_scheduler(
     if given:
         files = [_given(expanded(given))]
     elif (own / FILE).exists():
-        return Found(read_scheduler(own / FILE))
+        return FoundScheduler(read_scheduler(own / FILE))
     else:
         files = []
         for above in list(Path(os.path.abspath(folder)).parents)[:ABOVE]:  # noqa: PTH100 (links stay)
@@ -45,9 +45,9 @@ def find_scheduler(
             files += [above / FILE] if (above / "model_index.json").exists() else []
     for file in filter(Path.is_file, files):
         scheduler = read_scheduler(file)
-        return Found(scheduler, f"noise schedule of {file}: {_in_words(scheduler)}", file)
+        return FoundScheduler(scheduler, f"noise schedule of {file}: {_in_words(scheduler)}", file)
     scheduler = scheduler_class(default)()
-    return Found(
+    return FoundScheduler(
         scheduler,
         f"no scheduler in or above {folder}: assuming {_in_words(scheduler)}; "
         "if it was trained otherwise, give --scheduler FOLDER",

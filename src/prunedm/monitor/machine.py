@@ -48,7 +48,7 @@ class Use(BaseModel):
     memory: int  # bytes, resident
 
 
-class Run(BaseModel):
+class RunningStage(BaseModel):
     """A running process and what it uses; times are in seconds."""
 
     entry: Entry
@@ -63,7 +63,7 @@ class Snapshot(BaseModel):
 
     now: float
     machine: Machine
-    runs: list[Run]
+    runs: list[RunningStage]
     finished: list[Finished]
 
 
@@ -164,10 +164,10 @@ def first_look(meter: Meter) -> Snapshot:
     return look(meter)
 
 
-def _run(entry: Entry, meter: Meter, now: float) -> Run:
+def _run(entry: Entry, meter: Meter, now: float) -> RunningStage:
     silent = max(0.0, now - entry.updated)
     left = (entry.total - entry.done) / entry.rate if entry.rate else None
-    return Run(
+    return RunningStage(
         entry=entry,
         use=meter.use(entry),
         elapsed=max(0.0, now - entry.started),

@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from prunedm.monitor.machine import Gpu, Machine, Run, Snapshot
+from prunedm.monitor.machine import Gpu, Machine, RunningStage, Snapshot
 from prunedm.system.running import Finished
 from prunedm.system.watching import HELD_OUT
 
@@ -95,7 +95,7 @@ def _gpu(gpu: Gpu) -> Text:
     return text.append(gpu.name, style="dim")
 
 
-def _runs(runs: Sequence[Run], width: int, room: int) -> RenderableType:
+def _runs(runs: Sequence[RunningStage], width: int, room: int) -> RenderableType:
     """Two lines per run, or one where there are too many; those that do not fit are counted."""
     details = 2 * len(runs) <= room
     shown = runs if details or len(runs) <= room else runs[: max(1, room - 1)]
@@ -125,7 +125,7 @@ def _run_table(width: int) -> Table:
     return table
 
 
-def _run_cells(run: Run) -> list[RenderableType]:
+def _run_cells(run: RunningStage) -> list[RenderableType]:
     entry = run.entry
     if not entry.total:
         return [entry.name, Text(entry.stage or "starting", style="dim"), "", "", "", ""]
@@ -140,7 +140,7 @@ def _run_cells(run: Run) -> list[RenderableType]:
     ]
 
 
-def _details(run: Run) -> Text:
+def _details(run: RunningStage) -> Text:
     entry, parts = run.entry, list[str | Text]()
     if run.silent > _SILENT_FOR:
         parts.append(Text(f"no update for {duration(run.silent)}", style="yellow"))
@@ -159,7 +159,7 @@ def _details(run: Run) -> Text:
     return line.append_text(separator.join(Text(p) if isinstance(p, str) else p for p in parts))
 
 
-def _figures(run: Run) -> tuple[list[str], list[str]]:
+def _figures(run: RunningStage) -> tuple[list[str], list[str]]:
     """The last figures: held-out loss with its history, and loss; then the others."""
     figures = {name: f"{value:.4g}" for name, (_, value) in run.entry.figures.items()}
     first = []

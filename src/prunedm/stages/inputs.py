@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.data import ImageSet, is_embedded, load_images
+from prunedm.data.images import ImageSet, is_embedded, load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.folder import Model, load

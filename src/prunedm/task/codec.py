@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from prunedm.data import to_model_range, to_uint8
+from prunedm.data.images import to_model_range, to_uint8
 from prunedm.tensor_cache import TensorCache, content_key
 
 Shape = tuple[int, int, int]  # (C, H, W)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from prunedm.architecture import Inputs
-from prunedm.data import ImageSet
 from prunedm.data.files import shown
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.randomness import generator_for
 from prunedm.task.prompts import PromptEncoder

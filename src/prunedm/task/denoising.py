@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.randomness import generator_for
 from prunedm.task import Batch, Task, Times
 from prunedm.task.codec import Codec

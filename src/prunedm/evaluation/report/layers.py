@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunedm.evaluation.report.words import Words, text, translated
-from prunedm.evaluation.results import Evaluation, LayerSparsity
+from prunedm.evaluation.results import Evaluation, LayerFigures
 
 MANY = 30  # more layers than this are collapsed
 _NOT_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are (no|not a) multiple of (?P<m>\d+)")
@@ -16,7 +16,7 @@ _NOT_MULTIPLE = re.compile(r"(?P<inputs>\d+) input channels are (no|not a) multi
 class LayerBar:
     """One layer; `width` is its weights in % of the largest layer's."""
 
-    layer: LayerSparsity
+    layer: LayerFigures
     width: float
     filled: float  # % of its weights that are not zero
     share: str  # `filled` as text
@@ -34,7 +34,7 @@ class LayerBars:
 
 def layer_bars(evaluations: Sequence[Evaluation]) -> list[LayerBars]:
     """The bars of every model that has layers; all on one scale of weights."""
-    groups: dict[str, tuple[list[str], list[LayerSparsity]]] = {}
+    groups: dict[str, tuple[list[str], list[LayerFigures]]] = {}
     for e in evaluations:
         if e.layers:
             key = json.dumps([layer.model_dump() for layer in e.layers])
@@ -64,7 +64,7 @@ def reason_in_words(reason: str) -> Words:
     return translated(f"reason.{reason}", reason)
 
 
-def _bars(labels: list[str], layers: Sequence[LayerSparsity], largest: int) -> LayerBars:
+def _bars(labels: list[str], layers: Sequence[LayerFigures], largest: int) -> LayerBars:
     weights, nonzero = sum(x.weights for x in layers), sum(x.nonzero for x in layers)
     masked = sum(bool(x.pattern) for x in layers)
     share = _percent(nonzero, weights)
@@ -72,7 +72,7 @@ def _bars(labels: list[str], layers: Sequence[LayerSparsity], largest: int) -> L
     return LayerBars(labels, summary, len(layers) > MANY, [_bar(x, largest) for x in layers])
 
 
-def _bar(layer: LayerSparsity, largest: int) -> LayerBar:
+def _bar(layer: LayerFigures, largest: int) -> LayerBar:
     notes = []
     if layer.valid is not None and layer.valid < 1:
         notes.append(text("layers.valid", share=f"{100 * layer.valid:.1f} %"))

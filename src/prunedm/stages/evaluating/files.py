@@ -12,7 +12,7 @@ import numpy as np
 from prunedm.evaluation.dashboard import dashboard, layer_chart, sparse
 from prunedm.evaluation.pictures import grid
 from prunedm.evaluation.report import write_report
-from prunedm.evaluation.results import Evaluation, LayerSparsity, Timing
+from prunedm.evaluation.results import Evaluation, LayerFigures, Timing
 from prunedm.evaluation.summary import comparison_text, summary_text
 from prunedm.evaluation.table import csv_text
 from prunedm.options import EvaluateOptions
@@ -132,7 +132,7 @@ def _write_metrics(found: Comparison, place: Path) -> None:
         for row in found.rows
         for layer in row.layers
     ]
-    _write_csv(place / "layers.csv", LayerSparsity.model_fields, layers)
+    _write_csv(place / "layers.csv", LayerFigures.model_fields, layers)
     timings = [
         t.model_dump() | {"model": row.label} for row in found.rows for t in row.figures.timings
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.loss import streamed_batches
 from prunedm.evaluation.metric import Subject

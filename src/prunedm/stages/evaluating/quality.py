@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.options import EvaluateOptions

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.deployment.inference_graph import HalfInside, InferenceDenoiser
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.deployment.zeros import check_zeros
@@ -95,7 +95,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One export."""
 
     model: Model
@@ -177,7 +177,7 @@ class Format:
     """
 
     precisions: tuple[str, ...]
-    write: Callable[[Job], Written]
+    write: Callable[[ExportJob], Written]
     packages: tuple[str, ...] = ()
     int8_packages: tuple[str, ...] = ()
     extra: str = ""

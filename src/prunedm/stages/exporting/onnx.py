@@ -16,10 +16,10 @@ from torch import nn
 from prunedm.architecture import Inputs, answer
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError, first_line
-from prunedm.stages.exporting.job import NOT_QUANTIZED, Format, Job, Written
+from prunedm.stages.exporting.job import NOT_QUANTIZED, ExportJob, Format, Written
 
 
-def write(job: Job) -> Written:
+def write(job: ExportJob) -> Written:
     path, precision = job.folder / "model.onnx", str(job.options.precision)
     if precision == "int8":
         whole = job.folder / "float32.onnx"

@@ -12,7 +12,7 @@ from torch import nn
 from prunedm.architecture import Inputs, answer
 from prunedm.deployment.runtimes import ExportedDenoiser
 from prunedm.errors import UserError, first_line
-from prunedm.stages.exporting.job import NOT_QUANTIZED, Format, Job, Written
+from prunedm.stages.exporting.job import NOT_QUANTIZED, ExportJob, Format, Written
 
 # OpenVINO's name for a type, and the capability that makes it fast on a CPU
 _TYPES = {"bf16": ("bf16", "BF16"), "fp16": ("f16", "FP16"), "int8": ("bf16", "BF16")}
@@ -21,7 +21,7 @@ LEAST_IMAGES = (
 )
 
 
-def write(job: Job) -> Written:
+def write(job: ExportJob) -> Written:
     import openvino
 
     path, precision = job.folder / "model.xml", str(job.options.precision)

@@ -6,10 +6,10 @@ from prunedm.architecture import answer
 from prunedm.errors import UserError
 from prunedm.folder import PACKED_FILE, load
 from prunedm.packed import FLOATS, save_packed
-from prunedm.stages.exporting.job import Format, Job, Written
+from prunedm.stages.exporting.job import ExportJob, Format, Written
 
 
-def write(job: Job) -> Written:
+def write(job: ExportJob) -> Written:
     precision = job.options.precision
     assert precision is not None
     save_packed(job.model.denoiser, job.model.masks, job.folder / PACKED_FILE, precision=precision)
@@ -23,7 +23,7 @@ def write(job: Job) -> Written:
     return Written([PACKED_FILE], job.shapes(), *errors)
 
 
-def _check_bits(job: Job, again: torch.nn.Module, dtype: torch.dtype) -> None:
+def _check_bits(job: ExportJob, again: torch.nn.Module, dtype: torch.dtype) -> None:
     """Raise `UserError` unless the loaded model equals the saved one in that type, bit by bit."""
     own = job.model.denoiser.state_dict()
     for name, tensor in again.state_dict().items():

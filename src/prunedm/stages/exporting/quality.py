@@ -12,11 +12,11 @@ from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.evaluation.paired import psnr
 from prunedm.sampling import images_of
 from prunedm.stages.evaluating.quality import features_of
-from prunedm.stages.exporting.job import Data, Job
+from prunedm.stages.exporting.job import Data, ExportJob
 from prunedm.stages.inputs import device_for
 
 
-def before_and_after(job: Job, exported: ExportedDenoiser) -> dict[str, Any]:
+def before_and_after(job: ExportJob, exported: ExportedDenoiser) -> dict[str, Any]:
     """Figures of the record: loss and its change on the same problems; FD and PSNR, same noise."""
     data = job.data
     assert data is not None
@@ -37,7 +37,7 @@ def before_and_after(job: Job, exported: ExportedDenoiser) -> dict[str, Any]:
     return figures
 
 
-def _distances(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, Any]:
+def _distances(job: ExportJob, data: Data, exported: ExportedDenoiser) -> dict[str, Any]:
     images = [_images(job, data, denoiser) for denoiser in (job.model.denoiser, exported)]
     figures: dict[str, Any] = {
         "samples": data.evaluate.samples,
@@ -55,7 +55,7 @@ def _distances(job: Job, data: Data, exported: ExportedDenoiser) -> dict[str, An
     return figures | {"features": data.network.name}
 
 
-def _images(job: Job, data: Data, denoiser: nn.Module) -> np.ndarray:
+def _images(job: ExportJob, data: Data, denoiser: nn.Module) -> np.ndarray:
     """uint8 NHWC."""
     return images_of(
         replace(job.model, denoiser=denoiser),

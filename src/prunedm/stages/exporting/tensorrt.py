@@ -15,13 +15,13 @@ from pathlib import Path
 from prunedm.errors import UserError
 from prunedm.masks import Masks
 from prunedm.stages.exporting import onnx
-from prunedm.stages.exporting.job import Format, Job, Written
+from prunedm.stages.exporting.job import ExportJob, Format, Written
 
 SPARSE = (2, 4)  # the only pattern of NVIDIA's sparse tensor cores
 Shapes = dict[str, tuple[int, ...]]  # by input name
 
 
-def write(job: Job) -> Written:
+def write(job: ExportJob) -> Written:
     """Write the ONNX file, and an engine or the command that builds it."""
     options = job.options
     whole = onnx.write(replace(job, options=options.model_copy(update={"precision": "fp32"})))

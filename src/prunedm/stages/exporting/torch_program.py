@@ -10,10 +10,10 @@ from torch import nn
 
 from prunedm.architecture import Inputs
 from prunedm.errors import UserError, first_line
-from prunedm.stages.exporting.job import Format, Job, Written
+from prunedm.stages.exporting.job import ExportJob, Format, Written
 
 
-def write(job: Job) -> Written:
+def write(job: ExportJob) -> Written:
     path = job.folder / "model.pt2"
     write_program(job.typed_graph(), job.inputs(2), path)
     with torch.no_grad():

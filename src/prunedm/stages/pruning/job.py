@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_macs, count_parameters
 from prunedm.folder import Model
@@ -25,7 +25,7 @@ Details = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class PruneJob:
     """The input of a mechanism."""
 
     model: Model
@@ -66,7 +66,7 @@ class Job:
         return scores
 
 
-def share_to_remove(job: Job, kind: str, ratio: float) -> float:
+def share_to_remove(job: PruneJob, kind: str, ratio: float) -> float:
     """The share of the layers' weights, or of their MACs, that meets the target."""
     total, positions = count_parameters(job.model.denoiser), None
     if kind == "macs":
@@ -75,7 +75,7 @@ def share_to_remove(job: Job, kind: str, ratio: float) -> float:
     return share_of_weights(kind, ratio, weights=weights, total=total, positions=positions)
 
 
-def removed_share(job: Job, kind: str) -> float:
+def removed_share(job: PruneJob, kind: str) -> float:
     """The share that the masks remove, in the kind of the target."""
     masks = job.model.masks
     assert masks is not None

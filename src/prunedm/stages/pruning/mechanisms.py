@@ -34,7 +34,7 @@ from prunedm.removal.weights import keep_highest, weight_masks
 from prunedm.stages.inputs import calibration_problems, device_for
 from prunedm.stages.pruning.job import (
     Details,
-    Job,
+    PruneJob,
     choice_of,
     removed_share,
     requested,
@@ -49,7 +49,7 @@ TIED = "its channels are tied to protected layers, or form one block that cannot
 STEPS = "layers take only the candidates; more --candidates make finer steps"
 
 
-def remove_by_channels(job: Job) -> Details:
+def remove_by_channels(job: PruneJob) -> Details:
     """Remove channels; the model's class becomes its narrowed one."""
     options, denoiser = job.options, job.model.denoiser
     if not job.model.architecture.channels:
@@ -80,7 +80,9 @@ def remove_by_channels(job: Job) -> Details:
     }
 
 
-def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[ChannelGroup], int]:
+def _channel_plan(
+    job: PruneJob, kind: str, ratio: float
+) -> tuple[ChannelPlan, list[ChannelGroup], int]:
     """The plan at the coarsest rounding that reaches the target, its groups, and that rounding.
 
     Raises `OutOfReach` where no rounding does.
@@ -123,7 +125,7 @@ def _channel_plan(job: Job, kind: str, ratio: float) -> tuple[ChannelPlan, list[
     return plan, groups, round_to
 
 
-def remove_weights(job: Job) -> Details:
+def remove_weights(job: PruneJob) -> Details:
     """Unstructured masks from scores, or by OBS; uniform, global or allocated ratios."""
     options = job.options
     kind, ratio = parse_target(options.target)
@@ -147,7 +149,7 @@ def remove_weights(job: Job) -> Details:
     return details | {"dense": _left_dense(job, choices)} if by_layer else details
 
 
-def remove_nm(job: Job) -> Details:
+def remove_nm(job: PruneJob) -> Details:
     """N:M masks from scores, or by OBS; one pattern, or one allocated to each layer."""
     options = job.options
     obs, by_layer = options.mechanism == "obs-nm", options.allocation == "sensitivity"
@@ -179,7 +181,7 @@ def remove_nm(job: Job) -> Details:
 
 
 def _allocated(
-    job: Job, scores: dict[str, torch.Tensor], texts: tuple[str, ...]
+    job: PruneJob, scores: dict[str, torch.Tensor], texts: tuple[str, ...]
 ) -> dict[str, Choice]:
     """Each layer's choice, from measured losses, within the target's budget."""
     options = job.options
@@ -226,7 +228,7 @@ def _masks(scores: dict[str, torch.Tensor], choices: Any) -> dict[str, torch.Ten
     return {n: _mask(scores[n], choice) for n, choice in choices.items() if choice is not None}
 
 
-def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
+def _obs(job: PruneJob, choices: Any) -> dict[str, torch.Tensor]:
     """Masks by OBS, which also updates the remaining weights."""
     options = job.options
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
@@ -247,7 +249,7 @@ def _obs(job: Job, choices: Any) -> dict[str, torch.Tensor]:
     return masks
 
 
-def _left_dense(job: Job, choices: Mapping[str, Choice]) -> dict[str, str]:
+def _left_dense(job: PruneJob, choices: Mapping[str, Choice]) -> dict[str, str]:
     """Layers without a pattern or ratio, and whether they could have one."""
     nm = job.options.mechanism.endswith("nm")
     candidates = job.options.sensitivity.candidates or PATTERNS
@@ -259,7 +261,7 @@ def _left_dense(job: Job, choices: Mapping[str, Choice]) -> dict[str, str]:
     return reasons
 
 
-def _zeros(job: Job) -> Details:
+def _zeros(job: PruneJob) -> Details:
     assert job.model.masks is not None
     return {"layers": {name: 1 - float(mask.float().mean()) for name, mask in job.model.masks}}
 

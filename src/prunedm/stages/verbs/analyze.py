@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from prunedm.calibration import TimeBins, input_squares, input_variances
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.evaluation.activations import (
     Activations,
-    Trial,
+    ScoreTrial,
     heat_map,
     layer_activations,
     verdict,
@@ -76,7 +76,9 @@ def _activations(
     )
 
 
-def _trial(model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress) -> Trial:
+def _trial(
+    model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress
+) -> ScoreTrial:
     """The loss of copies pruned by each score, against the dense model's."""
     device = device_for(options.device)
     held_out = held_out_problems(model, options, options.problems)
@@ -91,7 +93,7 @@ def _trial(model: Model, images: ImageSet, options: AnalyzeOptions, progress: Pr
         nm_masks(layers, scores, pattern).apply_(pruned)
         losses[score] = denoising_loss(pruned, held_out, device=device)
     model.denoiser.to(torch.device("cpu"))
-    return Trial(
+    return ScoreTrial(
         pattern=options.pattern,
         dense=dense.mean,
         losses={score: loss.mean for score, loss in losses.items()},

@@ -7,7 +7,7 @@ from prunedm.deployment.description import Description, write_description
 from prunedm.folder import Model, save_config
 from prunedm.options import ExportOptions
 from prunedm.record import file_hash
-from prunedm.stages.exporting.job import Data, Format, Job, Written, quiet
+from prunedm.stages.exporting.job import Data, ExportJob, Format, Written, quiet
 from prunedm.stages.exporting.quality import before_and_after
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import given_model, model_sources, source_of
@@ -34,13 +34,13 @@ def export(request: Request[ExportOptions]) -> Plan:
     )
 
     def make(folder: Path) -> dict[str, Any]:
-        return _make(Job(model, options, folder, progress, data))
+        return _make(ExportJob(model, options, folder, progress, data))
 
     inputs = model_sources(model) | (data.sources if data else {})
     return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
-def _make(job: Job) -> dict[str, Any]:
+def _make(job: ExportJob) -> dict[str, Any]:
     """Write, check and describe the file; returns the record's figures."""
     model, options, folder = job.model, job.options, job.folder
     save_config(model, folder)

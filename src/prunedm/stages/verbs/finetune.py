@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save

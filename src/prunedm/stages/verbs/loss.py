@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model

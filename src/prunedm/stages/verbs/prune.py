@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.evaluation.pictures import grid
@@ -22,7 +22,7 @@ from prunedm.stages.inputs import (
     images_for,
     model_sources,
 )
-from prunedm.stages.pruning.job import Details, Job, asks, check_options
+from prunedm.stages.pruning.job import Details, PruneJob, asks, check_options
 from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
@@ -72,7 +72,7 @@ def _prune(
     draws = images is not None and options.pictures > 0
     if draws:
         _picture(model, options, folder / "vis" / "before_pruning.png")
-    details: Details = MECHANISMS[options.mechanism](Job(model, options, images, progress))
+    details: Details = MECHANISMS[options.mechanism](PruneJob(model, options, images, progress))
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)

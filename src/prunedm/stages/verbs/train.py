@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
-from prunedm.data import ImageSet
+from prunedm.data.images import ImageSet
 from prunedm.errors import UserError, nearest
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
