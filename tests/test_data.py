@@ -10,7 +10,8 @@ from helpers import noise_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from prunedm.data.images import ImageSet, content, hub, load_images, to_model_range, to_uint8
+from prunedm.data import content, hub
+from prunedm.data.images import ImageSet, load_images, to_model_range, to_uint8
 from prunedm.errors import UserError
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from prunedm.data import files
 from prunedm.data.files import FORMATS, SUFFIXES, find_images
-from prunedm.data.images import ImageSet, files, load_images
+from prunedm.data.images import ImageSet, load_images
 from prunedm.data.splits import split_of, split_of_file
 from prunedm.errors import UserError
 from prunedm.evaluation.image_source import Images, open_side
