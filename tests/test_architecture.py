@@ -203,7 +203,7 @@ def test_files_and_functions_stay_small():
     for name, tree in MODULES.items():
         path = SOURCE / Path(*name.split("."))
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        offenders += [name] * (len(path.read_text(encoding="utf-8").splitlines()) > 400)
+        offenders += [name] * (len(path.read_text(encoding="utf-8").splitlines()) > 500)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 said = ast.get_docstring(node) or node.name.startswith("_") or _is_small(node)

@@ -253,7 +253,7 @@ def test_paths_that_are_not_there_are_not_asked_of_the_hub(name, monkeypatch):
     ],
 )
 def test_a_dataset_unknown_to_the_hub_is_named_in_one_line(monkeypatch, silence, said):
-    def unreachable(*_):
+    def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach the Hub\nwith a second line")
 
     monkeypatch.setattr(hub, "why_silent", lambda _: silence)

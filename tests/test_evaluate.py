@@ -333,7 +333,7 @@ def test_the_summary_has_asked_and_got_and_the_conditions(deep, chain):
     assert wanted.got == stats["achieved"]["params"]
     assert f"params 0.3 → {wanted.got:.4g}" in text
     for words in (
-        "10 held-out denoising problems",
+        "10 held-out problems",
         "Samples: 6 by ddim-1 from seed 0",
         "median of 2 calls after 3 warm-up calls",
         "to the bit",
@@ -532,7 +532,9 @@ def test_what_cannot_be_measured_fails_before_any_work(tmp_path, wrong, message)
 
 def test_models_of_other_images_are_refused(tmp_path):
     models = {"a": tiny_folder(), "b": tiny_folder(sample_size=16)}
-    with pytest.raises(UserError, match=r"b makes images of \(1, 16, 16\), a of \(1, 8, 8\)"):
+    with pytest.raises(
+        UserError, match=r"b and a have other image shapes \(\(1, 16, 16\), \(1, 8, 8\)\)"
+    ):
         compare(models, tmp_path / "out", SHALLOW)
 
 

@@ -412,10 +412,11 @@ def test_the_published_schemas_are_those_of_the_code(capsys):
         assert "properties" in made
 
 
-def test_everything_that_is_said_of_images_is_said_once_for_all_stages():
+def test_everything_that_is_said_of_data_is_said_once_for_all_stages():
     given = {
         "dataset": "images/", "label_column": "a", "caption_column": "b", "image_column": "c",
-        "flip": True, "convert_channels": True, "seed": 3, "device": "cpu",
+        "text_column": "d", "length": 32, "flip": True, "convert_channels": True, "seed": 3,
+        "device": "cpu",
     }  # fmt: skip
     assert given.keys() == DataOptions.model_fields.keys()
     recipe = Recipe(stages=[{"prune": {}}, {"finetune": {"caption_column": "own"}}], **given)

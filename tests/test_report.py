@@ -203,9 +203,9 @@ def test_page_warns_where_conditions_differ(tmp_path: Path) -> None:
     text = Page(written(models, {}, tmp_path)).text
     assert "other: problems is 7, not 2000" in text
     assert "the same noise." not in text.split("Figures")[0]
-    assert "other：去噪任务数 为 7" in Page(written(models, {}, tmp_path), "zh").text
-    assert "7 held-out denoising problems" in text
-    assert "2000 held-out denoising problems" in text
+    assert "other：任务数 为 7" in Page(written(models, {}, tmp_path), "zh").text
+    assert "7 held-out problems" in text
+    assert "2000 held-out problems" in text
 
 
 def test_headline_is_the_last_model_against_dense() -> None:
@@ -312,7 +312,7 @@ def test_chinese_page_has_no_english_sentence(tmp_path: Path) -> None:
     read = Page(written(models, digits(models), tmp_path), "zh").text
     for words in (
         "指标",
-        "去噪损失",
+        "留出集上的平均损失",
         "剪枝 prune",
         "处理流程",
         "5-finetune，以 dense 为基准",
@@ -683,7 +683,7 @@ def test_conditions_of_weights_noise_and_threads_in_both_languages(tmp_path: Pat
     assert "Threads: 3." in english
     assert "dense, a 的权重：训练过程的指数滑动平均（EMA），衰减系数 0.995。" in chinese
     assert "预测目标：v_prediction；噪声调度：linear, 9 steps。" in chinese
-    assert english.count("held-out denoising problems of") == 1  # one set of conditions for all
+    assert english.count("held-out problems of") == 1  # one set of conditions for all
 
 
 def test_disk_is_of_the_weight_files_in_both_languages() -> None:

@@ -32,7 +32,11 @@ ARCHITECTURES = {
     "FluxTransformer2DModel": "prunedm.architectures.flux",
     "AuraFlowTransformer2DModel": "prunedm.architectures.auraflow",
     "HunyuanDiT2DModel": "prunedm.architectures.hunyuan",
-    "LlamaForCausalLM": "prunedm.architectures.causal_lm",
+}
+# libraries of classes that are alike, by the endings of their names
+ENDINGS = {
+    "ForCausalLM": "prunedm.architectures.causal_lm",
+    "LMHeadModel": "prunedm.architectures.causal_lm",
 }
 
 
@@ -111,6 +115,8 @@ class Architecture:
     protect: patterns of modules that are not pruned: the network's interface and embeddings.
     ends: those of them that read or make the sample; `--narrow-ends` may cut their inner side.
     blocks: patterns of modules whose outputs features compare, in execution order.
+    chained: whether each block is given what the one before it made, and nothing else of the network
+        that depends on it: calibration can then go block by block.
     precise: patterns of modules that keep float32 where the rest runs in half precision.
     pipeline: the diffusers pipeline under which a bare network of this class is saved.
     scheduler: the diffusers scheduler whose defaults are assumed where none is found.
@@ -132,6 +138,7 @@ class Architecture:
     precise: tuple[str, ...] = ()
     pipeline: str = "DDPMPipeline"
     scheduler: str = "DDPMScheduler"
+    chained: bool = False
     text: bool = False
     channels: bool = False
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +147,8 @@ class Architecture:
 @cache
 def architecture_named(name: str) -> Architecture | None:
     """The record of a class or of its narrowed version, or None where the table has none."""
-    module = ARCHITECTURES.get(name.removeprefix("Pruned"))
+    alike = (module for ending, module in ENDINGS.items() if name.endswith(ending))
+    module = ARCHITECTURES.get(name.removeprefix("Pruned")) or next(alike, None)
     record: Architecture | None = importlib.import_module(module).RECORD if module else None
     return record
 
@@ -209,7 +217,8 @@ def _random_inputs(
         return record.more(network, count, generator)
     inputs = {
         "sample": torch.randn((count, *record.shape(network)), generator=generator),
-        "timestep": torch.linspace(0, last, count),
+        # torch's context forgets linspace once transformers has replaced it for a while
+        "timestep": torch.linspace(0, last, count, device=torch.empty(0).device),
     }
     if getattr(network.config, "time_embedding_type", "") == "learned":  # a table's rows
         inputs["timestep"] = inputs["timestep"].long()

@@ -24,10 +24,12 @@ from prunedm.model_files.companions import Companions, components, hash_files
 from prunedm.model_files.configs import (
     check_timesteps,
     class_name,
-    network_class,
     read_network_config,
 )
+from prunedm.model_files.language_models import load_language_model
 from prunedm.model_files.schedule import FoundScheduler, find_scheduler
+from prunedm.model_files.tokenizer import FILES as TOKENIZER_FILES
+from prunedm.model_files.tokenizer import Tokenizer
 from prunedm.model_files.weights import (
     LARGE,
     Types,
@@ -69,6 +71,7 @@ class Model:
     )  # of the other weights, by name
     component: str = "unet"  # the network's folder in the pipeline
     companions: Companions | None = None
+    tokenizer: Tokenizer | None = None  # of language models
     notes: tuple[str, ...] = ()  # choices and assumptions made while loading, for the user
     scheduler_file: Path | None = None  # where one was given in place of the folder's
     scheduler_assumed: bool = False
@@ -92,8 +95,8 @@ class Model:
     def unasked(self) -> str:
         """Why the network cannot be run, so that only methods without runs work; "" if it can."""
         name = type(self.denoiser).__name__
-        if self.scheduler is None:
-            return f"{self.name} is a language model, whose losses need text, which is not read yet"
+        if self.architecture.text:
+            return ""
         if architecture_named(name) is None:
             return (
                 f"how to call a {name} is not known; docs/guides/add-a-family.md says what to add"
@@ -148,8 +151,28 @@ class Model:
         classes = self.architecture.classes(self.denoiser)
         return Unconditional() if classes == 0 else Classes(classes)
 
+    @property
+    def interface(self) -> dict[str, Any]:
+        """What the network takes and gives: models with another interface do not compare."""
+        if self.architecture.text:
+            return {"vocabularies": self.denoiser.config.vocab_size}
+        return {
+            "image shapes": self.sample_shape,
+            "output channels": self.denoiser.config.out_channels,
+            "numbers of classes": self.architecture.classes(self.denoiser),
+        }
+
+    def differs_from(self, other: "Model") -> str:
+        """The first part of the interface in which two models differ, with both values; or ""."""
+        own, theirs = self.interface, other.interface
+        if own.keys() != theirs.keys():
+            return "kinds of data (images, texts)"
+        return next((f"{n} ({own[n]}, {theirs[n]})" for n in own if own[n] != theirs[n]), "")
+
     def example(self, count: int = 1, *, seed: int = 0) -> Inputs:
         """Inputs for tracing, timing, counting and export: noise at all levels."""
+        if self.architecture.text:
+            return example(self.denoiser, count, seed=seed)
         last = float(self.process.timesteps(torch.ones(1, dtype=torch.float64)))
         return example(self.denoiser, count, last=last, seed=seed)
 
@@ -192,13 +215,15 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
     component, where = denoiser_in(index, folder)
     config = read_network_config(where)
     record = architecture_named(class_name(config)) or Architecture()
-    text = record.text or hasattr(network_class(class_name(config)), "generate")
-    found = FoundScheduler(None) if text else find_scheduler(folder, scheduler, record.scheduler)
+    found = (
+        FoundScheduler(None) if record.text else find_scheduler(folder, scheduler, record.scheduler)
+    )
     check_timesteps(config, found.scheduler, where)
     if (folder / PACKED_FILE).exists():
         denoiser, masks, types = _load_packed(config, folder)
     else:
-        denoiser, types, variant = load_network(config, where)
+        read = load_language_model if record.text else load_network
+        denoiser, types, variant = read(config, where)
         masks = load_masks(folder / MASKS_FILE) if (folder / MASKS_FILE).exists() else None
         notes += [f"weights of the variant {variant}"] if variant else []
     model = Model(
@@ -213,6 +238,7 @@ def load(source: str | Path, *, scheduler: str | Path | None = None) -> Model:
         other_dtypes=types.others,
         component=component or record.component,
         companions=Companions(folder, index, component) if index else None,
+        tokenizer=Tokenizer(folder) if record.text else None,
         notes=(*notes, *[found.note] * bool(found.note)),
         scheduler_file=found.file if scheduler else None,
         scheduler_assumed=found.assumed,
@@ -281,8 +307,9 @@ def save(model: Model, folder: Path) -> None:
     if model.scheduler is not None:
         model.scheduler.save_pretrained(folder / "scheduler")
         write_json(_index(model), folder / "model_index.json")
-    if model.companions is not None:
-        model.companions.carry(folder)
+    for beside in (model.companions, model.tokenizer):
+        if beside is not None:
+            beside.carry(folder)
     if model.masks is not None:
         save_masks(model.masks, folder / MASKS_FILE)
     if model.record is not None:
@@ -317,7 +344,10 @@ def _is_part_of_model(path: Path) -> bool:
     if not path.is_file():  # a folder or dangling link does not count, and a pipe would hang
         return False
     configurations = ("model_index.json", "config.json", "scheduler_config.json", EXPORT_FILE)
-    return path.name in configurations or path.suffix in (".safetensors", ".bin")
+    return path.name in (*configurations, *TOKENIZER_FILES) or path.suffix in (
+        ".safetensors",
+        ".bin",
+    )
 
 
 def size_on_disk(folder: Path) -> int:
@@ -368,7 +398,11 @@ def _load_packed(config: dict[str, Any], folder: Path) -> tuple[Any, Masks | Non
 
 
 def save_config(model: Model, folder: Path) -> None:
-    """Write the denoiser's config.json and the scheduler, where weights are stored otherwise."""
+    """Write config.json and the scheduler or tokenizer, where weights are stored otherwise."""
+    if model.tokenizer is not None:
+        model.denoiser.config.save_pretrained(folder)
+        model.tokenizer.carry(folder)
+        return
     model.denoiser.save_config(folder)
     _forget_origin(folder / "config.json")
     model.scheduler.save_pretrained(folder / "scheduler")

@@ -13,6 +13,7 @@ from prunedm.system.places import expanded
 
 EMBEDDED = ("digits",)
 PROBE_SECONDS = 5.0
+_BESIDE = ["*.json", "*.txt", "*.model", "*.jinja"]  # configurations and tokenizers
 _KINDS = {
     "PyTorch weights": (".pt", ".pth", ".bin", ".ckpt", ".pkl"),
     "weights without a config.json": (".safetensors",),
@@ -80,10 +81,10 @@ def _snapshot(hub_id: str) -> Path:
     local = {"local_files_only": True} if problem else {}  # from an earlier download
     try:
         folder = Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], **local)
+            snapshot_download(hub_id, allow_patterns=[*_BESIDE, "*.safetensors"], **local)
         )
         if not any(folder.rglob("*.safetensors")):
-            binary = ["*.json", "*.bin"]
+            binary = [*_BESIDE, "*.bin"]
             folder = Path(snapshot_download(hub_id, allow_patterns=binary, **local))
     except Exception as error:  # network, authentication, no such repository
         raise UserError(

@@ -74,6 +74,8 @@ FORMATS: Table[Any] = Table(
 METRICS: Table[Any] = Table(
     {  # in the order of the columns
         "loss": "prunedm.evaluation.loss:LOSS",
+        "perplexity": "prunedm.evaluation.perplexity:PERPLEXITY",
+        "perplexity_strided": "prunedm.evaluation.perplexity:STRIDED",
         "fd": "prunedm.evaluation.fid:FD",
         "kid": "prunedm.evaluation.kid:KID",
         "precision": "prunedm.evaluation.manifold:PRECISION",

@@ -310,7 +310,7 @@ def _sweep_in_process() -> None:
     def start(store: Any, run: Any, slot: Any) -> Any:
         store.write(run)
         store.set_status(run.id, workers.Status())
-        return workers.Job(run, slot, helpers.Ended(chain.main(str(store.out), run.id)))
+        return workers.Worker(run, slot, helpers.Ended(chain.main(str(store.out), run.id)))
 
     chain._end_with_scheduler = lambda: None
     sweep.start, sweep._LOOK_EVERY = start, 0.0

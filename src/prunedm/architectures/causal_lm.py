@@ -1,4 +1,7 @@
-"""Causal language models of transformers: Llama (Touvron et al. 2023) and its kin."""
+"""Causal language models of transformers: Llama (Touvron et al. 2023), GPT-2, Qwen, Mistral, OPT ...
+
+All are told tokens and answer with logits, so one record serves every `...ForCausalLM`.
+"""
 
 from typing import Any
 
@@ -6,27 +9,38 @@ import torch
 
 from prunedm.architecture import Architecture, Inputs
 
-LENGTH = 128  # tokens of an example
+EXAMPLE = 128  # tokens of an example
+WINDOW = 2048  # tokens of a sequence unless the model takes fewer: that of the papers' perplexity
 
 
 def told(network: Any, inputs: Inputs) -> dict[str, Any]:
-    """The shared names; keys and values are not cached."""
+    """As named; keys and values are not kept."""
     return dict(inputs) | {"use_cache": False}
+
+
+def window(network: Any) -> int:
+    """Tokens of a sequence, unless a user says another number."""
+    return min(WINDOW, getattr(network.config, "max_position_embeddings", None) or WINDOW)
 
 
 def more(network: Any, count: int, generator: torch.Generator | None) -> Inputs:
     """Random tokens (N, L)."""
-    length = min(LENGTH, network.config.max_position_embeddings)
-    tokens = torch.randint(network.config.vocab_size, (count, length), generator=generator)
-    return {"input_ids": tokens}
+    shape = (count, min(EXAMPLE, window(network)))
+    return {"input_ids": torch.randint(network.config.vocab_size, shape, generator=generator)}
 
 
 RECORD = Architecture(
     component="",
     told=told,
     more=more,
-    protect=("lm_head", r".*embed_tokens"),
-    blocks=(r"model\.layers\.\d+",),
+    # heads, embeddings and routers; what projects between widths of the embedding and of the blocks
+    protect=(
+        "lm_head", "embed_out", r".*embed_tokens", r".*\.wte", r".*\.wpe", r".*\.router",
+        r".*\.(mlp|block_sparse_moe|feed_forward)\.gate", r"model\.decoder\.project_(in|out)",
+        r".*\.conv1d",
+    ),
+    blocks=(r"(model|model\.decoder|transformer|gpt_neox|backbone)\.(layers|h|blocks)\.\d+",),
+    chained=True,
     text=True,
     tiny={
         "vocab_size": 97,
@@ -38,4 +52,4 @@ RECORD = Architecture(
         "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     },
-)
+)  # fmt: skip

@@ -60,9 +60,10 @@ def check_names(*names: str, dataset: str = "digits") -> None:
         find_locally(name)
     if dataset not in ("", "digits"):
         from prunedm.data.hub import open_hub
-        from prunedm.data.tables import find_dataset
+        from prunedm.data.tables import TEXTS, find_dataset
 
-        if find_dataset(dataset) is None:
+        texts = Path(dataset).suffix.lower() in TEXTS and Path(dataset).is_file()
+        if not texts and find_dataset(dataset) is None:
             open_hub(dataset)
 
 

@@ -15,6 +15,7 @@ Given = Mapping[str, Any]  # values on the command line, by parameter name
 RARE = {
     "images": (
         "label_column", "caption_column", "image_column", "flip", "convert_channels", "scheduler",
+        "text_column", "length",
     ),
     "calibration": ("calibration_problems", "calibration_batch", "time_range", "time_bins"),
     "training": (

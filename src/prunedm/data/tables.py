@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 # files that `save_to_disk` writes, and what lies beside each; other programs write a state.json too
 MARKERS = {"dataset_dict.json": "*/*.arrow", "state.json": "*.arrow"}
+# endings of files of texts, and the builder of `datasets` that reads each
+TEXTS = {
+    ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv",
+    ".txt": "text", ".md": "text", ".rst": "text", ".py": "text",
+}  # fmt: skip
 
 
 class Column(Sequence[Any]):

@@ -240,4 +240,5 @@ FD = Metric(
     conditions="{features}: against {reference} held-out images; ± by bootstrap over the samples. FD is "
     "biased at small n; compare it only at equal n and features.",
     named=lambda features: features,
+    of="images",
 )

@@ -114,4 +114,5 @@ KID = Metric(
     Measurement("kid", "features", _figures),
     spread="kid_se",
     named=lambda features: "" if features == "FID" else "KD ×1000",
+    of="images",
 )

@@ -1,5 +1,6 @@
 """The denoising loss on fixed problems: the same images, timesteps and noise for every model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,18 +84,20 @@ def _figures(of: Subject) -> dict[str, float]:
     """The loss; the losses of all problems go to a file."""
     loss = denoising_loss(of.denoiser, of.problems(), device=of.device, progress=of.progress)
     np.save(of.folder / LOSSES, loss.per_problem_N.numpy(), allow_pickle=False)
-    return {"loss": loss.mean, "loss_se": loss.standard_error}
+    text = {"perplexity": math.exp(loss.mean)} if of.text else {}
+    return {"loss": loss.mean, "loss_se": loss.standard_error, **text}
 
 
+MEASURED = Measurement("loss", "problems", _figures)
 LOSS = Metric(
     "loss",
     "loss",
-    "mean denoising loss on the held-out problems ± its standard error",
+    "mean loss on the held-out problems (of denoising: squared error, of texts: cross-entropy a token) "
+    "± its standard error",
     fixed(4),
-    Measurement("loss", "problems", _figures),
+    MEASURED,
     spread="loss_se",
     change="loss_change",
-    conditions="Loss: {problems} held-out denoising problems of {dataset}, drawn with seed {seed}; the "
-    "same images, timesteps and noise for every model. The ± is one standard error over antithetic "
-    "pairs.",
+    conditions="Loss: {problems} held-out problems of {dataset}, drawn with seed {seed}; the same for "
+    "every model. The ± is one standard error.",
 )

@@ -92,6 +92,7 @@ PRECISION = Metric(
     _BOTH,
     better="higher",
     spread="precision_se",
+    of="images",
 )
 RECALL = Metric(
     "recall",
@@ -101,4 +102,5 @@ RECALL = Metric(
     _BOTH,
     better="higher",
     spread="recall_se",
+    of="images",
 )

@@ -25,7 +25,7 @@ _IMAGES = ("dataset", "features", "samples", "reference", "sampler", "spacing", 
 # what a measurement needs, cheapest first -> the conditions that its figures depend on
 NEEDS: dict[str, tuple[str, ...]] = {
     "weights": (),
-    "problems": ("dataset", "problems", "seed", "prediction", "schedule"),
+    "problems": ("dataset", "problems", "length", "seed", "prediction", "schedule"),
     "calls": ("device", "dtype"),
     "samples": _IMAGES,
     "features": _IMAGES,
@@ -49,6 +49,8 @@ class Subject:
     seed: int
     folder: Path  # where measurements may leave files
     progress: Progress
+    text: bool = False  # a language model
+    stride: int = 0  # tokens between the windows of a strided perplexity; 0: not wanted
     images_NHWC: np.ndarray | None = None  # the samples, from step "samples" on
     features_ND: tuple[torch.Tensor, torch.Tensor] | None = None  # of samples and held-out images
     features: str = ""  # name of the feature network
@@ -83,6 +85,7 @@ class Metric:
     text: Callable[[float, float], str]
     measured: Measurement
     better: Literal["lower", "higher", ""] = "lower"
+    of: Literal["images", "texts", ""] = ""  # what models it is for make; "" is for all
     spread: str = ""  # name in `Figures` of its standard error or spread
     unit: str = ""
     change: str = ""  # name of its mean change to dense, case by case; the error is `{change}_se`

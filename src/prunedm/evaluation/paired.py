@@ -104,6 +104,7 @@ PSNR = Metric(
     conditions="PSNR: against the dense model's image of the same noise; the median.",
     each=psnr,
     instead=lambda figures: IDENTICAL if (figures.identical or 0) >= 0.5 else "",
+    of="images",
 )
 SSIM = Metric(
     "ssim",
@@ -115,4 +116,5 @@ SSIM = Metric(
     spread="ssim_se",
     each=ssim,
     note=_small_windows,
+    of="images",
 )

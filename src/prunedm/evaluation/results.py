@@ -92,7 +92,9 @@ class Conditions(BaseModel):
     """What the figures were measured under; empty where not known."""
 
     dataset: str
-    problems: int  # held-out denoising problems behind `loss`
+    problems: int  # held-out ones behind `loss`
+    length: int = 0  # tokens of each, of texts
+    stride: int = 0  # tokens between the windows of the strided perplexity
     samples: int
     sampler: str  # "ddim-50"
     spacing: str = ""  # of its timesteps: "trailing"

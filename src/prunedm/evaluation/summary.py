@@ -63,7 +63,16 @@ def _check(check: Check) -> list[str]:
 
 
 def _timings(rows: Sequence[Evaluation]) -> list[str]:
-    head = ["model", "batch", "type", "threads", "compiled", "kernel", "ms", "images/s"]
+    head = [
+        "model",
+        "batch",
+        "type",
+        "threads",
+        "compiled",
+        "kernel",
+        "ms",
+        "sequences/s" if rows[-1].conditions.length else "images/s",
+    ]
     body = [
         [
             row.label, t.batch, t.dtype, t.threads, "yes" if t.compiled else "no", t.kernel,

@@ -11,7 +11,7 @@ from prunedm.hub import find
 from prunedm.options import PATH_OPTIONS, DataOptions
 from prunedm.record import file_hash
 from prunedm.stages import STAGES
-from prunedm.stages.inputs import data_source, images_for
+from prunedm.stages.inputs import data_for, data_source
 from prunedm.system.places import expanded
 
 
@@ -31,7 +31,7 @@ def _hash(name: str, model: Model, options: DataOptions) -> str:
     option, _, value = name.partition(" ")
     if option == "dataset":
         wanted = options.model_copy(update={"dataset": value})
-        images = [images_for(model, wanted, split) for split in ("train", "test")]
+        images = [data_for(model, wanted, split) for split in ("train", "test")]
         parts = [data_source(split).hash.split("-") for split in images]
         return "-".join(part for kind in zip(*parts, strict=True) for part in kind)  # samples first
     path = expanded(value)

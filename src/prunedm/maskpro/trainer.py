@@ -38,6 +38,7 @@ from prunedm.stages.inputs import (
     training_problems,
 )
 from prunedm.task import Batch
+from prunedm.task.denoising import Denoising
 
 Made = TypeVar("Made")
 
@@ -138,6 +139,7 @@ class DiffusionMaskProTrainer:
         source, config = self._source, self.config
         self._images = images_for(source, config, "train")
         problems = training_problems(source, config, self._images)
+        assert isinstance(problems, Denoising)
         self._train_loader = Epochs(problems, config.batch_size)
         self._held_out = held_out_problems(source, config, config.validation_problems)
 

@@ -65,7 +65,7 @@ class Companions:
         """Put all of them into another folder, as hard links or copies."""
         for name in self.names:
             for path in self.files(name):
-                _link(check_regular(path), folder / path.relative_to(self.folder))
+                link(check_regular(path), folder / path.relative_to(self.folder))
 
 
 def components(index: Mapping[str, Any]) -> list[str]:
@@ -105,7 +105,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _link(source: Path, place: Path) -> None:
+def link(source: Path, place: Path) -> None:
+    """Put a file at another place too: as a link to its content, or as a copy."""
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), place)

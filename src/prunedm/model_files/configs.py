@@ -18,7 +18,14 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunedm.architecture import ARCHITECTURES, Shape, answer, architecture_named, example_shapes
+from prunedm.architecture import (
+    ARCHITECTURES,
+    ENDINGS,
+    Shape,
+    answer,
+    architecture_named,
+    example_shapes,
+)
 from prunedm.errors import UserError, first_line, nearest, shortened
 from prunedm.networks.narrowed import PREFIX, narrowed
 from prunedm.reading import read_object
@@ -71,6 +78,8 @@ SCHEDULER_RANGES: Mapping[str, Range] = {
     "base_shift": (-10, 10),
     "max_shift": (-10, 10),
 }
+MOST_REPEATED = 1024  # layers, or experts, of a language model
+LARGEST_SIZE = 1 << 40  # and any other number in its configuration
 LONGEST = 100_000  # values in a list: betas, one per timestep
 MOST_LAYERS = 64  # blocks times layers per block
 _CLOSED = (
@@ -119,7 +128,7 @@ def class_name(config: Mapping[str, Any]) -> str:
 def network_class(name: str) -> Any:
     """A network class of diffusers, narrowed or not, or of transformers; None for other names."""
     found = library_class(name.removeprefix(PREFIX), "diffusers", "ModelMixin")
-    if found is None and "For" in name:
+    if found is None and name.endswith(tuple(ENDINGS)):
         return library_class(name, "transformers", "PreTrainedModel")
     return narrowed(found) if found is not None and name.startswith(PREFIX) else found
 
@@ -127,6 +136,8 @@ def network_class(name: str) -> Any:
 def library_class(name: str, library: str, base: str) -> Any:
     """The class of this name in a library, if it derives from `base`; else None."""
     module = import_module(library)
+    if library == "transformers":
+        module.logging.disable_progress_bar()  # of every file that it reads or writes
     cls = getattr(module, name, None) if name.isidentifier() else None
     known = isinstance(cls, type) and name != base and issubclass(cls, getattr(module, base))
     return cls if known else None
@@ -143,7 +154,8 @@ def read_network_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds a {shown(name).strip(chr(39))}, which neither diffusers nor transformers "
             f"has; supported: their networks, by the class's name{nearest(name, list(ARCHITECTURES))}"
         )
-    if not hasattr(cls, "from_config"):  # transformers checks its own configurations
+    if not hasattr(cls, "from_config"):
+        check_language_config(config, path)
         return config
     if issubclass(cls, UNet2DModel):
         check_unet_config(config, path)
@@ -152,6 +164,22 @@ def read_network_config(folder: Path) -> dict[str, Any]:
     known = inspect.signature(cls.__init__).parameters
     # an EMA's config also has its decay, about which diffusers would warn at every load
     return {n: value for n, value in config.items() if n in known or n.startswith("_")}
+
+
+def check_language_config(config: Mapping[str, Any], where: object) -> None:
+    """Raise `UserError` for sizes that no model has, and for quantised weights.
+
+    Types and the rest are transformers' own to check.
+    """
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where}: the weights are quantised, and pruning needs them as they were trained; give "
+            "the original model"
+        )
+    for name, value in config.items():
+        most = MOST_REPEATED if re.search(r"(^|_)(layers?|experts)$", name) else LARGEST_SIZE
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most:
+            raise UserError(f"{where}: {name} = {shown(value)} is out of range; at most {most:,}")
 
 
 def build(config: Mapping[str, Any]) -> Any:

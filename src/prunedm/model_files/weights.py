@@ -71,7 +71,7 @@ def load_network(config: Mapping[str, Any], folder: Path) -> tuple[Any, Types, s
     files, variant = weight_files(folder)
     with ExitStack() as open_files:
         try:
-            stored = _Stored(files, open_files)
+            stored = Stored(files, open_files)
             names = _current_names(shapes, stored.shapes, folder)
             _check_shapes(shapes, {n: stored.shapes[old] for n, old in names.items()}, folder)
             large = sum(math.prod(shape) for shape in stored.shapes.values()) >= LARGE
@@ -115,7 +115,7 @@ def check_state(config: Mapping[str, Any], state: dict[str, torch.Tensor], path:
         state[name] = _whole(tensor, name, path)
 
 
-class _Stored:
+class Stored:
     """The contents of weight files: shapes by name, and each tensor for reading once."""
 
     def __init__(self, files: list[Path], open_files: ExitStack) -> None:
@@ -132,6 +132,7 @@ class _Stored:
                 self.shapes[name], self._read[name] = shape, read
                 sizes[kind] += math.prod(shape)
                 kinds[name] = kind
+        self.total = sizes.total()
         most = sizes.most_common(1)[0][0] if sizes else ""
         self.dtype = _TYPES.get(most, torch.float32)  # most of the numbers'; float32 for .bin files
         self.types = {n: _TYPES.get(k, torch.float32) for n, k in kinds.items() if k != most}
@@ -211,7 +212,12 @@ def _whole(tensor: torch.Tensor, name: str, where: Path, *, keep: bool = False) 
         raise UserError(f"{where}: {name} holds {tensor.dtype}, which are not weights")
     dtype = tensor.dtype if keep else torch.float32
     copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    ends = copy.aminmax() if copy.numel() else ()  # needs no mask in memory
+    check_finite(copy, name, where)
+    return copy
+
+
+def check_finite(tensor: torch.Tensor, name: str, where: Path) -> None:
+    """Raise `UserError` for NaN and infinities."""
+    ends = tensor.aminmax() if tensor.numel() else ()  # needs no mask in memory
     if not all(bool(end.isfinite()) for end in ends):
         raise UserError(f"{where}: {name} has NaN or infinite values; get the weights again")
-    return copy

@@ -193,6 +193,10 @@ class DataOptions(Options):
     label_column: str = Field("", description="class column, where several qualify")
     caption_column: str = Field("", description="text column, unless called text or caption")
     image_column: str = Field("", description="image column, where several qualify")
+    text_column: str = Field("", description="the column of texts that a language model reads")
+    length: int | None = Field(
+        None, ge=2, description="tokens of a sequence; none: 2048, or as many as the model takes"
+    )
     flip: bool = Field(False, description="mirror half of the training images")
     convert_channels: bool = Field(False, description="convert images with another channel count")
     seed: Seed = 0

@@ -9,6 +9,7 @@ from prunedm.options.base import (
     DataOptions,
     Device,
     FeatureOptions,
+    FileName,
     ModelName,
     ModelOptions,
     PatternText,
@@ -35,6 +36,11 @@ class SampleOptions(ModelOptions):
     format: Literal["png", "npz"] = Field("png", description="files, or one uint8 NHWC array")
     label: int | None = Field(
         None, ge=0, description="class of all images; none: all classes in turn"
+    )
+    prompts: FileName = Field("", description="for language models: a text file, one prompt a line")
+    tokens: int = Field(64, ge=1, description="that a language model adds to a prompt")
+    temperature: float = Field(
+        0.0, ge=0, description="of its draws; 0 takes the likeliest token each time"
     )
     device: Device = "auto"
 
@@ -68,6 +74,11 @@ class EvaluateOptions(FeatureOptions, DataOptions, ModelOptions):
     sampler: str = Field("ddim", description="as in sample")
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
     batch_size: int = Field(100, ge=1, description="images at a time")
+    stride: int = Field(
+        0,
+        ge=0,
+        description="tokens between the windows of a strided perplexity; 0: the plain one alone",
+    )
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(
         (1, 4, 16), description="further batch sizes to time (full and deeper); repeatable"

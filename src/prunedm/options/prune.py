@@ -39,8 +39,8 @@ class ObsOptions(Group):
     time_weights: Annotated[tuple[PositiveFloat, PositiveFloat], Flag("obs_time_weights")] = Field(
         (1.2, 0.8), description="weights of problems, from the noisiest step to the cleanest"
     )
-    guidance: Annotated[float, Flag("obs_guidance")] = Field(
-        0.5, ge=0, description="exponent of each position's influence; 0 is SparseGPT's rule"
+    guidance: Annotated[float | None, Flag("obs_guidance")] = Field(
+        None, ge=0, description="exponent of each position's influence; 0 is SparseGPT's rule"
     )
     swaps: Annotated[int, Flag("obs_swaps")] = Field(
         15, ge=0, description="rounds of swaps that improve the masks after the sweep (obs-nm)"

@@ -26,11 +26,12 @@ def check_inputs(model: str, options: EvaluateOptions) -> None:
     from prunedm.folder import load
     from prunedm.sampling import make_sampler
     from prunedm.stages.evaluating.quality import with_features
-    from prunedm.stages.inputs import images_for
+    from prunedm.stages.inputs import data_for
 
     loaded = load(model)
     for split in ("train", "test"):
-        images = images_for(loaded, options, split)
-        images[0]
-    with_features(options, images)
-    make_sampler(loaded.scheduler, options.sampler)
+        data = data_for(loaded, options, split)
+        data[0]
+    with_features(options, data)
+    if loaded.scheduler is not None:
+        make_sampler(loaded.scheduler, options.sampler)

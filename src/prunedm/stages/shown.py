@@ -19,6 +19,8 @@ def samples(model: Model, options: LoopOptions, device: torch.device) -> dict[st
     The picture is uint8 HWC, RGB. The noise follows from the seed, so the same images are shown each
     time. {} where no images are wanted, or channels are not colours.
     """
+    if model.architecture.text:
+        return {}
     channels, count = model.codec.image_shape[0], options.track_images
     if not count or channels not in (1, 3):
         return {}

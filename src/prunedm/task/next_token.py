@@ -32,10 +32,15 @@ class NextToken(Task):
         )
 
 
-def cross_entropies(logits_NLV: torch.Tensor, tokens_NL: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of each sequence's tokens after its first, in float32: (N,)."""
+def token_losses(logits_NLV: torch.Tensor, tokens_NL: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each sequence's tokens after its first, in float32: (N, L - 1)."""
     logits_NVL = logits_NLV[:, :-1].float().transpose(1, 2)
-    return F.cross_entropy(logits_NVL, tokens_NL, reduction="none").mean(1)
+    return F.cross_entropy(logits_NVL, tokens_NL, reduction="none")
+
+
+def cross_entropies(logits_NLV: torch.Tensor, tokens_NL: torch.Tensor) -> torch.Tensor:
+    """The mean of each sequence's token losses: (N,)."""
+    return token_losses(logits_NLV, tokens_NL).mean(1)
 
 
 def divergences(logits_NLV: torch.Tensor, wanted_NLV: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class _Facts(BaseModel):
 
 def save_checkpoint(path: Path, state: TrainingState) -> None:
     """Write the state atomically: an existing file is complete even if the process is killed."""
-    tensors = {f"module.{name}": t.detach() for name, t in state.module.state_dict().items()}
+    tensors = _module_state(state.module)
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(v) for key, v in values.items()}
     if state.ema is not None:
@@ -94,6 +94,13 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
     _write(path, tensors, {"facts": json.dumps(facts)})
 
 
+def _module_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor once: language models tie their head to the embedding."""
+    once = {t.data_ptr(): name for name, t in reversed(module.state_dict().items()) if t.numel()}
+    state = module.state_dict()
+    return {f"module.{n}": t.detach() for n, t in state.items() if once.get(t.data_ptr(), n) == n}
+
+
 def load_checkpoint(path: Path, state: TrainingState) -> None:
     """Restore in place what `save_checkpoint` wrote; without a file nothing changes.
 
@@ -108,7 +115,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    own = {f"module.{name}": tensor for name, tensor in state.module.state_dict().items()}
+    own = _module_state(state.module)
     if {n: t.shape for n, t in own.items()} != {
         n: t.shape for n, t in tensors.items() if n.startswith("module.")
     }:

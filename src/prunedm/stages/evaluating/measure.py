@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from prunedm.data.images import ImageSet
+from prunedm.data.texts import TextSet
 from prunedm.evaluation.features import FeatureNetwork
 from prunedm.evaluation.loss import streamed_batches
 from prunedm.evaluation.metric import Subject
@@ -36,7 +37,14 @@ from prunedm.stages.evaluating.quality import UNSCORED_SAMPLES, features_of
 from prunedm.stages.evaluating.reload import DIFFERS, check_reload
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.frame import RESUME, Plan, run_stage
-from prunedm.stages.inputs import data_source, device_for, model_sources, problems_on
+from prunedm.stages.inputs import (
+    DataSet,
+    data_source,
+    device_for,
+    held_out_count,
+    model_sources,
+    problems_on,
+)
 from prunedm.stages.verbs.sample import sample_resumably
 from prunedm.system.places import bare
 from prunedm.tables import METRICS
@@ -53,7 +61,7 @@ class Yardstick:
     """What all models of a comparison share: options, held-out images, feature network."""
 
     options: EvaluateOptions
-    reference: ImageSet
+    reference: DataSet
     network: FeatureNetwork | None  # None where no distance is measured
     progress: Progress
     files: dict[str, Source] = field(default_factory=dict)  # of the feature network, by role
@@ -146,6 +154,8 @@ class _Measuring:
             seed=self.options.seed,
             folder=folder,
             progress=yard.progress,
+            text=isinstance(yard.reference, TextSet),
+            stride=self.options.stride,
         )
 
     def all(self) -> Evaluation:
@@ -190,7 +200,8 @@ class _Measuring:
 
     def _problems(self) -> Stream:
         problems = problems_on(self.yard.reference, self.model, self.options.seed)
-        return streamed_batches(problems, self.options.problems, self.options.batch_size)
+        count = held_out_count(self.yard.reference, self.options.problems)
+        return streamed_batches(problems, count, self.options.batch_size)
 
     def _samples(self) -> None:
         """Draw samples, and measure on them and on their features."""
@@ -201,15 +212,15 @@ class _Measuring:
         if images_NHWC is not None:
             self.subject = replace(self.subject, images_NHWC=images_NHWC)
             self._take("samples")
-        network = self.yard.network
+        network, reference = self.yard.network, self.yard.reference
         if network is None:
             self.steps.skip("fd", "skip_fid" if self.options.skip_fid else "between first and last")
-        elif images_NHWC is not None:
+        elif images_NHWC is not None and isinstance(reference, ImageSet):
             features_ND = self.steps.take(
                 "features",
                 lambda: features_of(
                     images_NHWC,
-                    self.yard.reference,
+                    reference,
                     network,
                     self.subject.device,
                     most=self.options.references,
@@ -235,13 +246,22 @@ class _Measuring:
 
     def _conditions(self) -> Conditions:
         options, network, reference = self.options, self.yard.network, self.yard.reference
-        sampler = make_sampler(self.model.scheduler, options.sampler)
+        if isinstance(reference, TextSet):
+            own: dict[str, Any] = {"length": reference.length, "stride": options.stride}
+            own |= {"sampler": "", "prediction": "the next token"}
+        else:
+            sampler = make_sampler(self.model.scheduler, options.sampler)
+            own = {
+                "sampler": f"{options.sampler}-{options.sampling_steps}",
+                "spacing": sampler.config.get("timestep_spacing", ""),
+                "prediction": self.model.process.prediction,
+                "schedule": self.model.process.schedule_in_words(),
+            }
         return Conditions(
+            **own,
             dataset=bare(reference.name),
-            problems=options.problems,
+            problems=held_out_count(reference, options.problems),
             samples=options.samples or 0,
-            sampler=f"{options.sampler}-{options.sampling_steps}",
-            spacing=sampler.config.get("timestep_spacing", ""),
             seed=options.seed,
             features=network.name if network else "FD",
             reference=min(len(reference), options.references) if network else 0,
@@ -249,8 +269,6 @@ class _Measuring:
             dtype=dtype_in_words(self.model.denoiser),
             threads=torch.get_num_threads(),
             weights=weights_in_words(self.model.record),
-            prediction=self.model.process.prediction,
-            schedule=self.model.process.schedule_in_words(),
             latency_batch=options.latency_batch,
             latency_repeats=options.latency_repeats,
         )

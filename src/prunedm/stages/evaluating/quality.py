@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Subset
 
 from prunedm.data.images import ImageSet
+from prunedm.data.texts import TextSet
 from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
 from prunedm.options import EvaluateOptions
@@ -22,14 +23,14 @@ UNSCORED_SAMPLES = 64  # by default, where no distance is measured
 
 
 def with_features(
-    options: EvaluateOptions, reference: ImageSet
+    options: EvaluateOptions, reference: ImageSet | TextSet
 ) -> tuple[EvaluateOptions, FeatureNetwork | None, dict[str, Source]]:
     """Options with `samples` and `features` resolved, the feature network, and its files by role.
 
     The network is None where no distance is measured. Raises `UserError` for what would otherwise fail
     only after hours: features that do not take the images, and too few images for the features.
     """
-    if options.depth == "quick" or options.samples == 0:
+    if options.depth == "quick" or options.samples == 0 or isinstance(reference, TextSet):
         return options.model_copy(update={"samples": 0}), None, {}
     if options.skip_fid:
         samples = UNSCORED_SAMPLES if options.samples is None else options.samples

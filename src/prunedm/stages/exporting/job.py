@@ -128,6 +128,8 @@ class ExportJob:
 
     def shapes(self) -> dict[str, list[int | str]]:
         """Of the graph's inputs and output, by name."""
+        if self.model.tokenizer is not None:
+            return {"input_ids": ["batch", "length"], "output": ["batch", "length", "vocabulary"]}
         config, (_, height, width) = self.model.denoiser.config, self.model.sample_shape
         free: list[int | str] = ["batch"]
         shapes = {name: free + list(x.shape[1:]) for name, x in self.inputs(1).items()}
@@ -181,6 +183,7 @@ class Format:
     packages: tuple[str, ...] = ()
     int8_packages: tuple[str, ...] = ()
     extra: str = ""
+    texts: bool = False  # whether language models can be written in it
     open: Callable[..., ExportedDenoiser] | None = None
     check_masks: Callable[[Masks], None] = lambda masks: None
 

@@ -32,4 +32,4 @@ def _check_bits(job: ExportJob, again: torch.nn.Module, dtype: torch.dtype) -> N
             raise UserError(f"{PACKED_FILE}: {name} does not load as it was saved; report this")
 
 
-PACKED = Format(("fp16", "fp32", "bf16", "int8"), write)
+PACKED = Format(("fp16", "fp32", "bf16", "int8"), write, texts=True)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.size import count_macs, count_parameters
 from prunedm.folder import Model
@@ -18,7 +17,7 @@ from prunedm.options import PruneOptions, parse_target
 from prunedm.progress import Progress
 from prunedm.removal.allocation import Choice
 from prunedm.removal.weights import share_of_weights
-from prunedm.stages.inputs import score_weights
+from prunedm.stages.inputs import DataSet, score_weights
 from prunedm.tables import SCORES
 
 Details = dict[str, Any]
@@ -30,7 +29,7 @@ class PruneJob:
 
     model: Model
     options: PruneOptions
-    images: ImageSet | None  # None where the network cannot be run, and need not be
+    data: DataSet | None  # None where the network cannot be run, and need not be
     progress: Progress
 
     @cached_property
@@ -60,7 +59,7 @@ class PruneJob:
     def scores(self) -> dict[str, torch.Tensor]:
         """Scores of the current model, which ends on the CPU."""
         scores = score_weights(
-            self.model, self.layers, self.options, self.images, progress=self.progress
+            self.model, self.layers, self.options, self.data, progress=self.progress
         )
         self.model.denoiser.cpu()
         return scores

@@ -4,14 +4,16 @@ To add one: such a function, and a line in `tables.MECHANISMS`.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.masks import Masks, Pattern
+from prunedm.networks.chain import BlockNetwork, KeptInputs, blocks_in_turn, chained_blocks
 from prunedm.networks.layers import why_not_nm
 from prunedm.networks.narrowed import as_narrowed
 from prunedm.options import parse_target
@@ -31,7 +33,8 @@ from prunedm.removal.nm import eligible_layers, nm_mask
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import find_permutation, permute_, permuted
 from prunedm.removal.weights import keep_highest, weight_masks
-from prunedm.stages.inputs import calibration_problems, device_for
+from prunedm.scores import score_layers
+from prunedm.stages.inputs import calibration_for, calibration_problems, device_for
 from prunedm.stages.pruning.job import (
     Details,
     PruneJob,
@@ -41,7 +44,11 @@ from prunedm.stages.pruning.job import (
     share_to_remove,
     widths,
 )
+from prunedm.tables import SCORES
+from prunedm.task import Task
 
+Value = TypeVar("Value")
+GUIDANCE = 0.5  # of OBS where options name none, and blocks are not pruned in turn
 RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
 PATTERNS = ("2:4", "1:4")  # and of N:M
 SHORT = 0.9  # below this share of the target, finer steps are tried
@@ -153,7 +160,8 @@ def remove_nm(job: PruneJob) -> Details:
     """N:M masks from scores, or by OBS; one pattern, or one allocated to each layer."""
     options = job.options
     obs, by_layer = options.mechanism == "obs-nm", options.allocation == "sensitivity"
-    scores = job.scores() if by_layer or options.permute or not obs else {}
+    in_turn = not (by_layer or options.permute or obs) and _is_of_inputs(job)
+    scores = {} if in_turn or (obs and not by_layer and not options.permute) else job.scores()
     details: Details = {"dense": {}}
     if by_layer:
         choices = _allocated(job, scores, options.sensitivity.candidates or PATTERNS)
@@ -169,8 +177,13 @@ def remove_nm(job: PruneJob) -> Details:
         permute_(denoiser, permutation)
         # by coupled set: the share of scores that the patterns keep, before and after
         scores, details["permutation"] = permuted(scores, permutation), permutation.kept
-    masks = _obs(job, patterns) if obs else _masks(scores, patterns)
-    job.model.masks = Masks(masks, patterns)
+    if in_turn:
+        masks = _masks_in_turn(job, patterns)
+        rest = {name: pattern for name, pattern in patterns.items() if name not in masks}
+        assert not rest, f"{next(iter(rest))} is in no block"
+    else:
+        masks = _obs(job, patterns) if obs else _masks(scores, patterns)
+    job.model.masks = Masks({name: masks[name] for name in patterns}, patterns)
     if by_layer:
         kind, ratio = parse_target(options.target)
         details |= requested(kind, ratio, removed_share(job, kind), STEPS)
@@ -178,6 +191,13 @@ def remove_nm(job: PruneJob) -> Details:
     else:
         details["requested"] = {"pattern": options.pattern}
     return details | _zeros(job)
+
+
+def _is_of_inputs(job: PruneJob) -> bool:
+    """Whether the score looks at inputs, and all layers are in blocks that are calibrated in turn."""
+    blocks = tuple(f"{name}." for name in chained_blocks(job.model.denoiser))
+    score = SCORES[job.options.score]
+    return score.statistic.startswith("input") and all(n.startswith(blocks) for n in job.layers)
 
 
 def _allocated(
@@ -201,8 +221,8 @@ def _allocated(
             f"{kind}={ratio:g} cannot be reached: {most:g} is the largest with the candidates "
             f"{', '.join(texts)}; add sparser ones"
         )
-    assert job.images is not None  # refused by `check_options`
-    problems = calibration_problems(job.model, options, job.images)
+    assert job.data is not None  # refused by `check_options`
+    problems = calibration_problems(job.model, options, job.data)
     denoiser = job.model.denoiser.to(device_for(options.device))
     batches = fixed_batches(problems, options.sensitivity.problems)
     losses = sensitivities(
@@ -229,23 +249,91 @@ def _masks(scores: dict[str, torch.Tensor], choices: Any) -> dict[str, torch.Ten
 
 
 def _obs(job: PruneJob, choices: Any) -> dict[str, torch.Tensor]:
-    """Masks by OBS, which also updates the remaining weights."""
+    """Masks by OBS, which also updates the remaining weights.
+
+    Without guidance, blocks that are chained are pruned in turn; what is in no block, with the whole.
+    """
     options = job.options
     chosen = {name: choice for name, choice in choices.items() if choice is not None}
-    assert job.images is not None  # refused by `check_options`
-    problems = calibration_problems(job.model, options, job.images)
-    masks = obs_prune(
-        job.model.denoiser.to(device_for(options.device)),
-        chosen,
-        batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
-        time_weights=options.obs.time_weights,
-        damping=options.obs.damping,
-        swaps=options.obs.swaps,
-        guidance=options.obs.guidance,
-        memory=int(options.obs.memory * 2**30),
-        progress=job.progress,
-    )
+    assert job.data is not None  # refused by `check_options`
+    guidance = options.obs.guidance
+    if guidance is None:
+        guidance = 0.0 if job.model.architecture.chained else GUIDANCE
+
+    def prune(network: Any, some: dict[str, Any], problems: Task) -> dict[str, torch.Tensor]:
+        return obs_prune(
+            network,
+            some,
+            batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
+            time_weights=options.obs.time_weights,
+            damping=options.obs.damping,
+            swaps=options.obs.swaps,
+            guidance=guidance,
+            memory=int(options.obs.memory * 2**30),
+            progress=job.progress,
+        )
+
+    masks: dict[str, torch.Tensor] = {}
+    if not guidance:
+        for block in _blocks(job):
+            masks |= block.named(prune(block.network, block.inside(chosen), block.problems))
+    if rest := {name: choice for name, choice in chosen.items() if name not in masks}:
+        network = job.model.denoiser.to(device_for(options.device))
+        problems = calibration_problems(job.model, options, job.data)
+        masks |= prune(network, rest, problems)
     job.model.denoiser.cpu()
+    return {name: masks[name] for name in chosen}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of the network, as a network with problems of its own. name: in the whole."""
+
+    name: str
+    network: BlockNetwork
+    problems: KeptInputs
+
+    def inside(self, by_layer: Mapping[str, Value]) -> dict[str, Value]:
+        """Those of its own layers, by their names in the block's network."""
+        start = f"{self.name}."
+        own = {n.removeprefix(start): v for n, v in by_layer.items() if n.startswith(start)}
+        return {f"block.{name}": value for name, value in own.items()}
+
+    def named(self, by_layer: Mapping[str, Value]) -> dict[str, Value]:
+        """The inverse of `inside`."""
+        return {f"{self.name}.{n.removeprefix('block.')}": v for n, v in by_layer.items()}
+
+
+def _blocks(job: PruneJob) -> Iterator[_Block]:
+    """The chained blocks in turn, each on what those before it make as they are by then."""
+    options, network = job.options, job.model.denoiser
+    if job.data is None or not chained_blocks(network):
+        return
+    problems = calibration_problems(job.model, options, job.data)
+    count, size = options.calibration_problems, options.calibration_batch
+    network.to(device_for(options.device))
+    for turn in blocks_in_turn(network, problems, count, size=size):
+        yield _Block(*turn)
+    network.cpu()
+
+
+def _masks_in_turn(job: PruneJob, patterns: dict[str, Pattern]) -> dict[str, torch.Tensor]:
+    """Masks by a score of inputs, each block's on what the masked blocks before it make (Wanda)."""
+    masks: dict[str, torch.Tensor] = {}
+    assert job.data is not None  # refused by `check_options`
+    calibration = calibration_for(job.model, job.options, job.data)
+    for block in _blocks(job):
+        scores = score_layers(
+            block.network,
+            block.inside({name: job.layers[name] for name in patterns}),
+            job.options.score,
+            calibration=replace(calibration, problems=block.problems),
+            progress=job.progress,
+        )
+        own = block.named(scores)
+        found = Masks(_masks(own, {name: patterns[name] for name in own}))
+        found.apply_(job.model.denoiser)
+        masks |= found.by_layer
     return masks
 
 

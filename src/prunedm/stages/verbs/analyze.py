@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from prunedm.calibration import TimeBins, input_squares, input_variances
-from prunedm.data.images import ImageSet
 from prunedm.evaluation.activations import (
     Activations,
     ScoreTrial,
@@ -26,11 +25,13 @@ from prunedm.record import write_json
 from prunedm.removal.nm import eligible_layers, nm_masks
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
+    DataSet,
     calibration_problems,
     device_for,
     held_out_problems,
     read_inputs,
     score_weights,
+    time_bins,
 )
 
 TRIED = ("magnitude", "wanda", "fluctuation")
@@ -39,14 +40,14 @@ TRIED = ("magnitude", "wanda", "fluctuation")
 def analyze(request: Request[AnalyzeOptions]) -> Plan:
     """Write `activations.json` and the heat map `activations.png`; the model stays as it is."""
     options, progress = request.options, request.progress
-    model, images, inputs = read_inputs(request)
+    model, data, inputs = read_inputs(request)
     eligible_layers(  # raises where none is, before any work
         prunable_layers(model.denoiser, options.targets), Pattern.parse(options.pattern)
     )
 
     def make(folder: Path) -> dict[str, Any]:
-        found = _activations(model, images, options, progress)
-        trial = _trial(model, images, options, progress)
+        found = _activations(model, data, options, progress)
+        trial = _trial(model, data, options, progress)
         figures = {"verdict": verdict(found, trial), "trial": trial.model_dump()}
         write_json(figures | found.model_dump(), folder / "activations.json")
         heat_map(found, folder / "activations.png")
@@ -56,13 +57,13 @@ def analyze(request: Request[AnalyzeOptions]) -> Plan:
 
 
 def _activations(
-    model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress
+    model: Model, data: DataSet, options: AnalyzeOptions, progress: Progress
 ) -> Activations:
     device = device_for(options.device)
     denoiser = model.denoiser.to(device)
     layers = prunable_layers(denoiser, options.targets)
-    problems = calibration_problems(model, options, images)
-    bins = TimeBins.over(problems.times, options.time_bins)
+    problems = calibration_problems(model, options, data)
+    bins = TimeBins.over(problems.times, time_bins(model, options))
     batches = problems.stream(options.calibration_problems, size=options.calibration_batch)
     squares = input_squares(denoiser, layers, batches, bins=bins, progress=progress)
     variances = input_variances(denoiser, layers, batches, progress=progress)
@@ -76,9 +77,7 @@ def _activations(
     )
 
 
-def _trial(
-    model: Model, images: ImageSet, options: AnalyzeOptions, progress: Progress
-) -> ScoreTrial:
+def _trial(model: Model, data: DataSet, options: AnalyzeOptions, progress: Progress) -> ScoreTrial:
     """The loss of copies pruned by each score, against the dense model's."""
     device = device_for(options.device)
     held_out = held_out_problems(model, options, options.problems)
@@ -88,7 +87,7 @@ def _trial(
     for score in TRIED:
         layers = prunable_layers(model.denoiser, options.targets)
         wanted = ScoreOptions(**shared, score=score)
-        scores = score_weights(model, layers, wanted, images, progress=progress)
+        scores = score_weights(model, layers, wanted, data, progress=progress)
         pruned: nn.Module = deepcopy(model.denoiser)
         nm_masks(layers, scores, pattern).apply_(pruned)
         losses[score] = denoising_loss(pruned, held_out, device=device)

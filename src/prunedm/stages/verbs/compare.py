@@ -31,7 +31,7 @@ from prunedm.stages.evaluating.quality import with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Candidate, pair_with_dense, set_beside, time_in_turns
 from prunedm.stages.frame import RESUME, Plan, Request
-from prunedm.stages.inputs import data_source, given_model, images_for, model_sources, source_of
+from prunedm.stages.inputs import data_for, data_source, given_model, model_sources, source_of
 from prunedm.system.places import bare
 from prunedm.training import processes
 
@@ -76,11 +76,12 @@ def read_comparison(folder: Path) -> list[Evaluation]:
 
 def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yardstick:
     """The common measure of all models. Raises `UserError` for what would fail only after sampling."""
-    reference = images_for(model, options, "test", progress)
+    reference = data_for(model, options, "test", progress)
     options, network, files = with_features(options, reference)
-    sampler = make_sampler(model.scheduler, options.sampler)
-    if options.samples:
-        set_steps(sampler, options.sampling_steps)
+    if model.scheduler is not None:
+        sampler = make_sampler(model.scheduler, options.sampler)
+        if options.samples:
+            set_steps(sampler, options.sampling_steps)
     return Yardstick(options, reference, network, progress, files)
 
 
@@ -92,15 +93,11 @@ def check_labels(labels: Mapping[str, Any]) -> None:
 
 
 def _check_shapes(models: Mapping[str, Model]) -> None:
-    """Raise `UserError` where image shapes differ: problems, noise and times would not compare."""
+    """Raise `UserError` where images or tokens differ: problems and times would not compare."""
     first, *others = models
-    wanted = models[first].sample_shape
     for label in others:
-        if models[label].sample_shape != wanted:
-            raise UserError(
-                f"{label} makes images of {models[label].sample_shape}, {first} of {wanted}; "
-                "compare models of one shape"
-            )
+        if what := models[label].differs_from(models[first]):
+            raise UserError(f"{label} and {first} have other {what}; compare models of one kind")
 
 
 def study(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prunedm.deployment.description import Description, write_description
+from prunedm.errors import UserError
 from prunedm.folder import Model, save_config
 from prunedm.options import ExportOptions
 from prunedm.record import file_hash
@@ -25,6 +26,11 @@ def export(request: Request[ExportOptions]) -> Plan:
     kind: Format = FORMATS[options.format]
     kind.require(options.format, str(options.precision))
     model = given_model(request.source, options, progress)
+    if model.tokenizer is not None and not kind.texts:
+        raise UserError(
+            f"--format {options.format} is for denoisers; of a language model prunedm writes packed "
+            "files, and optimum-cli makes ONNX and OpenVINO ones of its folder"
+        )
     if model.masks is not None:
         kind.check_masks(model.masks)
     data = (

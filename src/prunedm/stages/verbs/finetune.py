@@ -10,7 +10,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from prunedm.architecture import answer
-from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, load, save
@@ -24,6 +23,7 @@ from prunedm.record import Source, read_record
 from prunedm.recovery.objective import Mixture, data_objective, recovery_objective
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import (
+    DataSet,
     dense_source,
     held_out_problems,
     read_inputs,
@@ -40,7 +40,7 @@ GIB = 1 << 30
 def finetune(request: Request[FinetuneOptions]) -> Plan:
     """Train `source`'s weights and write a model folder of the same shape and masks."""
     options, progress = request.options, request.progress
-    model, images, inputs = read_inputs(request)
+    model, data, inputs = read_inputs(request)
     _check_dropout(model, options)
     teacher = known = None
     if not request.overwrite:
@@ -58,7 +58,7 @@ def finetune(request: Request[FinetuneOptions]) -> Plan:
         if network is None and known is not None:  # that of an `out` to be replaced
             network = reload(known, like=model)
         figures = _finetune(
-            model, network, images, options, resume=folder / RESUME, progress=progress
+            model, network, data, options, resume=folder / RESUME, progress=progress
         )
         save(model, folder)
         return figures
@@ -93,16 +93,11 @@ def _is_there(model: str) -> bool:
 
 def _check_teacher(model: Model, teacher: Model) -> None:
     """Raise `UserError` where the model cannot be trained towards the teacher's outputs."""
-    for what, own, other in (
-        ("images of", model.sample_shape, teacher.sample_shape),
-        ("output channels:", *(m.denoiser.config.out_channels for m in (model, teacher))),
-        ("classes:", *(m.architecture.classes(m.denoiser) for m in (model, teacher))),
-    ):  # fmt: skip
-        if own != other:
-            raise UserError(
-                f"teacher {teacher.name} has {what} {other}, {model.name} {own}; give another --teacher"
-            )
-    if other := model.process.differs_from(teacher.process):
+    if what := teacher.differs_from(model):
+        raise UserError(
+            f"teacher {teacher.name} and {model.name} have other {what}; give another --teacher"
+        )
+    if model.scheduler is not None and (other := model.process.differs_from(teacher.process)):
         raise UserError(
             f"teacher {teacher.name} was trained with another {other}; give another --teacher"
         )
@@ -115,7 +110,7 @@ def _reorderings(model: Model) -> list[str]:
 
 
 def _check_dropout(model: Model, options: FinetuneOptions) -> None:
-    own = float(model.denoiser.config.get("dropout") or 0.0)
+    own = float(getattr(model.denoiser.config, "dropout", None) or 0.0)
     if options.match_sensitivity and options.dropout is None and own:
         raise UserError(
             f"{model.name} has dropout {own:g}, which would drown responses to small changes; "
@@ -146,7 +141,7 @@ def find_teacher(model: Model, wanted: str, progress: Progress) -> Model | None:
 def _finetune(
     model: Model,
     teacher: Model | None,
-    images: ImageSet,
+    data: DataSet,
     options: FinetuneOptions,
     *,
     resume: Path,
@@ -164,7 +159,7 @@ def _finetune(
     ):
         figures = fit_weights(
             model,
-            images,
+            data,
             options,
             resume,
             accelerator=accelerator,

@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
@@ -28,6 +27,7 @@ from prunedm.record import Source
 from prunedm.removal.nm import nm_masks
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import (
+    DataSet,
     dense_source,
     held_out_problems,
     read_inputs,
@@ -49,7 +49,7 @@ def learn(request: Request[LearnOptions]) -> Plan:
     in the model itself.
     """
     progress, options = request.progress, request.options.filled()
-    given, images, inputs = read_inputs(request)
+    given, data, inputs = read_inputs(request)
     first, said = _given_masks(given, options, inputs)
     before = before_masks(given)
     model = unmasked(given, before)
@@ -59,10 +59,8 @@ def learn(request: Request[LearnOptions]) -> Plan:
     def make(folder: Path) -> dict[str, Any]:
         for line in said:
             progress.say(line)
-        masks = first or _scored_masks(model, images, options, progress)
-        return _learn(
-            model, folder, masks, teacher, images=images, options=options, progress=progress
-        )
+        masks = first or _scored_masks(model, data, options, progress)
+        return _learn(model, folder, masks, teacher, data=data, options=options, progress=progress)
 
     return Plan(options=options, inputs=inputs, parent=given.record, make=make)
 
@@ -102,11 +100,9 @@ def _given_masks(
     return model.masks, []
 
 
-def _scored_masks(
-    model: Model, images: ImageSet, options: LearnOptions, progress: Progress
-) -> Masks:
+def _scored_masks(model: Model, data: DataSet, options: LearnOptions, progress: Progress) -> Masks:
     layers = prunable_layers(model.denoiser, options.targets)
-    scores = score_weights(model, layers, options, images, progress=progress)
+    scores = score_weights(model, layers, options, data, progress=progress)
     model.denoiser.to("cpu")
     return nm_masks(layers, scores, Pattern.parse(options.pattern))
 
@@ -132,7 +128,7 @@ def _learn(
     first: Masks,
     teacher: Any,
     *,
-    images: ImageSet,
+    data: DataSet,
     options: LearnOptions,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -158,7 +154,7 @@ def _learn(
         model.denoiser,
         MaskLogits(first, scores, lead=options.logits or 0.0),
         teacher=teacher,
-        problems=training_problems(model, options, images, cycle=cycle),
+        problems=training_problems(model, options, data, cycle=cycle),
         options=options,
         accelerator=accelerator,
         resume=folder / RESUME,

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunedm.data.images import ImageSet
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import LossEstimate, denoising_loss
 from prunedm.folder import Model
@@ -15,7 +14,7 @@ from prunedm.options import LossOptions
 from prunedm.progress import Progress
 from prunedm.record import finite
 from prunedm.stages.frame import Plan, Request
-from prunedm.stages.inputs import device_for, problems_on, read_inputs
+from prunedm.stages.inputs import DataSet, device_for, held_out_count, problems_on, read_inputs
 from prunedm.stages.masks import masks_from
 
 
@@ -26,7 +25,7 @@ def loss(request: Request[LossOptions]) -> Plan:
     Raises `UserError` where the masks are of another model.
     """
     options, progress = request.options, request.progress
-    model, images, inputs = read_inputs(request, options.split)
+    model, data, inputs = read_inputs(request, options.split)
     masks = model.masks
     if options.masks:
         masks, found = masks_from(options.masks, model.denoiser, targets=options.targets)
@@ -36,7 +35,7 @@ def loss(request: Request[LossOptions]) -> Plan:
         raise UserError("--targets narrows the layers of --masks; give --masks too")
 
     def make(folder: Path) -> dict[str, Any]:
-        per_batch = _losses(model, images, options, progress)
+        per_batch = _losses(model, data, options, progress)
         means_B = np.array([float(losses_N.double().mean()) for losses_N in per_batch])
         losses_N = torch.cat(per_batch)
         np.save(folder / "losses.npy", means_B, allow_pickle=False)
@@ -47,14 +46,14 @@ def loss(request: Request[LossOptions]) -> Plan:
 
 
 def _losses(
-    model: Model, images: ImageSet, options: LossOptions, progress: Progress
+    model: Model, data: DataSet, options: LossOptions, progress: Progress
 ) -> list[torch.Tensor]:
     """Losses of each batch's problems (N,)."""
-    size, count = options.batch_size, options.problems
+    size, count = options.batch_size, held_out_count(data, options.problems)
     if options.max_batches is not None:
         count = min(count, options.max_batches * size)
     # the problems of every held-out loss, so that losses compare problem by problem
-    stream = problems_on(images, model, options.seed).stream(count, size=size)
+    stream = problems_on(data, model, options.seed).stream(count, size=size)
     device = device_for(options.device)
     denoiser = model.denoiser.to(device)
     losses = []

@@ -15,11 +15,12 @@ from prunedm.record import finite, write_json
 from prunedm.sampling import images_of
 from prunedm.stages.frame import Plan, Request
 from prunedm.stages.inputs import (
+    DataSet,
+    data_for,
     data_source,
     device_for,
     given_model,
     held_out_problems,
-    images_for,
     model_sources,
 )
 from prunedm.stages.pruning.job import Details, PruneJob, asks, check_options
@@ -41,21 +42,21 @@ def prune(request: Request[PruneOptions]) -> Plan:
             f"{request.source} has masks already; prune the model that they were made from"
         )
     check_options(options, model)
-    images = _images(model, options, progress)
-    inputs = model_sources(model) | ({"dataset": data_source(images)} if images else {})
+    data = _data(model, options, progress)
+    inputs = model_sources(model) | ({"dataset": data_source(data)} if data else {})
 
     def make(folder: Path) -> dict[str, Any]:
-        figures = _prune(model, images, options, folder, progress)
+        figures = _prune(model, data, options, folder, progress)
         save(model, folder)
         return figures
 
     return Plan(options=options, inputs=inputs, parent=model.record, make=make)
 
 
-def _images(model: Model, options: PruneOptions, progress: Progress) -> ImageSet | None:
-    """The training images; None where the default ones do not fit and are not needed."""
+def _data(model: Model, options: PruneOptions, progress: Progress) -> DataSet | None:
+    """The training data; None where the default ones do not fit and are not needed."""
     try:
-        return images_for(model, options, "train", progress)
+        return data_for(model, options, "train", progress)
     except UserError as error:
         named = "dataset" in options.model_fields_set and not model.unasked
         if named or asks(options):
@@ -65,14 +66,14 @@ def _images(model: Model, options: PruneOptions, progress: Progress) -> ImageSet
 
 
 def _prune(
-    model: Model, images: ImageSet | None, options: PruneOptions, folder: Path, progress: Progress
+    model: Model, data: DataSet | None, options: PruneOptions, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    held_out = [] if images is None else _held_out(model, options)
+    held_out = [] if data is None else _held_out(model, options)
     before = _summary(model, held_out, options)
-    draws = images is not None and options.pictures > 0
+    draws = isinstance(data, ImageSet) and options.pictures > 0
     if draws:
         _picture(model, options, folder / "vis" / "before_pruning.png")
-    details: Details = MECHANISMS[options.mechanism](PruneJob(model, options, images, progress))
+    details: Details = MECHANISMS[options.mechanism](PruneJob(model, options, data, progress))
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)

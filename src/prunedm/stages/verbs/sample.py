@@ -16,6 +16,7 @@ from prunedm.options import SampleOptions
 from prunedm.progress import Progress
 from prunedm.reading import check_regular
 from prunedm.sampling import FastDenoiser, draw_images, make_sampler, set_steps
+from prunedm.stages.continuations import continue_prompts
 from prunedm.stages.frame import RESUME, Plan, Request
 from prunedm.stages.inputs import device_for, model_sources
 from prunedm.task.condition import Classes, Condition
@@ -34,6 +35,10 @@ def sample(request: Request[SampleOptions]) -> Plan:
     model = open_model(request.source, scheduler=options.scheduler)
     for note in model.notes:
         progress.say(note)
+    if model.tokenizer is not None:
+        return continue_prompts(model, options, progress)
+    if options.prompts:
+        raise UserError("--prompts: only language models continue texts so far; leave it out")
     _check_speed(model, options)
     sampler = make_sampler(model.scheduler, options.sampler, options.spacing)
     set_steps(sampler, options.sampling_steps)  # both raise before any work

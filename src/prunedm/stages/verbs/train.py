@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 
-from prunedm.data.images import ImageSet
 from prunedm.errors import UserError, nearest
 from prunedm.evaluation.loss import denoising_loss
 from prunedm.folder import Model, save
@@ -25,7 +24,13 @@ from prunedm.options.train import WeightOptions
 from prunedm.randomness import seed_for
 from prunedm.recovery.objective import data_objective
 from prunedm.stages.frame import RESUME, Plan, Request
-from prunedm.stages.inputs import data_source, held_out_problems, images_for, training_problems
+from prunedm.stages.inputs import (
+    DataSet,
+    data_for,
+    data_source,
+    held_out_problems,
+    training_problems,
+)
 from prunedm.stages.shown import samples
 from prunedm.task import Batch
 from prunedm.training import processes
@@ -37,12 +42,12 @@ def train(request: Request[TrainOptions]) -> Plan:
     """Train `options.unet` on `options.dataset` and write a model folder."""
     options, progress = request.options, request.progress
     model = _new_model(options)
-    images = images_for(model, options, "train", progress)
+    data = data_for(model, options, "train", progress)
 
     def make(folder: Path) -> dict[str, Any]:
         figures = fit_weights(
             model,
-            images,
+            data,
             options,
             folder / RESUME,
             accelerator=make_accelerator(options),
@@ -53,7 +58,7 @@ def train(request: Request[TrainOptions]) -> Plan:
         save(model, folder)
         return figures
 
-    return Plan(options=options, inputs={"dataset": data_source(images)}, make=make)
+    return Plan(options=options, inputs={"dataset": data_source(data)}, make=make)
 
 
 def _new_model(options: TrainOptions) -> Model:
@@ -98,7 +103,7 @@ def _from_config(cls: Any, config: dict[str, Any], what: str) -> Any:
 
 def fit_weights(
     model: Model,
-    images: ImageSet,
+    data: DataSet,
     options: WeightOptions,
     resume: Path,
     *,
@@ -117,7 +122,7 @@ def fit_weights(
     history = fit(
         model.denoiser,
         objective,
-        problems=training_problems(model, options, images, cycle=cycle),
+        problems=training_problems(model, options, data, cycle=cycle),
         options=options,
         accelerator=accelerator,
         checkpoint=resume / "checkpoint.safetensors",

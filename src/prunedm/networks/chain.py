@@ -1,0 +1,95 @@
+"""A network's blocks in turn, each as a network of its own whose problems are its kept inputs.
+
+The protocol of SparseGPT and Wanda: a block is calibrated on what the pruned blocks before it make of
+the problems. Every block runs twice a problem, however many there are, in place of the whole network
+once for each set of layers.
+
+Shapes: S problems, L positions, D channels.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunedm.architecture import architecture_of, device_of, unwrapped
+from prunedm.task import Batch, Task, predict
+
+Told = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # by the number of problems in a batch
+
+
+class BlockNetwork(nn.Module):
+    """One block as a network: `sample` (N, L, D) => what the block makes of it.
+
+    told: its further arguments (positions, attention masks), for batches of so many problems.
+    """
+
+    def __init__(self, block: nn.Module, told: Told) -> None:
+        super().__init__()
+        self.block, self.told = block, told
+
+    def forward(self, sample: torch.Tensor, *, return_dict: bool = False) -> tuple[torch.Tensor]:
+        others, named = self.told[len(sample)]
+        made = self.block(sample, *others, **named)
+        return (made[0] if isinstance(made, tuple) else made,)
+
+
+class KeptInputs(Task):
+    """What a block is given on problems 0 to S - 1: hidden_SLD, which waits on the CPU."""
+
+    def __init__(self, hidden_SLD: torch.Tensor) -> None:
+        self.hidden_SLD = hidden_SLD
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Rows of the hidden states; nothing is asked of them, so they are the target too."""
+        hidden = self.hidden_SLD[list(numbers)]
+        return Batch({"sample": hidden}, hidden, numbers=tuple(numbers))
+
+
+def chained_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The blocks by name, in order, where each is given what the one before it made; else {}."""
+    record = architecture_of(network)
+    return {
+        name: module
+        for name, module in unwrapped(network).named_modules()
+        if record.chained and any(re.fullmatch(pattern, name) for pattern in record.blocks)
+    }
+
+
+@torch.no_grad()
+def blocks_in_turn(
+    network: nn.Module, problems: Task, count: int, *, size: int
+) -> Iterator[tuple[str, BlockNetwork, KeptInputs]]:
+    """Each block by name, as a network, with its inputs on problems 0 to count - 1.
+
+    What the caller does to a block, the blocks after it see. size: problems at a time. One pass of the
+    whole network comes first: it gives the first block's inputs and every block's further arguments.
+    """
+    blocks, device = chained_blocks(network), device_of(network)
+    told: dict[str, Told] = {name: {} for name in blocks}
+    first, hidden = next(iter(blocks)), list[torch.Tensor]()
+    names = {id(block): name for name, block in blocks.items()}
+
+    def hear(block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        name = names[id(block)]
+        told[name][len(args[0])] = args[1:], named
+        if name == first:
+            hidden.append(args[0].cpu())
+
+    network.eval()
+    handles = [b.register_forward_pre_hook(hear, with_kwargs=True) for b in blocks.values()]
+    try:
+        for batch in problems.stream(count, size=size):
+            predict(network, batch.to(device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs = KeptInputs(torch.cat(hidden))
+    for name, block in blocks.items():
+        alone = BlockNetwork(block, told.pop(name))
+        yield name, alone, inputs
+        if told:  # there is a block after it
+            made = [predict(alone, b.to(device)).cpu() for b in inputs.stream(count, size=size)]
+            inputs = KeptInputs(torch.cat(made))
