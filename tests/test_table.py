@@ -235,11 +235,11 @@ def test_tones_follow_direction_and_spread() -> None:
 
 
 def test_fd_header_names_the_features() -> None:
-    assert headers([evaluation()])[2] == "FD (digits-cnn)"
-    assert headers([evaluation(features="FID")])[2] == "FID"
+    assert headers([evaluation()])[4] == "FD (digits-cnn)"
+    assert headers([evaluation(features="FID")])[4] == "FID"
     mixed = [evaluation(), pruned(features="FID")]
-    assert headers(mixed)[2] == "FD"
-    assert rows(mixed)[1][2] == "4.41 FID"  # and no change: the two do not compare
+    assert headers(mixed)[4] == "FD"
+    assert rows(mixed)[1][4] == "4.41 FID"  # and no change: the two do not compare
 
 
 @pytest.mark.parametrize(
