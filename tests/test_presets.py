@@ -251,3 +251,13 @@ def test_a_grouped_option_wins_over_the_preset(monkeypatch):
     assert with_preset(given, "quick").policy_gradient.samples == 4
     words = ["--estimator", "policy-gradient", "--preset", "quick", "--samples", "6"]
     assert caught(monkeypatch, *words).policy_gradient.samples == 6
+
+
+def test_the_papers_preset_sets_its_estimator_unless_told_otherwise(monkeypatch, capsys):
+    options = caught(monkeypatch, "--preset", "maskpro-llm")
+    assert (options.estimator, options.distribution) == (CLASSIC, "plackett-luce")
+    assert (options.lr, options.logits, options.steps, options.distill) == (50, 10, 10_000, 0)
+    other = with_preset(LearnOptions(estimator="relaxed", lr=0.2), "maskpro-llm")
+    assert (other.estimator, other.lr, other.steps) == ("relaxed", 0.2, 10_000)
+    assert call("presets", "maskpro-llm") == 0
+    assert "estimator: policy-gradient-classic" in capsys.readouterr().out

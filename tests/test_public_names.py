@@ -1,6 +1,7 @@
 """A name is one thing: whatever is imported first, and however often it is asked for."""
 
 import importlib
+import inspect
 import multiprocessing
 import pkgutil
 import sys
@@ -9,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import prunedm
+from prunedm.stages.table import VERBS
 
 SUBMODULES = [
     module.name
@@ -63,3 +65,22 @@ def test_the_one_module_of_a_public_name_is_the_function():
 def test_export_is_called_twice(tmp_path):
     for name in ("first", "second"):
         prunedm.export("digits", tmp_path / name, prunedm.options.ExportOptions(format="packed"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "first"),
+    [("train", "out"), ("prune", "source"), ("learn", "source"), ("compare", "models")],
+)
+def test_help_names_the_verbs_own_parameters(verb, first):
+    function = getattr(prunedm, verb)
+    parameters = list(inspect.signature(function).parameters)
+    titled = ["title"] * (verb == "compare")
+    named = [first, *(["out"] if first != "out" else []), "options"]
+    assert parameters == [*named, *titled, "progress", "overwrite"]
+    assert function.__doc__.startswith(VERBS[verb].help[:40])
+    assert function.__annotations__["options"] is VERBS[verb].options
+
+
+def test_compare_wants_labels(tmp_path):
+    with pytest.raises(prunedm.UserError, match="compare takes models by label"):
+        prunedm.compare("digits", tmp_path / "out")

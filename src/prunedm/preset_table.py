@@ -12,7 +12,7 @@ from rich.table import Table
 from prunedm.learning import ESTIMATORS
 from prunedm.options import LearnOptions
 from prunedm.options.learn import EstimatorName, PolicyGradientOptions
-from prunedm.options.presets import PRESETS, network_passes, preset_named, with_preset
+from prunedm.options.presets import PAPERS, PRESETS, network_passes, preset_options, with_preset
 
 SHOWN: tuple[EstimatorName, ...] = ("relaxed", "policy-gradient-classic")
 
@@ -129,6 +129,7 @@ def _notes(timings: list[StepTiming]) -> list[str]:
         *(f"{kind}: not measured yet; benchmarks/presets.py does it" for kind in sorted(untimed)),
         "old guides: what they expected on their GPU, with their code. They give a limit of steps for "
         "standard only (15,000); the others have the old default, 10,000.",
+        f"{', '.join(PAPERS)}: a paper's settings, with its estimator.",
         "prunedm learn MODEL OUT --preset NAME takes one; prunedm presets NAME prints it as YAML.",
     ]
 
@@ -145,14 +146,15 @@ def yaml_text(name: str, estimator: EstimatorName) -> str:
 
     Raises `UserError` where there is no such preset.
     """
-    own = preset_named(name).options(estimator)
-    full = LearnOptions(estimator=estimator, **own).filled()
-    own = {"estimator": estimator, "lr": full.lr, "logits": full.logits} | own
+    own = {"estimator": estimator} | preset_options(name, estimator)
+    full = LearnOptions(**own).filled()
+    own = {"estimator": full.estimator, "lr": full.lr, "logits": full.logits} | own
     every = full.model_dump(mode="json")
     own, rest = {k: every[k] for k in own}, {k: v for k, v in every.items() if k not in own}
+    purpose = PRESETS[name].purpose if name in PRESETS else "a paper's settings"
     comments = "".join(f"# {line}\n" for line in _dump(rest).splitlines())
     return (
-        f"# prunedm learn MODEL OUT --config FILE: preset {name}, {PRESETS[name].purpose}\n"
+        f"# prunedm learn MODEL OUT --config FILE: preset {name}, {purpose}\n"
         f"{_dump(own)}\n# at their defaults:\n{comments}"
     )
 

@@ -178,8 +178,10 @@ class Draft:
         """One line for every stage that was given options but is not run."""
         runs = ", ".join(entry.name for entry in self.entries if entry.runs)
         return [
-            f"{entry.name}: given options, but not among the stages ({runs})"
-            for entry in self.entries
+            f"{name}: given options, but not among the stages ({runs})"
+            for name, entry in zip(
+                numbered([e.name for e in self.entries]), self.entries, strict=True
+            )
             if entry.told and not entry.runs
         ]
 

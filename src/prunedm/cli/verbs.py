@@ -20,7 +20,7 @@ from prunedm.cli.parameters import (
 from prunedm.configuration import combined, merged, preset_file, read_options
 from prunedm.errors import UserError
 from prunedm.options import LearnOptions
-from prunedm.options.presets import preset_named
+from prunedm.options.presets import preset_options
 from prunedm.recipe import describe
 from prunedm.stages.table import VERBS, Stage
 
@@ -33,13 +33,13 @@ def _train_preset(name: str, given: Table) -> Table:
 
 def _learn_preset(name: str, given: Table) -> Table:
     estimator = given.get("estimator", LearnOptions().estimator)
-    return combined(preset_named(name).options(estimator), LearnOptions.nested(given))
+    return combined(preset_options(name, estimator), LearnOptions.nested(given))
 
 
 # verb -> the help of --preset, and a function of its name and the options given over it
 PRESETS: dict[str, tuple[str, Callable[[str, Table], Table]]] = {
     "train": ("a packaged configuration: digits", _train_preset),
-    "learn": ("quick, standard, best, efficient or fine: see `prunedm presets`", _learn_preset),
+    "learn": ("quick, standard, best, efficient, fine or maskpro-llm: see `prunedm presets`", _learn_preset),
 }
 
 

@@ -50,7 +50,7 @@ def _checks(rows: Sequence[Evaluation]) -> list[str]:
     checks = check_lines(rows)
     keys = ("model", "checks.loss", "checks.reload", "checks.asked")
     head = [WORDS["en"][key] for key in keys]
-    return [markdown(head, [_check(check) for check in checks])] if checks else []
+    return [markdown(head, [_check(check) for check in checks], words=head[2:])] if checks else []
 
 
 def _check(check: Check) -> list[str]:
@@ -63,16 +63,8 @@ def _check(check: Check) -> list[str]:
 
 
 def _timings(rows: Sequence[Evaluation]) -> list[str]:
-    head = [
-        "model",
-        "batch",
-        "type",
-        "threads",
-        "compiled",
-        "kernel",
-        "ms",
-        "sequences/s" if rows[-1].conditions.length else "images/s",
-    ]
+    rate = "sequences/s" if rows[-1].conditions.length else "images/s"
+    head = ["model", "batch", "type", "threads", "compiled", "kernel", "ms", rate]
     body = [
         [
             row.label, t.batch, t.dtype, t.threads, "yes" if t.compiled else "no", t.kernel,
@@ -81,14 +73,13 @@ def _timings(rows: Sequence[Evaluation]) -> list[str]:
         for row in rows
         for t in row.figures.timings
     ]  # fmt: skip
-    return [markdown(head, body)] if body else []
+    return [markdown(head, body, words=("type", "compiled", "kernel"))] if body else []
 
 
 def _conditions(rows: Sequence[Evaluation]) -> list[str]:
-    groups = conditions_in_words(rows)
     return [
-        f"{labels}: " * (len(groups) > 1) + sentence.english.unescape()
-        for labels, sentences in groups
+        f"{labels}: " * bool(labels) + sentence.english.unescape()
+        for labels, sentences in conditions_in_words(rows)
         for sentence in sentences
     ]
 

@@ -184,9 +184,11 @@ def markdown_table(evaluations: Sequence[Evaluation]) -> str:
     return markdown(headers(evaluations, columns), rows(evaluations, columns)) + "\n"
 
 
-def markdown(head: Sequence[str], body: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right-aligned."""
-    ruler = ["---"] + ["---:"] * (len(head) - 1)
+def markdown(
+    head: Sequence[str], body: Sequence[Sequence[object]], *, words: Sequence[str] = ()
+) -> str:
+    """A Markdown table; the first column and those of `words` are left-aligned, the others right."""
+    ruler = ["---" if k == 0 or name in words else "---:" for k, name in enumerate(head)]
     escaped = [[_markdown(str(text)) for text in line] for line in (head, *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [escaped[0], ruler, *escaped[1:]])
 

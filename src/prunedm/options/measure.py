@@ -26,7 +26,9 @@ class SampleOptions(ModelOptions):
     )
     sampling_steps: int = Field(50, ge=1, description="denoiser calls an image")
     spacing: Literal["trailing", "uniform", "quad"] = Field(
-        "trailing", description="of timesteps: even, from T-1 on; even, T-1 to 0; dense near 0"
+        "trailing",
+        description="of timesteps: trailing: even, from T-1 on; uniform: even, from T-1 to 0; quad: "
+        "dense near 0",
     )
     batch_size: int = Field(64, ge=1, description="images at a time")
     speed: Literal["exact", "fast"] = Field(

@@ -1,4 +1,5 @@
-"""Named settings of `prunedm learn`: the five of the old MaskPro scripts, for every estimator."""
+"""Named settings of `prunedm learn`: the five of the old MaskPro scripts, for every estimator, and those
+of papers, which name their estimator too."""
 
 import math
 from dataclasses import dataclass
@@ -71,16 +72,36 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def preset_named(name: str) -> Preset:
-    """Raises `UserError` that suggests the nearest preset."""
+# MaskPro (Sun et al. 2025) on language models: frozen weights, the loss under each drawn mask against
+# that under the first masks, with a moving average
+PAPERS: dict[str, dict[str, Any]] = {
+    "maskpro-llm": {
+        "estimator": "policy-gradient-classic",
+        "distribution": "plackett-luce",
+        "distill": 0.0,
+        "lr": 50.0,
+        "logits": 10.0,
+        "steps": 10_000,
+        "dataset_size": 512,
+        "batch_size": 32,
+        "validate_every": 500,
+        "checkpoint_every": 500,
+    },
+}
+
+
+def preset_options(name: str, estimator: EstimatorName) -> dict[str, Any]:
+    """What a preset sets. Raises `UserError` that suggests the nearest one."""
+    if name in PAPERS:
+        return PAPERS[name]
     if name not in PRESETS:
-        raise UserError(f"no preset {name!r} of learn{nearest(name, list(PRESETS))}")
-    return PRESETS[name]
+        raise UserError(f"no preset {name!r} of learn{nearest(name, [*PRESETS, *PAPERS])}")
+    return PRESETS[name].options(estimator)
 
 
 def with_preset(given: LearnOptions, name: str) -> LearnOptions:
     """Defaults < the preset < what was set in `given`."""
-    below, above = preset_named(name).options(given.estimator), given.given()
+    below, above = preset_options(name, given.estimator), given.given()
     groups = {
         key: below[key] | above[key] for key in below.keys() & above if isinstance(below[key], dict)
     }

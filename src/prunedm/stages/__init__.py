@@ -1,23 +1,20 @@
 """The verbs: each reads a model folder, does one thing, and writes a new folder with a record.
 
-`VERBS` has one record per verb (table.py), and `prunedm.stages.prune` is the record of `prune`. Nothing
-heavy is imported before a verb is called.
+`VERBS` has one record per verb (table.py), and `prunedm.stages.prune` is the function of `prune`'s.
+Nothing heavy is imported before a verb is called.
 """
 
-from functools import partial
 from typing import Any
 
 from prunedm.options import EvaluateOptions
 from prunedm.stages.table import STAGES, VERBS
 
-__all__ = ["STAGES", "VERBS", "check_inputs", "train", *(set(VERBS) - {"train"})]  # noqa: PLE0604
-
-train = partial(VERBS["train"], "")  # reads no model: train(out, options)
+__all__ = ["STAGES", "VERBS", "check_inputs", *VERBS]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name in VERBS:
-        return VERBS[name]
+        return VERBS[name].function
     raise AttributeError(f"module 'prunedm.stages' has no attribute {name!r}")
 
 

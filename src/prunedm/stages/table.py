@@ -3,8 +3,10 @@
 To add one: its options (a class in `options/`), its function (verbs/NAME.py, NAME), a record here.
 """
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -28,6 +30,11 @@ from prunedm.stages.frame import Models, Plan, Request, run_stage, status
 
 O = TypeVar("O", bound=Options)  # noqa: E741
 
+_RETURNS = (
+    "Returns the record of `out`, and whether it was made now: a finished result is left alone. "
+    "`overwrite` replaces another one. Raises `UserError` for what the user can mend."
+)
+
 
 @dataclass(frozen=True)
 class Stage(Generic[O]):
@@ -45,6 +52,53 @@ class Stage(Generic[O]):
     reads: Literal["model", "models", "nothing"] = "model"
     masks: Callable[[O], bool] = lambda options: False
     bare: bool = False
+    about: str = ""  # what its function in Python tells besides
+
+    @cached_property
+    def function(self) -> Callable[..., tuple[Record, bool]]:
+        """The verb as Python users call it: with its own name, parameters and docstring."""
+        options = self.options()
+
+        def of_model(
+            source: str | Path,
+            out: str | Path,
+            options: Any = options,
+            *,
+            progress: Progress | None = None,
+            overwrite: bool = False,
+        ) -> tuple[Record, bool]:
+            return self(source, out, options, progress=progress, overwrite=overwrite)
+
+        def of_models(
+            models: Mapping[str, str | Path],
+            out: str | Path,
+            options: Any = options,
+            *,
+            title: str = "",
+            progress: Progress | None = None,
+            overwrite: bool = False,
+        ) -> tuple[Record, bool]:
+            return self(models, out, options, progress=progress, overwrite=overwrite, title=title)
+
+        def of_nothing(
+            out: str | Path,
+            options: Any = options,
+            *,
+            progress: Progress | None = None,
+            overwrite: bool = False,
+        ) -> tuple[Record, bool]:
+            return self("", out, options, progress=progress, overwrite=overwrite)
+
+        kinds: dict[str, Callable[..., tuple[Record, bool]]] = {
+            "model": of_model, "models": of_models, "nothing": of_nothing
+        }  # fmt: skip
+        made = kinds[self.reads]
+        made.__name__ = made.__qualname__ = self.verb
+        made.__module__ = "prunedm"
+        made.__annotations__["options"] = self.options
+        parts = (self.help, self.about, _RETURNS)
+        made.__doc__ = "\n\n".join(textwrap.fill(part, 100) for part in parts if part)
+        return made
 
     def __call__(
         self,
@@ -92,6 +146,7 @@ _ALL: tuple[Stage, ...] = (
         TrainOptions,
         "Train a dense model from scratch; --preset digits makes the embedded one.",
         reads="nothing",
+        about="Writes a pipeline folder of the averaged weights.",
     ),
     Stage(
         "prune",
@@ -147,6 +202,9 @@ _ALL: tuple[Stage, ...] = (
         EvaluateOptions,
         "Measure several models on the same problems and noise; table and report.html.",
         makes="leaf",
+        about="models: label -> folder, hub id or digits; the first is the dense one. title: the "
+        'report\'s heading. Depth "compare" is "full" here, for all models are given. Where a '
+        "measurement failed, `overwrite` takes it again.",
         reads="models",
     ),
 )

@@ -13,12 +13,19 @@ from prunedm.tables import METRICS
 
 
 def conditions_in_words(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Words]]]:
-    """Labels and sentences; models of equal conditions share them."""
+    """Labels and sentences: first ("" for the labels) what holds for all, then what differs.
+
+    Models of equal conditions share their sentences.
+    """
     groups: dict[str, list[Evaluation]] = {}
     for e in evaluations:
         # weights may differ within a group: they have sentences of their own
         groups.setdefault(e.conditions.model_dump_json(exclude={"weights"}), []).append(e)
-    return [(", ".join(e.label for e in group), _sentences(group)) for group in groups.values()]
+    told = [(", ".join(e.label for e in group), _sentences(group)) for group in groups.values()]
+    first, *others = (sentences for _, sentences in told)
+    common = [s for s in first if all(s in sentences for sentences in others)]
+    own = [(labels, [s for s in sentences if s not in common]) for labels, sentences in told]
+    return [("", common), *((labels, sentences) for labels, sentences in own if sentences)]
 
 
 def _sentences(group: Sequence[Evaluation]) -> list[Words]:

@@ -45,6 +45,10 @@ def compare(request: Request[EvaluateOptions]) -> Plan:
     Where a step has failed, `overwrite` measures again.
     """
     models, options, progress = request.source, request.options, request.progress
+    if not isinstance(models, Mapping):
+        raise UserError(
+            f"compare takes models by label, as {{'dense': 'digits', ...}}, not {models!r}"
+        )
     if not models:
         raise UserError("compare needs at least one model; the first is the one to compare with")
     check_labels(models)
