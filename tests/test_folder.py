@@ -640,6 +640,9 @@ def test_a_hub_id_without_network_is_named_in_one_line(monkeypatch, message):
     refused("someone/nothing", "'someone/nothing'", message.split("\n")[0] or "ConnectionError")
 
 
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_hub_snapshot_falls_back_to_bin_weights(folder, monkeypatch, offline):
     asked = []
@@ -656,10 +659,10 @@ def test_a_hub_snapshot_falls_back_to_bin_weights(folder, monkeypatch, offline):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     load("someone/model")
-    assert asked == [("someone/model", ("*.json", "*.safetensors"))]
+    assert asked == [("someone/model", (*BESIDE, "*.safetensors"))]
     to_bin(folder / "unet")
     assert load("someone/model").name == "someone/model"
-    assert asked[2:] == [("someone/model", ("*.json", "*.bin"))]
+    assert asked[2:] == [("someone/model", (*BESIDE, "*.bin"))]
 
 
 def test_the_hash_is_of_the_content_and_not_of_the_place(folder, tmp_path):

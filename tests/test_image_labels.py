@@ -16,7 +16,7 @@ from prunedm.data.images import ImageSet, load_images
 from prunedm.errors import UserError
 from prunedm.evaluation.image_source import Images, open_side
 from prunedm.options import DataOptions
-from prunedm.stages.inputs import data_source, images_for, problems_on
+from prunedm.stages.inputs import data_for, data_source, images_for, problems_on
 
 
 @pytest.fixture(autouse=True)
@@ -422,9 +422,9 @@ def test_what_was_counted_and_left_out_is_said(tmp_path):
     said: list[str] = []
     listener = SimpleNamespace(say=said.append)
     options = DataOptions(dataset=str(tmp_path), convert_channels=True)
-    images_for(tiny_model(), options, "train", listener)
-    images_for(tiny_model(), options, "test", listener)
-    images_for(tiny_model(), DataOptions(), "test", listener)  # the embedded ones are known
+    data_for(tiny_model(), options, "train", listener)
+    data_for(tiny_model(), options, "test", listener)
+    data_for(tiny_model(), DataOptions(), "test", listener)  # the embedded ones are known
     assert said == [
         f"{tmp_path}: 3 images, to train on; not among them: 3 of validation",
         f"{tmp_path}: 3 images, held out; not among them: 3 of train",

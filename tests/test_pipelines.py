@@ -210,8 +210,8 @@ def test_a_column_of_captions_may_have_any_name(captioned):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("SD3Transformer2DModel", "no text encoders beside it"),
-        ("LlamaForCausalLM", "a language model"),
+        ("SD3Transformer2DModel", "no text encoders beside it.*--score magnitude"),
+        ("LlamaForCausalLM", "is a language model and reads texts; give --dataset"),
     ],
 )
 def test_masks_that_ask_nothing_are_made_where_nothing_can_be_asked(name, why, tmp_path):
@@ -223,7 +223,7 @@ def test_masks_that_ask_nothing_are_made_where_nothing_can_be_asked(name, why, t
     assert masks.kept * 2 == masks.total > 0
     assert "loss" not in record.figures
     asking = options.model_copy(update={"score": "wanda"})
-    with pytest.raises(UserError, match=rf"{why}.*--score magnitude"):
+    with pytest.raises(UserError, match=why):
         prune(folder, tmp_path / "asked", asking)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from language import byte_tokenizer, text
 
-from prunedm.data import texts
+from prunedm.data import hub, texts
+from prunedm.data.hub import KNOWN
 from prunedm.data.texts import load_texts
 from prunedm.errors import UserError
 
@@ -145,3 +146,28 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             loaded(tmp_path / name, **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "how"),
+    [
+        ("wikitext", "Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
+        ("wikitext:wikitext-103-raw-v1", "Salesforce/wikitext", {"name": "wikitext-103-raw-v1"}),
+        ("owner/name:part", "owner/name", {"name": "part"}),
+        ("owner/name", "owner/name", {}),
+        ("c4", "allenai/c4", {"data_files": KNOWN["c4"][2]}),
+    ],
+)
+def test_names_of_papers_and_configurations_are_asked_of_the_hub(name, asked, how, monkeypatch):
+    calls = []
+
+    def load_dataset(repository, **given):
+        calls.append((repository, given))
+        return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["word " * 20]})})
+
+    monkeypatch.setattr(hub, "why_silent", lambda _: "")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub.open_hub.cache_clear()
+    assert read(loaded(name)).startswith("word word")
+    assert calls == [(asked, how)]
+    hub.open_hub.cache_clear()

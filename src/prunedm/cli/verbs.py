@@ -39,7 +39,10 @@ def _learn_preset(name: str, given: Table) -> Table:
 # verb -> the help of --preset, and a function of its name and the options given over it
 PRESETS: dict[str, tuple[str, Callable[[str, Table], Table]]] = {
     "train": ("a packaged configuration: digits", _train_preset),
-    "learn": ("quick, standard, best, efficient, fine or maskpro-llm: see `prunedm presets`", _learn_preset),
+    "learn": (
+        "quick, standard, best, efficient, fine or maskpro-llm: see `prunedm presets`",
+        _learn_preset,
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from prunedm.hub import near, why_silent
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_ID = re.compile(r"(?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95}")
+_ID = re.compile(r"((?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95})(?::(\w[\w.-]{0,95}))?")
 # names in papers: the repository, its configuration, and files where the whole is too large to fetch
 KNOWN: Mapping[str, tuple[str, str, dict[str, str]]] = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", {}),
@@ -42,12 +42,12 @@ def open_hub(name: str) -> dict[str, "Dataset"]:
     does not know, or that is not cached while the hub cannot be reached.
     """
     start = f"unknown dataset {shown(name)!r}: no such folder"
-    repository, _, config = name.partition(":")
-    repository, preset, files = KNOWN.get(repository, (repository, "", {}))
-    config = config or preset
     meant = near(name)
-    if not _ID.fullmatch(repository) or _FILES.fullmatch(repository):
+    match = _ID.fullmatch(name)
+    if match is None or _FILES.fullmatch(match[1]):
         raise UserError(start + meant)
+    repository, preset, files = KNOWN.get(match[1], (match[1], "", {}))
+    config = match[2] or preset
     import datasets
     from huggingface_hub import HfApi
 
@@ -57,8 +57,8 @@ def open_hub(name: str) -> dict[str, "Dataset"]:
 
     try:
         with _offline(bool(why)):
-            chosen = {"data_files": files} if files else {"name": config or None}
-            return named_splits(datasets.load_dataset(repository, **chosen))
+            how = {"data_files": files} if files else {"name": config} if config else {}
+            return named_splits(datasets.load_dataset(repository, **how))
     except Exception as error:  # a dozen types, all of which mean "not available"
         reason = (
             f"the hub cannot be reached ({why})" if why else f"the hub says: {first_line(error)}"
