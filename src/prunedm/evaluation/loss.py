@@ -37,13 +37,14 @@ class LossEstimate:
 
 def fixed_batches(problems: Task, count: int) -> list[Batch]:
     """Problems 0..count-1, drawn once and kept, for a loss that is computed many times."""
-    return [problems.batch(range(k, min(k + BATCH, count))) for k in range(0, count, BATCH)]
+    size = problems.fitting(BATCH)
+    return [problems.batch(range(k, min(k + size, count))) for k in range(0, count, size)]
 
 
 def streamed_batches(problems: Task, count: int, size: int) -> Stream:
     """Problems 0..count-1, drawn on demand: `size` at a time, or as many as `MOST_VALUES` allows."""
     fitting = max(1, MOST_VALUES // problems.batch([0]).target.numel())
-    return problems.stream(count, size=min(size, fitting))
+    return problems.stream(count, size=min(problems.fitting(size), fitting))
 
 
 @torch.no_grad()

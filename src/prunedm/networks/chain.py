@@ -9,6 +9,7 @@ Shapes: S problems, L positions, D channels.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -58,18 +59,22 @@ def chained_blocks(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+class _Enough(Exception):
+    """The last block was reached."""
+
+
 @torch.no_grad()
 def blocks_in_turn(
     network: nn.Module, problems: Task, count: int, *, size: int
 ) -> Iterator[tuple[str, BlockNetwork, KeptInputs]]:
     """Each block by name, as a network, with its inputs on problems 0 to count - 1.
 
-    What the caller does to a block, the blocks after it see. size: problems at a time. One pass of the
-    whole network comes first: it gives the first block's inputs and every block's further arguments.
+    What the caller does to a block, the blocks after it see. size: problems at a time. A pass of the
+    network comes first: it gives the first block's inputs and every block's further arguments.
     """
-    blocks, device = chained_blocks(network), device_of(network)
+    blocks, device, size = chained_blocks(network), device_of(network), problems.fitting(size)
     told: dict[str, Told] = {name: {} for name in blocks}
-    first, hidden = next(iter(blocks)), list[torch.Tensor]()
+    (first, *_), (*_, last), hidden = blocks, blocks, list[torch.Tensor]()
     names = {id(block): name for name, block in blocks.items()}
 
     def hear(block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -77,12 +82,15 @@ def blocks_in_turn(
         told[name][len(args[0])] = args[1:], named
         if name == first:
             hidden.append(args[0].cpu())
+        if name == last:
+            raise _Enough
 
     network.eval()
     handles = [b.register_forward_pre_hook(hear, with_kwargs=True) for b in blocks.values()]
     try:
         for batch in problems.stream(count, size=size):
-            predict(network, batch.to(device))
+            with suppress(_Enough):  # the head and its logits are not wanted
+                predict(network, batch.to(device))
     finally:
         for handle in handles:
             handle.remove()

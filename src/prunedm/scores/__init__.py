@@ -45,7 +45,7 @@ class Calibration:
 
     @property
     def batches(self) -> Stream:
-        return self.problems.stream(self.count, size=self.batch_size)
+        return self.problems.stream(self.count, size=self.problems.fitting(self.batch_size))
 
 
 SCORES: Table[Score] = tables.SCORES

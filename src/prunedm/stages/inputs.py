@@ -178,7 +178,7 @@ def training_problems(
     """The stream for training, learning and calibration: endless, or repeating after `cycle`."""
     how: dict[str, Any] = {"purpose": "train", "shuffle": True, "cycle": cycle}
     if isinstance(data, TextSet):
-        return NextToken(data.tokens_SL, seed=options.seed, **how)
+        return _next_token(data, model, options.seed, **how)
     return _denoising(data, model, options.seed, flip=options.flip, time_range=time_range, **how)
 
 
@@ -196,9 +196,14 @@ def held_out_count(data: DataSet, wanted: int) -> int:
 def problems_on(data: DataSet, model: Model, seed: int) -> Task:
     """The endless stream that begins with the held-out problems."""
     if isinstance(data, TextSet):
-        return NextToken(data.tokens_SL, seed=seed, purpose="held out")
+        return _next_token(data, model, seed, purpose="held out")
     model.condition.check(data)
     return _denoising(data, model, seed, purpose="held out")
+
+
+def _next_token(texts: TextSet, model: Model, seed: int, **how: Any) -> NextToken:
+    vocabulary = model.denoiser.config.vocab_size
+    return NextToken(texts.tokens_SL, vocabulary=vocabulary, seed=seed, **how)
 
 
 def _denoising(images: ImageSet, model: Model, seed: int, **how: Any) -> Denoising:

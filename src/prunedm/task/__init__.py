@@ -150,6 +150,10 @@ class Task(ABC):
         """One batch per list of numbers, in order; `workers` processes may read slow data."""
         return map(self.batch, number_lists)
 
+    def fitting(self, size: int) -> int:
+        """Problems at a time, `size` or as many as their answers fit into memory."""
+        return size
+
     def sweep(self, count: int) -> Iterator[Batch]:
         """Problems 0..count-1 at each noise level in turn, cleanest first."""
         yield self.batch(range(count))

@@ -11,14 +11,24 @@ from torch.nn import functional as F
 
 from prunedm.task import Batch, Criterion, Task
 
+MOST_LOGITS = 1 << 26  # of a batch that is only measured: 256 MiB in float32, and some copies
+
 
 class NextToken(Task):
-    """A seeded, endless stream of token sequences; tokens_SL: S sequences of L tokens."""
+    """A seeded, endless stream of token sequences; tokens_SL: S sequences of L tokens.
 
-    def __init__(self, tokens_SL: torch.Tensor, **stream: Any) -> None:
+    vocabulary: words V of the network that is asked; 0 where its logits are few.
+    """
+
+    def __init__(self, tokens_SL: torch.Tensor, *, vocabulary: int = 0, **stream: Any) -> None:
         """`stream`: the arguments of `Task`."""
         super().__init__(**stream)
-        self.tokens_SL = tokens_SL
+        self.tokens_SL, self.vocabulary = tokens_SL, vocabulary
+
+    def fitting(self, size: int) -> int:
+        """So many sequences that their logits stay below `MOST_LOGITS`, but one at least."""
+        logits = self.tokens_SL.shape[1] * max(1, self.vocabulary)
+        return min(size, max(1, MOST_LOGITS // logits))
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Sequences, with the next tokens as targets."""

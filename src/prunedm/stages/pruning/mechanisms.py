@@ -264,7 +264,9 @@ def _obs(job: PruneJob, choices: Any) -> dict[str, torch.Tensor]:
         return obs_prune(
             network,
             some,
-            batches=problems.stream(options.calibration_problems, size=options.calibration_batch),
+            batches=problems.stream(
+                options.calibration_problems, size=problems.fitting(options.calibration_batch)
+            ),
             time_weights=options.obs.time_weights,
             damping=options.obs.damping,
             swaps=options.obs.swaps,
