@@ -65,6 +65,15 @@ class PruneJob:
         return scores
 
 
+def left_out(network: nn.Module) -> dict[str, str]:
+    """Weights that no mechanism takes, and why: experts that transformers keeps in one tensor."""
+    return {
+        name: "experts in one tensor of three dimensions are not pruned"
+        for name, parameter in network.named_parameters()
+        if parameter.ndim == 3 and ".experts." in name
+    }
+
+
 def share_to_remove(job: PruneJob, kind: str, ratio: float) -> float:
     """The share of the layers' weights, or of their MACs, that meets the target."""
     total, positions = count_parameters(job.model.denoiser), None

@@ -23,7 +23,7 @@ from prunedm.stages.inputs import (
     held_out_problems,
     model_sources,
 )
-from prunedm.stages.pruning.job import Details, PruneJob, asks, check_options
+from prunedm.stages.pruning.job import Details, PruneJob, asks, check_options, left_out
 from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
@@ -74,6 +74,13 @@ def _prune(
     if draws:
         _picture(model, options, folder / "vis" / "before_pruning.png")
     details: Details = MECHANISMS[options.mechanism](PruneJob(model, options, data, progress))
+    if experts := left_out(model.denoiser):
+        weights = sum(model.denoiser.get_parameter(name).numel() for name in experts)
+        share = weights / count_parameters(model.denoiser)
+        progress.say(
+            f"{len(experts)} tensors of experts, {share:.0%} of the weights, are not pruned"
+        )
+        details["dense"] = details.get("dense", {}) | experts
     if model.masks is not None:
         model.masks.check_pattern()
         model.masks.apply_(model.denoiser)
