@@ -666,7 +666,8 @@ def test_page_without_the_dense_loss(tmp_path: Path) -> None:
 
 def test_conditions_of_weights_noise_and_threads_in_both_languages(tmp_path: Path) -> None:
     own = {
-        "threads": 3, "spacing": "trailing", "prediction": "v_prediction", "schedule": "linear, 9 steps",
+        "threads": 3, "device": "H200", "spacing": "trailing", "prediction": "v_prediction",
+        "schedule": "linear, 9 steps",
     }  # fmt: skip
     models = [
         evaluation(weights="EMA 0.995", **own),

@@ -25,7 +25,10 @@ def conditions_in_words(evaluations: Sequence[Evaluation]) -> list[tuple[str, li
     first, *others = (sentences for _, sentences in told)
     common = [s for s in first if all(s in sentences for sentences in others)]
     own = [(labels, [s for s in sentences if s not in common]) for labels, sentences in told]
-    return [("", common), *((labels, sentences) for labels, sentences in own if sentences)]
+    return [
+        ("", [*common, *_weights(evaluations)]),
+        *((labels, sentences) for labels, sentences in own if sentences),
+    ]
 
 
 def _sentences(group: Sequence[Evaluation]) -> list[Words]:
@@ -39,14 +42,13 @@ def _sentences(group: Sequence[Evaluation]) -> list[Words]:
         "spacing": drawn and values["spacing"],
         "model": values["prediction"],
         "device": True,
-        "threads": values["threads"],
+        "threads": values["threads"] and " threads" not in values["device"],
     }
     return [
         *(translated(f"metric.{c.key}.conditions", c.conditions, **values)
           for c in known if c.conditions),
         *(text(f"conditions.{key}", **values) for key, is_told in wanted.items() if is_told),
         *_disturbed(group),
-        *_weights(group),
         *_missing(group),
     ]  # fmt: skip
 
