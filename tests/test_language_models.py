@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from language import byte_tokenizer, language_model, network, text, text_file
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import prunedm
@@ -26,6 +27,7 @@ from prunedm.options import (
     SampleOptions,
 )
 from prunedm.stages.evaluating.measure import read_evaluation
+from prunedm.stages.evaluating.reload import check_reload
 
 CLASSES = {
     "LlamaForCausalLM": {"tie_word_embeddings": True},
@@ -147,6 +149,16 @@ def test_evaluate_tells_perplexity_beside_the_dense_model(pruned, tmp_path):
     summary = (tmp_path / "out" / "evaluation_summary.md").read_text(encoding="utf-8")
     assert "windows of 64 tokens" in summary
     assert "images/s" not in summary
+
+
+def test_weights_keep_the_type_of_the_file_and_load_again(tmp_path):
+    network().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    byte_tokenizer().save_pretrained(tmp_path / "half")
+    options = PruneOptions(mechanism="nm", score="magnitude", **CALIBRATED)
+    prunedm.prune(tmp_path / "half", tmp_path / "out", options)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert check_reload(load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("stride", [5, 16, 32, 64])

@@ -21,7 +21,7 @@ def check_reload(model: Model) -> bool:
     """
     folder, _ = model_folder(model.name)
     place = folder / model.component if (folder / model.component).is_dir() else folder
-    again = _load_again(place, type(model.denoiser))
+    again = _load_again(place, model)
     before, now = (
         answer(denoiser, like_weights(denoiser, model.example(2))).float()  # one early, one late
         for denoiser in (model.denoiser, again)
@@ -32,14 +32,17 @@ def check_reload(model: Model) -> bool:
     return True
 
 
-def _load_again(place: Path, cls: Any) -> torch.nn.Module:
+def _load_again(place: Path, model: Model) -> torch.nn.Module:
     if (place / PACKED_FILE).exists():
         packed: torch.nn.Module = load(place).denoiser
         return packed
     _, variant = weight_files(place)
+    cls: Any = type(model.denoiser)
+    name = "dtype" if model.architecture.text else "torch_dtype"  # of transformers, of diffusers
+    kind = {name: next(model.denoiser.parameters()).dtype}  # as in memory, not as in the file
     denoiser: torch.nn.Module
     denoiser, loading = cls.from_pretrained(
-        place, local_files_only=True, variant=variant or None, output_loading_info=True
+        place, local_files_only=True, variant=variant or None, output_loading_info=True, **kind
     )
     if loading["missing_keys"]:  # diffusers does not know wrapped weights by name
         denoiser = load(place).denoiser
