@@ -33,6 +33,15 @@ class Range(Options):
     )
     log: bool = Field(False, description="draw uniformly in the logarithm")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_ends(cls, given: Any) -> Any:
+        if not isinstance(given, dict | Range) or (
+            isinstance(given, dict) and not {"low", "high"} <= given.keys()
+        ):
+            raise ValueError("give a list of values, or low and high")
+        return given
+
     @model_validator(mode="after")
     def _possible(self) -> "Range":
         if self.low > self.high:

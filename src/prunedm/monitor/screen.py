@@ -182,16 +182,20 @@ def sparks(values: Sequence[float]) -> str:
 
 
 def _finished(ended: Sequence[Finished]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for _ in range(5):
-        table.add_column(no_wrap=True, overflow="ellipsis")
-    table.add_row(Text("finished", style="dim"))
+    table, lines = Table.grid(padding=(0, 2)), list[list[str | Text]]()
     for one in ended:
         how = one.error or ("" if one.loss is None else f"loss {one.loss:.4f}")
         style = "" if not one.error else "yellow" if one.error == "stopped" else "red"
         clock = time.strftime("%H:%M", time.localtime(one.when))
         name = Text(one.out.name, style="bold")
-        table.add_row(clock, name, one.stage, duration(one.seconds), Text(how, style=style))
+        lines.append([clock, name, one.stage, duration(one.seconds), Text(how, style=style)])
+    *own, _ = zip(*lines, strict=True) if lines else [()] * 5
+    for column in own:  # a long message gives way to these
+        table.add_column(no_wrap=True, min_width=max(map(len, column), default=0))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_row(Text("finished", style="dim"))
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
