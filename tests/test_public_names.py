@@ -4,12 +4,15 @@ import importlib
 import inspect
 import multiprocessing
 import pkgutil
+import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 
 import prunedm
+from prunedm import data
+from prunedm.data import images
 from prunedm.stages.table import VERBS
 
 SUBMODULES = [
@@ -84,3 +87,15 @@ def test_help_names_the_verbs_own_parameters(verb, first):
 def test_compare_wants_labels(tmp_path):
     with pytest.raises(prunedm.UserError, match="compare takes models by label"):
         prunedm.compare("digits", tmp_path / "out")
+
+
+def test_what_images_are_read_with_is_found_at_the_package_and_costs_no_torch():
+    from prunedm.data import ImageSet, load_images, to_model_range
+
+    assert (ImageSet, load_images, to_model_range) == (
+        images.ImageSet, images.load_images, images.to_model_range
+    )  # fmt: skip
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        data.nothing  # noqa: B018
+    code = "import sys, prunedm.data.hub; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
