@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from language import network
+from language import language_model, network, text_file
 from torch import nn
 
+import prunedm
+from prunedm.folder import load
 from prunedm.masks import Pattern
 from prunedm.networks.chain import blocks_in_turn, chained_blocks
 from prunedm.networks.layers import hooked, prunable_layers
+from prunedm.options import PruneOptions
 from prunedm.removal.obs import obs_prune
+from prunedm.task import next_token
 from prunedm.task.next_token import NextToken
 
 CLASSES = {
@@ -90,3 +94,17 @@ def test_logits_bound_how_many_sequences_are_measured_at_a_time():
     assert wide.fitting(64) == 1
     small = NextToken(torch.zeros(3, 256), vocabulary=4096, seed=0, purpose="test")
     assert small.fitting(100) == 64
+
+
+@pytest.mark.parametrize("mechanism", ["nm", "obs-nm"])
+def test_blocks_are_asked_in_the_batches_that_fit_the_network(mechanism, tmp_path, monkeypatch):
+    """The options ask for more at a time than the logits allow."""
+    monkeypatch.setattr(next_token, "MOST_LOGITS", 3 * 64 * 257)
+    score = {"score": "wanda"} if mechanism == "nm" else {}
+    options = PruneOptions(
+        mechanism=mechanism, **score, dataset=str(text_file()), device="cpu",
+        calibration_problems=8, calibration_batch=8,
+    )  # fmt: skip
+    prunedm.prune(language_model(), tmp_path / "out", options)
+    made = load(tmp_path / "out")
+    assert made.masks.validity(made.denoiser) == 1

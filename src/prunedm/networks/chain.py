@@ -38,10 +38,17 @@ class BlockNetwork(nn.Module):
 
 
 class KeptInputs(Task):
-    """What a block is given on problems 0 to S - 1: hidden_SLD, which waits on the CPU."""
+    """What a block is given on problems 0 to S - 1: hidden_SLD, which waits on the CPU.
 
-    def __init__(self, hidden_SLD: torch.Tensor) -> None:
-        self.hidden_SLD = hidden_SLD
+    size: problems at a time, for which the block's further arguments are known.
+    """
+
+    def __init__(self, hidden_SLD: torch.Tensor, size: int) -> None:
+        self.hidden_SLD, self.size = hidden_SLD, size
+
+    def fitting(self, size: int) -> int:
+        """Always the same number: the block takes no other."""
+        return self.size
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Rows of the hidden states; nothing is asked of them, so they are the target too."""
@@ -94,10 +101,10 @@ def blocks_in_turn(
     finally:
         for handle in handles:
             handle.remove()
-    inputs = KeptInputs(torch.cat(hidden))
+    inputs = KeptInputs(torch.cat(hidden), size)
     for name, block in blocks.items():
         alone = BlockNetwork(block, told.pop(name))
         yield name, alone, inputs
         if told:  # there is a block after it
             made = [predict(alone, b.to(device)).cpu() for b in inputs.stream(count, size=size)]
-            inputs = KeptInputs(torch.cat(made))
+            inputs = KeptInputs(torch.cat(made), size)
