@@ -66,9 +66,8 @@ class Model:
     hash: str = ""
     pipeline: str = "DDPMPipeline"
     dtype: torch.dtype = torch.float32  # of most stored weights; small networks compute in float32
-    other_dtypes: Mapping[str, torch.dtype] = field(
-        default_factory=dict
-    )  # of the other weights, by name
+    # of the other weights, by name
+    other_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     component: str = "unet"  # the network's folder in the pipeline
     companions: Companions | None = None
     tokenizer: Tokenizer | None = None  # of language models

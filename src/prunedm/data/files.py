@@ -37,12 +37,8 @@ FORMATS = {
     "TGA": (".tga",),  # last, because it has no magic number
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-DROPPINGS = (
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "$RECYCLE.BIN",
-)  # left by systems, besides hidden ones
+# folders left by systems, besides hidden ones
+DROPPINGS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN")
 SHEETS = ("grid.png", "samples.png")  # in folders of prunedm: many images on one sheet
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as in `datasets`
 BROKEN = (

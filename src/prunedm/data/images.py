@@ -25,7 +25,7 @@ from prunedm.data.files import (
 from prunedm.data.hub import open_hub
 from prunedm.data.labels import Labels, file_captions, file_labels
 from prunedm.data.splits import HELD_OUT, choose, held_out, splits_of_paths
-from prunedm.data.tables import Tables, find_dataset, open_folder, open_parquet, table_files
+from prunedm.data.tables import Tables, find_dataset, open_files, open_folder, table_files
 from prunedm.errors import UserError
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -238,7 +238,7 @@ def _open(
             return _folder(path, found, label_column)
         tables = open_folder(path, files, name)
     elif path is not None:
-        tables = open_parquet(path.parent, [path], name)
+        tables = open_files(path.parent, [path], name)
     else:
         tables = open_hub(name)
     opened = Tables(name, tables, image_column, label_column)

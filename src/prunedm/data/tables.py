@@ -245,7 +245,7 @@ def open_folder(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Da
 
     if files[0].name not in MARKERS:
         declared = _declared(folder, files)
-        return _open_files(declared, name) if declared else open_parquet(folder, files, name)
+        return _open_splits(declared, name) if declared else open_files(folder, files, name)
     with reading(name):
         for path in folder.rglob("*"):
             if not path.is_dir():
@@ -296,22 +296,30 @@ def _patterns(files: Any) -> dict[str, list[str]]:
     return groups
 
 
-def open_parquet(folder: Path, files: Sequence[Path], name: str) -> dict[str, "Dataset"]:
-    """Parquet files below `folder`, with splits by the names of folders or files."""
+def open_files(
+    folder: Path, files: Sequence[Path], name: str, kind: str = "parquet"
+) -> dict[str, "Dataset"]:
+    """Files below `folder` that the builder `kind` of `datasets` reads, a whole text file as one row.
+
+    Splits are by the names of folders or files.
+    """
     groups: dict[str, list[Path]] = {}
     for path in files:
         inner = path.parts[len(folder.parts) : -1]
         split = split_of_path(inner) or split_of_file(path.stem) or "train"
         groups.setdefault(split, []).append(check_regular(path))
-    return _open_files(groups, name)
+    return _open_splits(groups, name, kind)
 
 
-def _open_files(groups: Mapping[str, Sequence[Path]], name: str) -> dict[str, "Dataset"]:
+def _open_splits(
+    groups: Mapping[str, Sequence[Path]], name: str, kind: str = "parquet"
+) -> dict[str, "Dataset"]:
     import datasets
 
     files = {split: [str(path) for path in paths] for split, paths in groups.items()}
+    how = {"sample_by": "document"} if kind == "text" else {}
     with reading(name):
-        return named_splits(datasets.load_dataset("parquet", data_files=files))
+        return named_splits(datasets.load_dataset(kind, data_files=files, **how))
 
 
 def named_splits(loaded: Any) -> dict[str, "Dataset"]:

@@ -6,7 +6,7 @@ wikitext-2 these are the windows of the papers' perplexity (GPTQ, SparseGPT, Wan
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +15,8 @@ import torch
 
 from prunedm.data.files import DROPPINGS, locate, shown
 from prunedm.data.hub import open_hub
-from prunedm.data.splits import choose, held_out, split_of_file, split_of_path
-from prunedm.data.tables import MARKERS, TEXTS, named_splits, open_folder, reading
+from prunedm.data.splits import choose, held_out
+from prunedm.data.tables import MARKERS, TEXTS, open_files, open_folder
 from prunedm.errors import UserError, nearest
 from prunedm.reading import check_regular
 
@@ -100,7 +100,7 @@ def _open(name: str) -> tuple[dict[str, "Dataset"], str]:
         return open_hub(name), ""
     if path.is_dir() and (marked := [path / m for m in MARKERS if (path / m).is_file()]):
         return open_folder(path, marked, name), ""
-    files = [check_regular(path)] if not path.is_dir() else list(_files(path))
+    files = list(_files(path)) if path.is_dir() else [check_regular(path)]
     kinds = [kind for kind in TEXTS.values() if any(_kind(file) == kind for file in files)]
     if not kinds:
         raise UserError(
@@ -108,13 +108,8 @@ def _open(name: str) -> tuple[dict[str, "Dataset"], str]:
             "column of texts, or a hub id"
         )
     chosen = [file for file in files if _kind(file) == kinds[0]]
-    groups: dict[str, list[str]] = {}
-    for file in chosen:
-        inner = file.parts[len(path.parts) : -1]
-        split = split_of_path(inner) or split_of_file(file.stem) or "train"
-        groups.setdefault(split, []).append(str(file))
     rest = len(files) - len(chosen)
-    return _load(kinds[0], groups, name), f"{rest:,} other files" if rest else ""
+    return open_files(path, chosen, name, kinds[0]), f"{rest:,} other files" if rest else ""
 
 
 def _kind(path: Path) -> str:
@@ -130,14 +125,6 @@ def _files(folder: Path) -> Iterator[Path]:
             for name in sorted(names)
             if not name.startswith(".") and _kind(Path(name))
         )
-
-
-def _load(kind: str, groups: Mapping[str, list[str]], name: str) -> dict[str, "Dataset"]:
-    import datasets
-
-    how = {"sample_by": "document"} if kind == "text" else {}
-    with reading(name):
-        return named_splits(datasets.load_dataset(kind, data_files=dict(groups), **how))
 
 
 def _column(table: "Dataset", wanted: str, name: str) -> str:

@@ -110,6 +110,11 @@ class Conditions(BaseModel):
     latency_batch: int
     latency_repeats: int = 0  # timed calls per median, after the warm-up
 
+    @property
+    def kind(self) -> Literal["images", "texts"]:
+        """What the model makes."""
+        return "texts" if self.length else "images"
+
 
 class Asked(BaseModel):
     """One pruning target of the lineage: requested and reached."""

@@ -63,7 +63,7 @@ def _check(check: Check) -> list[str]:
 
 
 def _timings(rows: Sequence[Evaluation]) -> list[str]:
-    rate = "sequences/s" if rows[-1].conditions.length else "images/s"
+    rate = "sequences/s" if rows[-1].conditions.kind == "texts" else "images/s"
     head = ["model", "batch", "type", "threads", "compiled", "kernel", "ms", rate]
     body = [
         [

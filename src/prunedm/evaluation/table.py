@@ -79,8 +79,10 @@ def tone_of(change: float, noise: float, better: str = "lower") -> Tone:
 
 def failed(column: Metric, evaluation: Evaluation) -> bool:
     """Whether the figure is missing because a step failed."""
-    kind = "texts" if evaluation.conditions.length else "images"
-    return column.of in ("", kind) and not evaluation.failed.keys().isdisjoint(column.steps)
+    return column.of in (
+        "",
+        evaluation.conditions.kind,
+    ) and not evaluation.failed.keys().isdisjoint(column.steps)
 
 
 def measured(evaluations: Sequence[Evaluation]) -> list[Metric]:

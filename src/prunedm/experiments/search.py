@@ -107,9 +107,8 @@ class Searching:
         """Report new held-out losses; returns whether the pruner ends the trial."""
         status = self._store.status(run.id)
         names = [stage.name for stage in run.stages]
-        fresh = (
-            entry.task_started >= status.stage_started
-        )  # else the losses are of an earlier stage
+        # else the losses are of an earlier stage
+        fresh = entry.task_started >= status.stage_started
         if status.stage not in names or not entry.held_out or not fresh:
             return False
         before = _steps_before(run, names.index(status.stage))

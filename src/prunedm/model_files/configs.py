@@ -82,11 +82,8 @@ MOST_REPEATED = 1024  # layers, or experts, of a language model
 LARGEST_SIZE = 1 << 40  # and any other number in its configuration
 LONGEST = 100_000  # values in a list: betas, one per timestep
 MOST_LAYERS = 64  # blocks times layers per block
-_CLOSED = (
-    "beta_schedule",
-    "prediction_type",
-    "timestep_spacing",
-)  # choices with the same values in all classes
+# choices with the same values in all classes
+_CLOSED = ("beta_schedule", "prediction_type", "timestep_spacing")
 
 
 def shown(value: object) -> str:

@@ -138,9 +138,8 @@ class Stored:
         self.types = {n: _TYPES.get(k, torch.float32) for n, k in kinds.items() if k != most}
 
     def take(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._read.pop(
-            name
-        )()  # frees tensors of a .bin file, which are in memory
+        # popped: tensors of a .bin file are in memory, and let go of one by one
+        tensor: torch.Tensor = self._read.pop(name)()
         return tensor
 
     def _tensors(self, path: Path, open_files: ExitStack) -> Iterator[tuple[str, Any, str, Any]]:

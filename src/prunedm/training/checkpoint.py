@@ -96,8 +96,8 @@ def save_checkpoint(path: Path, state: TrainingState) -> None:
 
 def _module_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor once: language models tie their head to the embedding."""
-    once = {t.data_ptr(): name for name, t in reversed(module.state_dict().items()) if t.numel()}
     state = module.state_dict()
+    once = {t.data_ptr(): name for name, t in reversed(state.items()) if t.numel()}
     return {f"module.{n}": t.detach() for n, t in state.items() if once.get(t.data_ptr(), n) == n}
 
 

@@ -75,13 +75,12 @@ def _weights(group: Sequence[Evaluation]) -> list[Words]:
 
 
 def _missing(group: Sequence[Evaluation]) -> list[Words]:
-    kind = "texts" if group[0].conditions.length else "images"
     names = [
         header(column, group)
         for column in METRICS.values()
         # a model without masks has no N:M groups to check, and only texts have windows
         if column.key not in ("nm_valid", "perplexity_strided")
-        and column.of in ("", kind)
+        and column.of in ("", group[0].conditions.kind)
         and not any(table.known(column, e) for e in group)
     ]
     english = Markup(", ").join(name.english for name in names)

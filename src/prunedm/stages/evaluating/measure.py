@@ -192,7 +192,9 @@ class _Measuring:
 
     def _take(self, needs: str) -> None:
         """Every measurement with these needs; several metrics may share one."""
-        for measurement in dict.fromkeys(metric.measured for metric in METRICS.values()):
+        kind = "texts" if self.subject.text else "images"
+        wanted = (metric.measured for metric in METRICS.values() if metric.of in ("", kind))
+        for measurement in dict.fromkeys(wanted):
             work = measurement.figures
             if measurement.needs == needs and work is not None:
                 found = self.steps.take(measurement.step, partial(work, self.subject))
@@ -290,9 +292,8 @@ def weights_in_words(record: Record | None) -> str:
     """Whether the weights are an average over training, by the last stage that trained them."""
     for stage in reversed(record.lineage() if record else []):
         decay = stage.options.get("ema_decay")
-        own = stage.stage != "learn" or stage.options.get(
-            "train_weights"
-        )  # else EMA of logits only
+        # of logits only, where learn has left the weights alone
+        own = stage.stage != "learn" or stage.options.get("train_weights")
         if decay is not None and own:
             return f"{EMA}{decay:g}" if decay else LAST
     return ""

@@ -47,7 +47,6 @@ def _load_again(place: Path, model: Model) -> torch.nn.Module:
     if loading["missing_keys"]:  # diffusers does not know wrapped weights by name
         denoiser = load(place).denoiser
     for parameter in denoiser.parameters():
-        parameter.data = (
-            parameter.data.clone()
-        )  # aligned in memory like the model's, not as in the file
+        # aligned in memory like the model's, not as in the file
+        parameter.data = parameter.data.clone()
     return denoiser.eval()
