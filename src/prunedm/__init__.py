@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import Any
 
 from prunedm import options as options
+from prunedm.system.auto_classes import know_narrowed_models
 from prunedm.system.environment import spin_briefly, switch_off
 
 __version__ = "0.1.0"
 
 switch_off()  # before torch and the dependencies are imported
 spin_briefly()
+know_narrowed_models()
 
 from prunedm.stages.table import VERBS  # noqa: E402
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -121,7 +121,8 @@ class Architecture:
     pipeline: the diffusers pipeline under which a bare network of this class is saved.
     scheduler: the diffusers scheduler whose defaults are assumed where none is found.
     text: whether it is a language model rather than a denoiser.
-    channels: whether its coupled channels are known well enough for `--mechanism channels`.
+    channels: what `--mechanism channels` takes: "all" coupled channels, those "inside" residual
+        blocks, or none.
     tiny: a configuration of a few thousand weights for the tests.
     """
 
@@ -140,7 +141,7 @@ class Architecture:
     scheduler: str = "DDPMScheduler"
     chained: bool = False
     text: bool = False
-    channels: bool = False
+    channels: Literal["", "all", "inside"] = ""
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -111,7 +111,10 @@ def pruning_table(folder: Path) -> None:
     title = f"pruning {pattern}".rstrip()
     table = Table("layer", "before => after", title=title, title_justify="left")
     patterns = stats.get("patterns", {})
-    for name, value in stats["layers"].items():
+    for name, influence in stats.get("influence", {}).items():
+        gone = ", removed" if name in stats["removed"] else ""
+        table.add_row(name, f"influence {influence:.4f}{gone}")
+    for name, value in stats.get("layers", {}).items():
         table.add_row(name, f"{_change(value)}  {patterns.get(name, '')}".rstrip())
     for name, reason in stats.get("dense", {}).items():
         table.add_row(name, f"dense: {reason}")

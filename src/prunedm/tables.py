@@ -46,7 +46,8 @@ SCORES: Table[Any] = Table(
 )
 MECHANISMS: Table[Any] = Table(
     {
-        "channels": "prunedm.stages.pruning.mechanisms:remove_by_channels",
+        "channels": "prunedm.stages.pruning.channels:remove_by_channels",
+        "depth": "prunedm.stages.pruning.depth:remove_depth",
         "weights": "prunedm.stages.pruning.mechanisms:remove_weights",
         "nm": "prunedm.stages.pruning.mechanisms:remove_nm",
         "obs-weights": "prunedm.stages.pruning.mechanisms:remove_weights",

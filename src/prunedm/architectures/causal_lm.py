@@ -39,8 +39,9 @@ RECORD = Architecture(
         r".*\.(mlp|block_sparse_moe|feed_forward)\.gate", r"model\.decoder\.project_(in|out)",
         r".*\.conv1d",
     ),
-    blocks=(r"(model|model\.decoder|transformer|gpt_neox|backbone)\.(layers|h|blocks)\.\d+",),
+    blocks=(r"[a-z_0-9]+(\.(decoder|encoder))?\.(layers?|h|blocks)\.\d+",),
     chained=True,
+    channels="inside",
     text=True,
     tiny={
         "vocab_size": 97,

@@ -8,7 +8,7 @@ RECORD = Architecture(
     ends=("conv_in", "conv_out"),
     blocks=(r"down_blocks\.\d+", "mid_block", r"up_blocks\.\d+"),
     precise=("conv_in", "conv_out", "time_embedding", "class_embedding", r".*time_emb_proj"),
-    channels=True,
+    channels="all",
     tiny={
         "sample_size": 8,
         "in_channels": 1,

@@ -54,7 +54,7 @@ RECORD = replace(
     pipeline="StableDiffusionPipeline",
     protect=(*unet2d.RECORD.protect, "add_embedding", "encoder_hid_proj"),
     precise=(*unet2d.RECORD.precise, "add_embedding"),
-    channels=False,
+    channels="",
     tiny={
         "sample_size": 8,
         "block_out_channels": (16, 32),

@@ -124,9 +124,10 @@ def class_name(config: Mapping[str, Any]) -> str:
 
 def network_class(name: str) -> Any:
     """A network class of diffusers, narrowed or not, or of transformers; None for other names."""
-    found = library_class(name.removeprefix(PREFIX), "diffusers", "ModelMixin")
+    dense = name.removeprefix(PREFIX)
+    found = library_class(dense, "diffusers", "ModelMixin")
     if found is None and name.endswith(tuple(ENDINGS)):
-        return library_class(name, "transformers", "PreTrainedModel")
+        found = library_class(dense, "transformers", "PreTrainedModel")
     return narrowed(found) if found is not None and name.startswith(PREFIX) else found
 
 

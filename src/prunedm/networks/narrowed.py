@@ -1,9 +1,10 @@
-"""Narrowed networks of any diffusers class, which plain diffusers loads once `prunedm` is imported.
+"""Narrowed networks of any class, which diffusers or transformers load once `prunedm` is imported.
 
 diffusers' configs give one width for a whole stage, and its classes build every block.
 `narrowed(UNet2DModel)` is the class `PrunedUNet2DModel`: its config has the dense architecture, and
     widths:  module name => sizes that differ from it (`prunedm.networks.widths`)
     dropped: names of the dropped blocks (`prunedm.networks.blocks`)
+Those of transformers are in `prunedm.networks.narrowed_language`.
 """
 
 import inspect
@@ -13,11 +14,19 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
+from transformers import PreTrainedModel
 
 from prunedm.errors import UserError
 from prunedm.networks.blocks import drop_blocks, dropped_blocks
+from prunedm.networks.narrowed_language import (
+    dense_language_config,
+    differences,
+    narrowed_language_class,
+    plain_config,
+)
 from prunedm.networks.widths import Widths, attributes, resize, sizes, sync_attributes
 
 PREFIX = "Pruned"
@@ -32,27 +41,32 @@ class Narrowed:
 
 def __getattr__(name: str) -> type:
     """`PrunedX` for every class X of diffusers, which looks here for classes of a model_index.json."""
-    cls = getattr(diffusers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if name in _OTHERS:
         return _OTHERS[name]
-    if not _is_model(cls):
-        raise AttributeError(f"prunedm has no {name!r}")
-    return narrowed(cls)
+    if name.startswith(PREFIX):
+        for library in (diffusers, transformers):
+            cls = getattr(library, name.removeprefix(PREFIX), None)
+            if _is_model(cls) or _is_language_model(cls):
+                return narrowed(cls)
+    raise AttributeError(f"prunedm has no {name!r}")
 
 
 @cache
 def narrowed(cls: Any) -> Any:
-    """The class of narrowed networks of a diffusers model class.
+    """The class of narrowed networks of a model class of diffusers or transformers.
 
     Its arguments are those of `cls`, for the dense architecture, and `widths` and `dropped`. Raises
     `UserError` where `cls` is not a model class.
     """
-    if not _is_model(cls):
+    if not (_is_model(cls) or _is_language_model(cls)):
         raise UserError(
-            f"{cls.__name__} is not a model class of diffusers, so it cannot be narrowed"
+            f"{cls.__name__} is not a model class of diffusers or transformers, so it cannot be "
+            "narrowed"
         )
     if issubclass(cls, Narrowed):
         return cls
+    if _is_language_model(cls):
+        return narrowed_language_class(cls, PREFIX, Narrowed)
     # diffusers writes the module into model_index.json, and looks for ModelMixin in it
     own = {"__init__": _init(cls), "__module__": "prunedm", "dense_class": cls}
     made = type(PREFIX + cls.__name__, (Narrowed, cls), own | {"__doc__": _init.__doc__})
@@ -64,11 +78,15 @@ def narrowed(cls: Any) -> Any:
 def as_narrowed(network: Any) -> Any:
     """Turn a network with narrowed layers or dropped blocks into one that can be saved, in place.
 
-    Raises `UserError` unless a network built from the new config has the same shapes and integer
-    attributes, and so will load again.
+    A language model keeps its own class where its config can say the widths. Raises `UserError` unless
+    a network built from the new config has the same shapes and integer attributes, and so will load
+    again.
     """
     cls = narrowed(_dense_class(network))
     sync_attributes(network)
+    if _is_language_model(cls):
+        _name_language_model(network, cls)
+        return network
     with torch.device("meta"):
         twin = cls(
             **_dense_config(network),
@@ -83,8 +101,7 @@ def as_narrowed(network: Any) -> Any:
 
 def widths_of(network: Any) -> Widths:
     """Sizes of modules that differ from the dense architecture of `network.config`."""
-    with torch.device("meta"):
-        dense = _dense_class(network)(**_dense_config(network))
+    dense = _dense(network)
     drop_blocks(dense, dropped_blocks(network))
     before = {name: sizes(module) for name, module in dense.named_modules()}
     after = {name: sizes(module) for name, module in network.named_modules()}
@@ -98,8 +115,51 @@ def widths_of(network: Any) -> Widths:
     return widths
 
 
+def loads_plainly(network: Any) -> bool:
+    """Whether a narrowed language model loads without `prunedm`: its class's config says its widths."""
+    return plain_config(network, _dense(network), _dense_class(network)) is not None
+
+
+def _name_language_model(network: Any, cls: Any) -> None:
+    """Give a language model the class and config that say its widths."""
+    dense, attention = _dense(network), network.config._attn_implementation
+    if dict(dense.named_modules()).keys() != dict(network.named_modules()).keys():
+        raise UserError(f"a {cls.dense_class.__name__} changes its modules as it runs; leave it wide")
+    config = plain_config(network, dense, cls.dense_class)
+    kind = cls.dense_class if config is not None else cls
+    if config is None:
+        config = cls.config_class(**dense_language_config(network).to_dict())
+        config.widths = widths_of(network)
+        with torch.device("meta"):
+            twin = cls(config)
+        if wrong := differences(network, twin):
+            raise UserError(
+                f"{wrong[0]} is otherwise when it is loaded again: it cannot be narrowed"
+            )
+    # one object, which the modules share; private attributes say how attention is computed
+    held, new = vars(network.config), vars(config)
+    private = {n: value for n, value in held.items() if n.startswith("_") and n not in new}
+    network.config.__class__ = type(config)
+    held.clear()
+    held.update(new | private)
+    network.config._attn_implementation = attention
+    network.__class__ = kind
+
+
+def _dense(network: Any) -> Any:
+    """The dense architecture of the network's config, on the meta device."""
+    with torch.device("meta"):
+        if _is_language_model(type(network)):
+            return _dense_class(network)(dense_language_config(network))
+        return _dense_class(network)(**_dense_config(network))
+
+
 def _is_model(cls: object) -> bool:
     return isinstance(cls, type) and issubclass(cls, ModelMixin) and issubclass(cls, ConfigMixin)
+
+
+def _is_language_model(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, PreTrainedModel)
 
 
 def _init(cls: Any) -> Callable[..., None]:

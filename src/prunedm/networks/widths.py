@@ -97,7 +97,7 @@ def narrow_layer(
     sides = (keep_out, None if depthwise else keep_in)
     for name, parameter in list(layer.named_parameters(recurse=False)):
         value = parameter.detach()
-        for dim, keep in enumerate(sides[::-1] if isinstance(layer, nn.Embedding) else sides):
+        for dim, keep in enumerate(sides[::-1] if _inputs_first(layer, value) else sides):
             if keep is not None and dim < value.ndim:
                 value = value.index_select(dim, keep.to(value.device))
         replace_parameter(layer, name, value)
@@ -154,6 +154,18 @@ def set_layer_widths(layer: nn.Module, width_in: int, width_out: int) -> None:
         raise TypeError(f"a {type(layer).__name__} has no width")
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it has widths of its own, and is not a module of layers."""
+    known = isinstance(module, nn.Embedding | nn.GroupNorm)
+    return known or find_kind(module) is not None or _is_norm(module)
+
+
+def _inputs_first(layer: nn.Module, value: torch.Tensor) -> bool:
+    """Whether a parameter is [I, O]."""
+    kind = find_kind(layer)
+    return isinstance(layer, nn.Embedding) or (value.ndim > 1 and bool(kind and kind.transposed))
+
+
 def _is_norm(module: nn.Module) -> bool:
     """Whether its parameters are vectors of one length, as in LayerNorm and the various RMSNorms."""
     shapes = {tuple(parameter.shape) for parameter in module.parameters(recurse=False)}
@@ -165,7 +177,7 @@ def _check_sizes(name: str, module: nn.Module, asked: Mapping[str, int]) -> None
     expected = set(dense)
     if isinstance(module, _CONVOLUTIONS):
         expected = {"in", "out"} | (expected | {"groups"} & set(asked))
-    elif not list(module.parameters(recurse=False)):  # a module of layers
+    elif not _is_layer(module):
         dense = attributes(module)
         expected = set(asked) & set(dense)
     if not asked or set(asked) != expected:
@@ -192,7 +204,7 @@ def _set_sizes(module: nn.Module, asked: Mapping[str, int]) -> None:
     for name in {"groups", "num_groups"} & vars(module).keys() if "groups" in asked else ():
         setattr(module, name, asked["groups"])
     parameters = dict(module.named_parameters(recurse=False))
-    if not parameters and not isinstance(module, nn.GroupNorm):
+    if not _is_layer(module):
         for name, value in asked.items():
             setattr(module, name, value)
         return
@@ -200,7 +212,7 @@ def _set_sizes(module: nn.Module, asked: Mapping[str, int]) -> None:
     set_layer_widths(module, asked.get("in", 0), outputs)
     for name, old in parameters.items():
         shape = [outputs, *old.shape[1:]]
-        if isinstance(module, nn.Embedding):
+        if _inputs_first(module, old):
             shape = [asked["in"], outputs]
         elif old.ndim > 1:
             shape[1] = asked["in"] // asked.get("groups", 1)

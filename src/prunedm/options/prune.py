@@ -9,7 +9,7 @@ from prunedm.options.marks import Flag, OneOf
 from prunedm.tables import MECHANISMS
 
 Mechanism = Annotated[str, OneOf(MECHANISMS)]
-TARGETS = ("params", "macs", "channels", "weights")
+TARGETS = ("params", "macs", "channels", "weights", "blocks")
 
 
 def parse_target(text: str) -> tuple[str, float]:
@@ -76,20 +76,26 @@ class ChannelOptions(Group):
     reduction: Literal["sum", "mean", "max", "first"] = Field(
         "max", description="reduction of a channel's scores over the layers that share it"
     )
+    loadable_by: Literal["prunedm", "transformers"] = Field(
+        "prunedm",
+        description="transformers: the same widths in all blocks of a language model, which loads "
+        "without prunedm",
+    )
     reinitialise: bool = Field(
         False, description="new random weights in the smaller network, as a baseline"
     )
 
 
 class PruneOptions(ScoreOptions, ModelOptions):
-    """`prunedm prune`: remove channels, single weights, or N:M weights."""
+    """`prunedm prune`: remove channels, whole blocks, single weights, or N:M weights."""
 
     mechanism: Mechanism = Field(
         "channels", description="what is removed; obs- updates the remaining weights"
     )
     target: TargetText = Field(
         "params=0.3",
-        description="share removed: params=, macs=, channels= (channels), weights= (of the layers)",
+        description="share removed: params=, macs=, channels= (channels), weights= (of the layers), "
+        "blocks= (depth)",
     )
     pattern: PatternText = Field("2:4", description="N kept of every M input channels (nm)")
     allocation: Literal["uniform", "sensitivity"] = Field(

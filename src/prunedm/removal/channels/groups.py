@@ -7,9 +7,9 @@ then stay exactly the same) and whole attention heads.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd
 
@@ -41,14 +41,23 @@ class Coupling:
     channel_P: torch.Tensor
 
 
+Counts = Mapping[tuple[str, str], int]
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels 0..n-1 that the couplings share, and the blocks of channels that are removed whole."""
+    """Channels 0..n-1 that the couplings share, and the blocks of channels that are removed whole.
+
+    counts: attributes of modules that are this many times the number of channels.
+    heads: whether the channels are heads of attention; each has several positions in its layers.
+    """
 
     name: str  # the layer that makes these channels
     channels: int
     couplings: tuple[Coupling, ...]
     blocks: tuple[torch.Tensor, ...] = ()
+    counts: Counts = field(default_factory=dict)
+    heads: bool = False
 
     @cached_property
     def positions_by_block(self) -> list[dict[tuple[str, Side], int]]:

@@ -8,7 +8,7 @@ How many blocks to remove is searched from the widths alone (target.py).
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,10 @@ from prunedm.networks.widths import narrow_layer, sync_attributes
 from prunedm.removal.channels.groups import ChannelGroup, are_whole
 from prunedm.removal.channels.target import (
     Block,
+    Cost,
     OutOfReach,
     count_params,
+    even_blocks,
     lowest_blocks,
     planned_macs,
     removed_positions,
@@ -54,6 +56,7 @@ class ChannelPlan:
     heads: dict[str, int]  # new heads, for every Attention whose inner width shrinks
     regrouped: tuple[str, ...]  # norms that lose parts of groups, so that their statistics change
     figures: dict[str, int | float] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)  # new values of attributes
 
 
 def block_importance(
@@ -92,34 +95,60 @@ def plan_channels(
     positions: Mapping[str, int] | None = None,
     reduction: Reduction = "mean",
     max_ratio: float = 0.7,
+    fits: Callable[[ChannelPlan], bool] | None = None,
 ) -> ChannelPlan:
     """Choose the blocks whose removal saves about the fraction `ratio` of the target.
 
     `positions` (from `layer_positions`) are needed for MACs, as the target or in the figures.
-    No group loses more than `max_ratio` of its blocks. Raises `UserError` where `ratio` is out of
-    reach.
+    No group loses more than `max_ratio` of its blocks. `fits`: groups that are alike lose the same
+    number of blocks, in the best of these ways that it accepts. Raises `UserError` where `ratio` is
+    out of reach.
     """
     if not groups:
         raise OutOfReach(
             "channels: no layer has two blocks to choose from; a smaller round_to helps"
         )
     importances = [block_importance(group, scores, reduction=reduction) for group in groups]
-    if target_kind == "channels":
-        if ratio > max_ratio:
-            raise UserError(
-                f"at most {max_ratio:g} of a layer's channels can go; {ratio:g} was asked"
-            )
+    if target_kind == "channels" and ratio > max_ratio:
+        raise UserError(f"at most {max_ratio:g} of a layer's channels can go; {ratio:g} was asked")
+    if target_kind == "channels" and fits is None:
         chosen = same_share(groups, importances, ratio=ratio, max_ratio=max_ratio)
-    else:
-        cost = partial(count_params, denoiser)
-        if target_kind == "macs":
-            assert positions is not None, "layer_positions() records them"
-            cost = partial(planned_macs, denoiser, positions)
+        return _plan(denoiser, groups, chosen, positions)
+    cost: Cost = partial(count_params, denoiser)
+    if target_kind == "macs":
+        assert positions is not None, "layer_positions() records them"
+        cost = partial(planned_macs, denoiser, positions, readers=_readers(groups))
+    if fits is None:
         chosen = lowest_blocks(groups, importances, ratio=ratio, max_ratio=max_ratio, cost=cost)
+        return _plan(denoiser, groups, chosen, positions)
+    ways = even_blocks(
+        groups,
+        importances,
+        ratio=ratio,
+        max_ratio=max_ratio,
+        cost=cost if target_kind != "channels" else None,
+    )
+    for chosen in ways:
+        plan = _plan(denoiser, groups, chosen, positions)
+        if fits(plan):
+            return plan
+    raise OutOfReach(
+        f"a ratio of {ratio:g}: none of {len(ways)} ways to give all blocks the same widths is one that "
+        "the model's config can say; --loadable-by prunedm has no such limits"
+    )
+
+
+def _plan(
+    denoiser: nn.Module,
+    groups: Sequence[ChannelGroup],
+    chosen: Sequence[Block],
+    positions: Mapping[str, int] | None,
+) -> ChannelPlan:
+    """The plan that removes these blocks."""
     keep = _kept_positions(denoiser, groups, chosen)
     norm_groups, regrouped = _new_norm_groups(denoiser, keep)
     heads, figures = _new_heads(denoiser, keep), _figures(denoiser, groups, chosen, positions)
-    return ChannelPlan(keep, norm_groups, heads, regrouped, figures)
+    return ChannelPlan(keep, norm_groups, heads, regrouped, figures, _new_counts(groups, chosen))
 
 
 def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
@@ -131,6 +160,8 @@ def remove_channels(denoiser: nn.Module, plan: ChannelPlan) -> None:
             module.num_groups = plan.norm_groups[name]
     for name, heads in plan.heads.items():
         _narrow_heads(denoiser.get_submodule(name), heads)
+    for (name, attribute), count in plan.counts.items():
+        setattr(denoiser.get_submodule(name), attribute, count)
     sync_attributes(denoiser)
     if isinstance(denoiser, Narrowed):  # else its config would describe the old widths
         as_narrowed(denoiser)
@@ -183,6 +214,25 @@ def _new_heads(
     return heads
 
 
+def _new_counts(
+    groups: Sequence[ChannelGroup], chosen: Sequence[Block]
+) -> dict[tuple[str, str], int]:
+    """New values of the attributes that count a group's channels, where some go."""
+    gone = Counter[int]()
+    for g, b in chosen:
+        gone[g] += len(groups[g].blocks[b])
+    return {
+        where: each * (groups[g].channels - count)
+        for g, count in gone.items()
+        for where, each in groups[g].counts.items()
+    }
+
+
+def _readers(groups: Sequence[ChannelGroup]) -> list[str]:
+    """The layers that read the heads' outputs."""
+    return [c.layer for group in groups if group.heads for c in group.couplings if c.side == "in"]
+
+
 def _figures(
     denoiser: nn.Module,
     groups: Sequence[ChannelGroup],
@@ -195,7 +245,7 @@ def _figures(
     params = (count_params(denoiser), count_params(denoiser, removed))
     pairs = {"params": params, "channels": (channels, left)}
     if positions is not None:
-        macs = partial(planned_macs, denoiser, positions)
+        macs = partial(planned_macs, denoiser, positions, readers=_readers(groups))
         pairs["macs"] = (macs(), macs(removed))
     figures: dict[str, int | float] = {}
     for kind, (before, after) in pairs.items():

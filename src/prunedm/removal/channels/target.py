@@ -6,7 +6,7 @@ The cost of a UNet of given widths is computed from its layers, without running 
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -22,6 +22,7 @@ Removed = Mapping[tuple[str, Side], int]  # positions that are removed, by layer
 Block = tuple[int, int]  # group, block within it
 Cost = Callable[[Removed], int]
 NEAR = 0.005  # relative distance from the target at which the search stops
+FAR = 0.05  # and that is accepted where all blocks are alike
 
 
 class OutOfReach(UserError):
@@ -98,6 +99,58 @@ def same_share(
     return [(g, b) for g, count in enumerate(counts) for b in order[g][:count]]
 
 
+def even_blocks(
+    groups: Sequence[ChannelGroup],
+    importances: Sequence[torch.Tensor],
+    *,
+    ratio: float,
+    max_ratio: float,
+    cost: Cost | None,
+) -> list[list[Block]]:
+    """Ways to remove about `ratio` of the cost in which groups that are alike lose equally many blocks.
+
+    All groups of heads lose one share of their blocks and all others another; without a cost, both
+    are `ratio`. The way that loses the least comes first. Raises `OutOfReach` where none is near.
+    """
+    order = [importance_B.argsort(stable=True).tolist() for importance_B in importances]
+    sizes = [max((len(g.blocks) for g in groups if g.heads == kind), default=0) for kind in (1, 0)]
+
+    def chosen(*gone: int) -> list[Block]:
+        """Blocks of all groups where the largest ones of either kind lose so many."""
+        blocks = []
+        for g, group in enumerate(groups):
+            kind, own = 0 if group.heads else 1, order[g]
+            count = min(gone[kind] * len(own) // sizes[kind], _allowed(len(own), max_ratio))
+            blocks += [(g, b) for b in own[:count]]
+        return blocks
+
+    if cost is None:
+        heads = sorted(range(sizes[0] + 1), key=lambda n: abs(n - ratio * sizes[0]))
+        found = [chosen(n, round(ratio * sizes[1])) for n in heads]
+        return [blocks for blocks in found if blocks]
+    dense = cost({})
+
+    def share(blocks: Iterable[Block]) -> float:
+        return 1 - cost(removed_positions(groups, blocks)) / dense
+
+    def nearest(heads: int) -> list[Block]:
+        counts = range(sizes[1] + 1)
+        k = bisect_left(counts, ratio, key=lambda n: share(chosen(heads, n)))
+        some = [chosen(heads, n) for n in (k - 1, k) if n in counts]
+        return min(some, key=lambda blocks: abs(share(blocks) - ratio))
+
+    ways = [nearest(heads) for heads in range(sizes[0] + 1)]
+    ways = [blocks for blocks in ways if blocks and abs(share(blocks) - ratio) <= FAR * ratio]
+    if not ways:
+        most = math.floor(1000 * share(chosen(*sizes))) / 1000
+        raise OutOfReach(
+            f"a ratio of {ratio:g} cannot be reached with the same widths in all blocks; they can lose "
+            f"{most:g} at most, in steps of whole heads and multiples of --round-to"
+        )
+    each = [share([(g, 0)]) for g in range(len(groups))]
+    return sorted(ways, key=lambda way: sum(each[g] * float(importances[g][b]) for g, b in way))
+
+
 def removed_positions(groups: Sequence[ChannelGroup], blocks: Iterable[Block]) -> Removed:
     """How many positions of each layer and side these blocks remove."""
     removed: Counter[tuple[str, Side]] = Counter()
@@ -119,14 +172,22 @@ def count_params(denoiser: nn.Module, removed: Removed | None = None) -> int:
 
 
 def planned_macs(
-    denoiser: nn.Module, positions: Mapping[str, int], removed: Removed | None = None
+    denoiser: nn.Module,
+    positions: Mapping[str, int],
+    removed: Removed | None = None,
+    *,
+    readers: Iterable[str] = (),
 ) -> int:
     """Multiply-accumulates of layers and attention without the positions `removed`, for one image.
 
     `positions` are those of `layer_positions`. Computed, since a search over widths cannot run each
-    candidate; `evaluation.size.count_macs` counts the operations of a run.
+    candidate; `evaluation.size.count_macs` counts the operations of a run. readers: layers that read
+    the outputs of attention over all positions, where its class is not diffusers' `Attention`.
     """
     gone, total = removed or {}, 0
+    for name in readers:
+        inner = width_of(denoiser.get_submodule(name), "in") - gone.get((name, "in"), 0)
+        total += 2 * inner * positions[name] ** 2
     for name, module in denoiser.named_modules():
         if find_kind(module) is not None:
             total += _weights(module, name, gone) * positions[name]

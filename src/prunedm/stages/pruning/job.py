@@ -118,15 +118,10 @@ def check_options(options: PruneOptions, model: Model) -> None:
         )
     if model.scheduler is not None:
         model.process.time_range(options.time_range)
-    if options.mechanism == "channels":
-        if options.targets:
-            raise UserError(
-                "--targets narrows weights and nm; channels are coupled across the network"
-            )
-        if kind == "weights":
-            raise UserError(
-                f"--target weights= is for single weights; channels take params={ratio:g}"
-            )
+    if kind == "blocks" and options.mechanism != "depth":
+        raise UserError(f"--target blocks= is for --mechanism depth; others take params={ratio:g}")
+    if options.mechanism in ("channels", "depth"):
+        _check_structure(options, model, kind, ratio)
         return
     nm, by_layer = options.mechanism.endswith("nm"), options.allocation == "sensitivity"
     if kind == "channels":
@@ -145,6 +140,20 @@ def check_options(options: PruneOptions, model: Model) -> None:
         if isinstance(choice_of(text), Pattern) != nm:
             takes = "patterns like 2:4" if nm else "ratios like 0.5"
             raise UserError(f"candidate {text!r}: {options.mechanism} takes {takes}")
+
+
+def _check_structure(options: PruneOptions, model: Model, kind: str, ratio: float) -> None:
+    depth, known = options.mechanism == "depth", model.architecture.channels
+    if options.targets and (depth or known != "inside"):
+        why = "depth takes whole blocks" if depth else "channels are coupled across the network"
+        raise UserError(f"--targets narrows weights and nm; {why}")
+    if kind == "weights" or (depth and kind == "channels"):
+        what = "single weights" if kind == "weights" else "channels"
+        raise UserError(
+            f"--target {kind}= is for {what}; {options.mechanism} takes params={ratio:g}"
+        )
+    if options.channels.loadable_by == "transformers" and not model.architecture.text:
+        raise UserError("--loadable-by transformers is for language models")
 
 
 def asks(options: PruneOptions) -> bool:

@@ -1,4 +1,4 @@
-"""The mechanisms of `prune`: each changes the model in place and returns details.
+"""The mechanisms of `prune` that set masks: each changes the model in place and returns details.
 
 To add one: such a function, and a line in `tables.MECHANISMS`.
 """
@@ -15,9 +15,7 @@ from prunedm.evaluation.loss import fixed_batches
 from prunedm.masks import Masks, Pattern
 from prunedm.networks.chain import BlockNetwork, KeptInputs, blocks_in_turn, chained_blocks
 from prunedm.networks.layers import why_not_nm
-from prunedm.networks.narrowed import as_narrowed
 from prunedm.options import parse_target
-from prunedm.randomness import seed_for
 from prunedm.removal.allocation import (
     Choice,
     allocate,
@@ -26,9 +24,6 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
-from prunedm.removal.channels.groups import ChannelGroup, channel_groups
-from prunedm.removal.channels.plan import ChannelPlan, plan_channels, remove_channels
-from prunedm.removal.channels.target import OutOfReach
 from prunedm.removal.nm import eligible_layers, nm_mask
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import find_permutation, permute_, permuted
@@ -42,7 +37,6 @@ from prunedm.stages.pruning.job import (
     removed_share,
     requested,
     share_to_remove,
-    widths,
 )
 from prunedm.tables import SCORES
 from prunedm.task import Task
@@ -51,85 +45,7 @@ Value = TypeVar("Value")
 GUIDANCE = 0.5  # of OBS where options name none, and blocks are not pruned in turn
 RATIOS = ("0.3", "0.5", "0.7", "0.9")  # candidates of unstructured allocation
 PATTERNS = ("2:4", "1:4")  # and of N:M
-SHORT = 0.9  # below this share of the target, finer steps are tried
-TIED = "its channels are tied to protected layers, or form one block that cannot be split"
 STEPS = "layers take only the candidates; more --candidates make finer steps"
-
-
-def remove_by_channels(job: PruneJob) -> Details:
-    """Remove channels; the model's class becomes its narrowed one."""
-    options, denoiser = job.options, job.model.denoiser
-    if not job.model.architecture.channels:
-        raise UserError(
-            f"channels of a {type(denoiser).__name__} are not cut yet: which of them go together is "
-            "not known; give --mechanism nm, weights, obs-nm or obs-weights, or see "
-            "docs/guides/add-a-family.md"
-        )
-    kind, ratio = parse_target(options.target)
-    before = {name: widths(layer) for name, layer in job.layers.items()}
-    plan, groups, round_to = _channel_plan(job, kind, ratio)
-    remove_channels(denoiser, plan)
-    job.model.denoiser = as_narrowed(denoiser)
-    if options.channels.reinitialise:
-        job.model.denoiser = _fresh(job.model.denoiser, options.seed)
-    changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
-    free = {coupling.layer for group in groups for coupling in group.couplings}
-    achieved = float(plan.figures[f"{kind}_removed"])
-    why = (
-        f"channels go in whole norm groups or heads, in multiples of {round_to}; "
-        "a smaller --round-to makes finer steps"
-    )
-    return requested(kind, ratio, achieved, why) | {
-        "round_to": round_to,
-        "norms_regrouped": len(plan.regrouped),
-        "layers": changes,
-        "dense": {name: TIED for name in before if name not in free},
-    }
-
-
-def _channel_plan(
-    job: PruneJob, kind: str, ratio: float
-) -> tuple[ChannelPlan, list[ChannelGroup], int]:
-    """The plan at the coarsest rounding that reaches the target, its groups, and that rounding.
-
-    Raises `OutOfReach` where no rounding does.
-    """
-    options, denoiser, scores = job.options, job.model.denoiser, None
-    known = job.model.architecture
-    for round_to in job.roundings:
-        groups = channel_groups(
-            denoiser,
-            job.model.example(),
-            protect=[
-                n for n in known.protect if not (options.channels.narrow_ends and n in known.ends)
-            ],
-            round_to=round_to,
-        )
-        scores = scores or job.scores()
-        try:
-            plan = plan_channels(
-                denoiser,
-                groups,
-                scores=scores,
-                ratio=ratio,
-                target_kind=kind,  # type: ignore[arg-type]
-                positions=job.positions,
-                reduction=options.channels.reduction,
-                max_ratio=options.channels.max_layer_ratio,
-            )
-        except OutOfReach:
-            if round_to == job.roundings[-1]:
-                raise
-            continue
-        # the target channels= never raises
-        if plan.figures[f"{kind}_removed"] >= SHORT * ratio or round_to == job.roundings[-1]:
-            break
-    if round_to != job.roundings[0]:
-        job.progress.say(
-            f"{kind}={ratio:g} is out of reach with widths in multiples of {job.roundings[0]}: "
-            f"they are multiples of {round_to}"
-        )
-    return plan, groups, round_to
 
 
 def remove_weights(job: PruneJob) -> Details:
@@ -354,11 +270,3 @@ def _left_dense(job: PruneJob, choices: Mapping[str, Choice]) -> dict[str, str]:
 def _zeros(job: PruneJob) -> Details:
     assert job.model.masks is not None
     return {"layers": {name: 1 - float(mask.float().mean()) for name, mask in job.model.masks}}
-
-
-def _fresh(denoiser: Any, seed: int) -> Any:
-    """The same architecture with newly initialised weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_for(seed, "reinitialise"))
-        fresh = type(denoiser).from_config(denoiser.config)
-    return fresh.eval()
