@@ -266,7 +266,11 @@ def test_what_cannot_be_done_is_one_line(tmp_path):
         (changed(tmp_path / "b", num_hidden_layers=10**9), prune, "num_hidden_layers = .* range"),
         (changed(tmp_path / "c", quantization_config={"bits": 4}), prune, "weights are quantised"),
         (changed(tmp_path / "d", num_hidden_layers=3), prune, "missing tensors, first"),
-        (language_model(), prune.model_copy(update={"mechanism": "channels"}), "are not cut yet"),
+        (
+            language_model(),
+            PruneOptions(target="weights=0.3", **CALIBRATED),
+            "channels takes params",
+        ),
     ]
     for number, (source, options, message) in enumerate(cases):
         with pytest.raises(UserError, match=message) as caught:

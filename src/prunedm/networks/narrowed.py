@@ -124,7 +124,9 @@ def _name_language_model(network: Any, cls: Any) -> None:
     """Give a language model the class and config that say its widths."""
     dense, attention = _dense(network), network.config._attn_implementation
     if dict(dense.named_modules()).keys() != dict(network.named_modules()).keys():
-        raise UserError(f"a {cls.dense_class.__name__} changes its modules as it runs; leave it wide")
+        raise UserError(
+            f"a {cls.dense_class.__name__} changes its modules as it runs; leave it wide"
+        )
     config = plain_config(network, dense, cls.dense_class)
     kind = cls.dense_class if config is not None else cls
     if config is None:
