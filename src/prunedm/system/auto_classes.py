@@ -65,7 +65,7 @@ class _Configs(dict[str, Any]):
         from transformers import AutoModelForCausalLM
 
         config = self.dense[name.removeprefix(MODEL_TYPE)]
-        dense = AutoModelForCausalLM._model_mapping[config]
+        dense: Any = AutoModelForCausalLM._model_mapping[config]
         made = getattr(sys.modules["prunedm"], f"Pruned{dense.__name__}")
         AutoModelForCausalLM.register(made.config_class, made, exist_ok=True)
         return made.config_class
