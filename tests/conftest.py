@@ -20,12 +20,13 @@ GROUPS = {
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """The collector passes over all that modules make: to look through it would take a tenth."""
+    """The collector passes over all that modules make, and looks seldom: it took a tenth."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000, 10, 10)  # new objects; Python's own is 700
         gc.enable()
 
 
