@@ -7,6 +7,8 @@ import diffusers
 import torch
 from torch import nn
 
+from prunedm.networks.blocks import drop_blocks
+from prunedm.networks.narrowed import as_narrowed
 from prunedm.networks.widths import narrow_layer
 
 SIZES = {"num_attention_heads": 4, "attention_head_dim": 8}
@@ -290,6 +292,14 @@ def cut(network: nn.Module, family: Family, *, silence: bool = False) -> nn.Modu
     for name in family.resnets:
         cut_resnet(network, name, silence=silence)
     return network
+
+
+def slim(family: Family, **options) -> nn.Module:
+    """A network with everything cut that the family says, and a block dropped."""
+    network = family.network(**options)
+    cut(network, family)
+    drop_blocks(network, [family.block])
+    return as_narrowed(network)
 
 
 def silence_inputs(layer: nn.Module, kept: torch.Tensor) -> None:

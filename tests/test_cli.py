@@ -485,14 +485,29 @@ def processor_seconds(code: str) -> tuple[subprocess.CompletedProcess[str], floa
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_the_error_line_is_all_that_a_process_writes_to_stderr(tmp_path):
+# the hub is asked first, for one process imports all that either needs
+WHOLE = """
+import runpy, sys
+from prunedm import load
+try: load("someone/nothing")
+except ValueError as error: print(error)
+sys.stdout.flush()
+runpy.run_module("prunedm", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_error_line_is_all_that_a_process_writes_to_stderr_and_a_hub_is_asked_once(tmp_path):
     words, expected = truncated_weights(tmp_path)
-    command = [sys.executable, "-m", "prunedm", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    own = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WHOLE, *map(str, words)]
+    done = subprocess.run(
+        command, env=os.environ | own, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in expected)
-    assert done.stdout == ""
+    assert done.stdout.count("\n") == 1
+    assert "cannot get model 'someone/nothing': no such folder, and the hub says" in done.stdout
 
 
 RECIPE = {

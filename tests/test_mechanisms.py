@@ -1,6 +1,7 @@
 """Every mechanism with every score, as `prune` runs them: exact, protected layers whole, loadable."""
 
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -69,6 +70,16 @@ def job_for(model: Model | None = None, **options) -> PruneJob:
 
 
 def pruned(**options) -> tuple[Model, dict]:
+    """A copy of what `prune` makes of these options, which several tests look at."""
+    return deepcopy(_pruned_once(**options))
+
+
+@cache
+def _pruned_once(**options) -> tuple[Model, dict]:
+    return pruned_anew(**options)
+
+
+def pruned_anew(**options) -> tuple[Model, dict]:
     job = job_for(**options)
     details = MECHANISMS[job.options.mechanism](job)
     if job.model.masks is not None:
@@ -232,7 +243,7 @@ def test_obs_moves_the_weights_that_stay_and_loses_less():
 def test_reinitialised_weights_are_seeded_and_new():
     options = WAYS["channels"] | {"score": "random"}
     kept, one, again, other = (
-        pruned(**options, reinitialise=fresh, seed=seed)[0].denoiser
+        pruned_anew(**options, reinitialise=fresh, seed=seed)[0].denoiser
         for fresh, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
     )
     name = "mid_block.resnets.0.conv1.weight"

@@ -1,22 +1,11 @@
 """Narrowed networks of any family: their function is the silenced one, and returns to the bit."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DiTPipeline,
-)
-from narrowing import FAMILIES, cut, cut_heads, output, silence_block
+from narrowing import FAMILIES, cut, cut_heads, output, silence_block, slim
 from torch import nn
 
 import prunedm
@@ -26,14 +15,6 @@ from prunedm.networks.narrowed import Narrowed, as_narrowed, narrowed, widths_of
 from prunedm.networks.widths import attributes, sync_attributes
 
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-
-
-def slim(family, **options) -> nn.Module:
-    """A network with everything cut that the family says, and a block dropped."""
-    network = family.network(**options)
-    cut(network, family)
-    drop_blocks(network, [family.block])
-    return as_narrowed(network)
 
 
 def own_memory(network: nn.Module) -> nn.Module:
@@ -91,35 +72,6 @@ def test_the_type_of_the_file_stays_and_shards_are_read(tmp_path):
     loaded = type(network).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert torch.equal(output(loaded, family), output(network, family))
-
-
-FRESH = """
-import sys, torch, prunedm
-from diffusers import DiffusionPipeline
-from narrowing import FAMILIES, output
-answers = []
-for component, family in (("unet", "unet2d"), ("transformer", "dit")):
-    network = getattr(DiffusionPipeline.from_pretrained(f"{sys.argv[1]}/{family}"), component)
-    answers.append((type(network).__name__, output(network, FAMILIES[family])))
-torch.save(answers, f"{sys.argv[1]}/answers.pt")
-"""
-
-
-def test_a_fresh_process_loads_the_pipelines(tmp_path):
-    unet, dit = (slim(FAMILIES[name]) for name in ("unet2d", "dit"))
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet2d")
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1)
-    DiTPipeline(dit, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
-    index = json.loads((tmp_path / "dit" / "model_index.json").read_text())
-    assert index["transformer"] == ["prunedm", "PrunedDiTTransformer2DModel"]
-    here = DiffusionPipeline.from_pretrained(tmp_path / "dit").transformer
-    assert torch.equal(output(here, FAMILIES["dit"]), output(dit, FAMILIES["dit"]))
-    command = [sys.executable, "-c", FRESH, tmp_path]
-    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parent)
-    answers = torch.load(tmp_path / "answers.pt")
-    assert [name for name, _ in answers] == ["PrunedUNet2DModel", "PrunedDiTTransformer2DModel"]
-    for (_, answer), network, family in zip(answers, (unet, dit), ("unet2d", "dit"), strict=True):
-        assert torch.equal(answer, output(network, FAMILIES[family]))
 
 
 def test_one_class_each_and_none_for_what_is_no_model():

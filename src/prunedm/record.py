@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,11 @@ def _cpu_name() -> str:
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package)
+        return _installed(package)
     except metadata.PackageNotFoundError:
         return MISSING
+
+
+@cache  # the metadata of all packages takes 50 ms to read; what is missing may be installed yet
+def _installed(package: str) -> str:
+    return metadata.version(package)
