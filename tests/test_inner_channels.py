@@ -124,6 +124,15 @@ def test_units_are_those_of_transformers_tensor_parallel_plan(cls):
         assert torch.equal(coupling.index_P // each, coupling.channel_P)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_unit_is_found_behind_relu_and_in_half_precision(dtype):
+    """A ReLU that is off has no derivative; half types round what is compared."""
+    config = HEADS["OPTForCausalLM"][0] | {"ffn_dim": 4096}
+    model = network("OPTForCausalLM", **config).to(dtype)
+    found = groups_of(model, round_to=16)
+    assert [(group.channels, len(group.blocks)) for group in found] == [(4, 4), (4096, 256)] * 2
+
+
 def test_gated_units_and_interleaved_heads_by_hand():
     llama, neox = network(), network("GPTNeoXForCausalLM")
     (mlp,) = (g for g in groups_of(llama) if g.name == "model.layers.0.mlp.gate_proj")
@@ -331,7 +340,8 @@ def tiny_of(cls):
             large = sum(p.numel() for p in cls(made).parameters()) > 3e7
         model = None if large else cls(made).eval()
         if model is not None:
-            answer(model, example(model))
+            with torch.no_grad():
+                answer(model, example(model))
     except Exception:
         return None
     return model

@@ -26,10 +26,10 @@ from prunedm.networks.layers import is_under
 from prunedm.networks.widths import attributes, set_layer_widths
 from prunedm.removal.channels.groups import ChannelGroup, Counts, Coupling
 
-TOKENS = 8  # of the sequence that blocks are asked about
+TOKENS = 32  # of the sequence that blocks are asked about: no ReLU is off for all of them
 MOST_HEADS = 512  # units of several channels in one block
 STREAM = re.compile("hidden_size|d_model|n_embd|embed")  # attributes that say the stream's width
-NEAR = 1e-4  # relative difference below which two inputs are the same
+NEAR = 1e-4  # relative difference below which two inputs are the same, in float32
 
 Leaves = dict[str, torch.Tensor]
 
@@ -107,7 +107,7 @@ def _cut(block: nn.Module, leaves: Leaves, heard: Leaves) -> Iterator[None]:
                 if not _is_output(layer, out):  # a router, or heads folded into the batch
                     return out
                 noise = torch.Generator().manual_seed(len(leaves))
-                leaf = torch.randn(out.shape, generator=noise).to(x.device)
+                leaf = torch.randn(out.shape, generator=noise).to(out)
                 leaves[name] = leaf.requires_grad_()
             heard[name] = x
             return leaves[name].clone()  # what follows may write to it
@@ -146,12 +146,17 @@ class _Probe:
             made = block(*args, **named)
         return heard, made[0] if isinstance(made, tuple | list) else made
 
-    def sources(self, value: torch.Tensor, names: Sequence[str]) -> Leaves:
-        """For layers whose leaves `value` depends on: which channels it does (booleans)."""
-        if not value.requires_grad:
+    def sources(self, values: Iterable[torch.Tensor], names: Sequence[str]) -> Leaves:
+        """For layers whose leaves some of `values` depend on: which channels do (booleans)."""
+        total = torch.zeros(())
+        noise = torch.Generator().manual_seed(0)
+        for value in values:  # a plain sum of what a norm makes would not depend on its input
+            weights = torch.randn(value.shape, generator=noise).to(value.device)
+            total = total + (value.float() * weights).sum().cpu()
+        if not total.requires_grad:
             return {}
         slopes = torch.autograd.grad(
-            value.sum(), [self.leaves[n] for n in names], allow_unused=True, retain_graph=True
+            total, [self.leaves[n] for n in names], allow_unused=True, retain_graph=True
         )
         found = {
             name: _any_position(slope, self.block.get_submodule(name)) != 0
@@ -186,8 +191,8 @@ def _groups_of_block(block: nn.Module, told: Any, round_to: int) -> list[Channel
 def _components(probe: _Probe) -> list[tuple[list[str], list[str]]]:
     """Layers whose outputs only these others read, which read nothing else."""
     names = list(probe.heard)
-    feeds = {name: set(probe.sources(probe.heard[name], names)) for name in names}
-    stream = set(probe.sources(probe.made, names))
+    feeds = {name: set(probe.sources([probe.heard[name]], names)) for name in names}
+    stream = set(probe.sources([probe.made], names))
     parts: list[tuple[set[str], set[str]]] = []
     for reader, makers in feeds.items():
         if not makers:
@@ -286,14 +291,11 @@ class _Reads:
 
     def _made_by(self, own_C: torch.Tensor) -> dict[str, torch.Tensor]:
         """For each maker, the channels that some of these channels of the readers depend on."""
-        total = torch.zeros(())
-        noise = torch.Generator().manual_seed(0)
-        for name, own in zip(self.readers, own_C.split(self.widths), strict=True):
-            if own.any():
-                x = _channels_last(self.probe.heard[name], self.layers[name])
-                weights = torch.randn(x[..., own].shape, generator=noise).to(x.device)
-                total = total + (x[..., own].float() * weights).sum().cpu()
-        found = self.probe.sources(total, self.makers)
+        own = zip(self.readers, own_C.split(self.widths), strict=True)
+        heard = (
+            _channels_last(self.probe.heard[n], self.layers[n])[..., c] for n, c in own if c.any()
+        )
+        found = self.probe.sources(heard, self.makers)
         none = {
             n: torch.zeros(width_of(self.layers[n], "out"), dtype=torch.bool) for n in self.makers
         }
@@ -309,7 +311,7 @@ class _Reads:
             moved = leaves[name].detach().clone()
             view = _channels_last(moved, self.layers[name])
             shape = view[..., channels].shape
-            view[..., channels] = torch.randn(shape, generator=noise).to(view.device)
+            view[..., channels] = torch.randn(shape, generator=noise).to(view)
             leaves[name] = moved
         heard, _ = self.probe.hear(leaves)
         changed = []
@@ -325,18 +327,21 @@ def _channels_last(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def _tried(probe: _Probe, group: ChannelGroup, readers: Sequence[str]) -> list[ChannelGroup]:
-    """The group with the attributes that count its units, if removing its first block is exact.
+    """The group with the attributes that count its units, if removing every other block is exact.
 
     A copy of the block with narrower layers must hear what the block hears in the channels that stay:
     with attributes changed that count heads or repeat a width, the stream's names last, or with none.
     """
+    gone = torch.cat(group.blocks[::2][: len(group.blocks) - 1])
     keep = {
-        (c.layer, c.side): c.index_P[~torch.isin(c.channel_P, group.blocks[0])].sort().values
+        (c.layer, c.side): c.index_P[~torch.isin(c.channel_P, gone)].sort().values
         for c in group.couplings
     }
     likely, others = _counts(probe.block, group)
     for counts in (likely, {**likely, **others}, {}):
-        if _is_exact(probe, replace(group, counts=counts), keep, readers):
+        if _is_exact(
+            probe, replace(group, counts=counts), keep, group.channels - len(gone), readers
+        ):
             return [replace(group, counts=counts)]
     return []
 
@@ -360,8 +365,10 @@ def _is_exact(
     probe: _Probe,
     group: ChannelGroup,
     keep: Mapping[tuple[str, Side], torch.Tensor],
+    left: int,
     readers: Sequence[str],
 ) -> bool:
+    """Whether a copy of the block that keeps these positions hears what the block hears in them."""
     memo = {id(tensor): tensor for tensor in (*probe.block.parameters(), *probe.block.buffers())}
     try:
         narrow = deepcopy(probe.block, memo)  # of the same tensors: its layers are cut, too
@@ -377,7 +384,6 @@ def _is_exact(
             axis = kind_of(layer).channel_axis
             leaves[name] = leaves[name].detach().index_select(axis, out.to(leaves[name].device))
         set_layer_widths(layer, *own)
-    left = group.channels - len(group.blocks[0])
     for (owner, name), each in group.counts.items():
         setattr(narrow.get_submodule(owner), name, each * left)
     try:
@@ -389,8 +395,9 @@ def _is_exact(
         index = keep.get((name, "in"), torch.arange(width_of(layer, "in")))
         axis = kind_of(layer).channel_axis
         wanted = probe.heard[name].detach().index_select(axis, index.to(heard[name].device))
+        near = max(NEAR, 4 * torch.finfo(wanted.dtype).eps)
         if heard[name].shape != wanted.shape or not torch.allclose(
-            heard[name].detach().float(), wanted.float(), rtol=NEAR, atol=NEAR
+            heard[name].detach(), wanted, rtol=near, atol=near
         ):
             return False
     return True
