@@ -425,7 +425,7 @@ def test_numbers_that_are_not_finite_never_reach_json(tmp_path):
     }
     assert failed == {("broken", "loss")}
     assert bad.figures.loss is None
-    assert "the denoising loss is inf" in bad.failed["loss"]
+    assert "the held-out loss is inf" in bad.failed["loss"]
     assert (
         "| b | +0.00000 | same to the bit | – |"
         in (tmp_path / "out" / "evaluation_summary.md").read_text()

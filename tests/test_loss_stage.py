@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_is_an_error_of_the_stage(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     out = "".join(capsys.readouterr())
-    assert "the denoising loss is nan on 4 of 4 problems" in " ".join(out.split())
+    assert "the held-out loss is nan on 4 of 4 problems" in " ".join(out.split())
     assert not (tmp_path / "o").exists()
 
 

@@ -60,7 +60,7 @@ def denoising_loss(
     Raises `NotFinite` where a loss is NaN or infinite.
     """
     losses = []
-    task = (progress or Silent()).task("denoising loss", len(batches))
+    task = (progress or Silent()).task("held-out loss", len(batches))
     with evaluating(denoiser), task as bar:
         for cpu_batch in batches:
             batch = cpu_batch.to(device)
@@ -76,7 +76,7 @@ def _check_finite(losses_N: torch.Tensor) -> None:
     if len(broken):
         first = int(broken[0])
         raise NotFinite(
-            f"the denoising loss is {float(losses_N[first])} on {len(broken)} of {len(losses_N)} "
+            f"the held-out loss is {float(losses_N[first])} on {len(broken)} of {len(losses_N)} "
             f"problems, first number {first}: the model's weights or its noise schedule are broken"
         )
 

@@ -101,7 +101,7 @@ class AnalyzeOptions(CalibrationOptions, ModelOptions):
 
 
 class LossOptions(DataOptions, ModelOptions):
-    """`prunedm loss`: the denoising loss on fixed problems, batch by batch."""
+    """`prunedm loss`: the loss on fixed problems, batch by batch."""
 
     masks: ModelName = Field(
         "", description="masks to apply first: a masks file, or a model with masks or zeros"

@@ -188,7 +188,7 @@ _ALL: tuple[Stage, ...] = (
     Stage(
         "loss",
         LossOptions,
-        "Measure the denoising loss batch by batch, optionally under other masks.",
+        "Measure the held-out loss batch by batch, optionally under other masks.",
         makes="leaf",
     ),
     Stage(

@@ -57,7 +57,7 @@ def _losses(
     device = device_for(options.device)
     denoiser = model.denoiser.to(device)
     losses = []
-    with progress.task("denoising loss", len(stream)) as bar:
+    with progress.task("held-out loss", len(stream)) as bar:
         for batch in stream:
             losses.append(denoising_loss(denoiser, [batch], device=device).per_problem_N)
             bar.advance()
