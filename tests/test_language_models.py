@@ -288,3 +288,12 @@ def test_what_cannot_be_done_is_one_line(tmp_path):
 def test_the_classes_that_nobody_named_have_the_record():
     for cls, config in CLASSES.items():
         assert architecture_of(network(cls, **config)).text
+
+
+def test_fine_tuning_in_half_precision_gives_the_network_back_as_it_was(tmp_path):
+    """accelerate's own way would take transformers' wrappers off `forward`, and the next call fails."""
+    options = FinetuneOptions(
+        steps=2, batch_size=2, validation_problems=4, mixed_precision="bf16", **data()
+    )
+    record, _ = prunedm.finetune(language_model(), tmp_path / "out", options)
+    assert np.isfinite(record.figures["loss"])

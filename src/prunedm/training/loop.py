@@ -116,7 +116,9 @@ def fit(
             bar.advance(1, _note(state.history))
     if ema is not None:
         ema.copy_to(module)
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # autocast ends with the training
+    # autocast ends with the training; accelerate's unwrap_model would strip transformers' wrappers too
+    for name in ("forward", "_original_forward"):
+        vars(module).pop(name, None)
     module.eval()
     return state.history
 
