@@ -41,6 +41,7 @@ def obs_prune(
     time_weights: tuple[float, float] = (1.2, 0.8),
     damping: float = 0.01,
     swaps: int = 0,
+    refits: int = FIT_STEPS,
     guidance: float = 0.0,
     memory: int = 2 << 30,
     progress: Progress | None = None,
@@ -52,6 +53,7 @@ def obs_prune(
     `time_weights`: of problems at the noisiest timestep and at the last one, logarithmic between.
     `damping`: added to the diagonal of H, as a share of its mean.
     `swaps`: rounds of a search for better N:M masks after the sweep (removal/swaps.py).
+    `refits`: steps of conjugate gradients that fit the kept weights together in the end.
     `guidance`: the power of a position's influence on the model's output that weighs it; 0 is
     SparseGPT's H = X^T X (removal/input_grams.py).
     `memory`: bytes of Grams held at once. Layers are taken in execution order, as many as fit and at
@@ -78,7 +80,13 @@ def obs_prune(
             grams = input_grams(denoiser, some, batches, weigh=weigh, guidance=guidance, bar=bar)
             for name in names:
                 masks[name] = _prune_layer(
-                    name, layers[name], grams.pop(name), choices[name], damping, swaps=swaps
+                    name,
+                    layers[name],
+                    grams.pop(name),
+                    choices[name],
+                    damping,
+                    swaps=swaps,
+                    refits=refits,
                 )
                 bar.advance(note=name)
     denoiser.train(was_training)
@@ -129,6 +137,7 @@ def _prune_layer(
     damping: float,
     *,
     swaps: int,
+    refits: int,
 ) -> torch.Tensor:
     """Replace the layer's weight; returns its mask."""
     weight = weight_of(layer)
@@ -145,7 +154,7 @@ def _prune_layer(
         found_OK, keep_OK = swap_search(dense_OK, found_OK, keep_OK, h32_KK, choice, rounds=swaps)
         swept_OK = found_OK.double()
     residual_OK = (w_OK - swept_OK) @ h_KK
-    fitted_OK, _ = refit(swept_OK, residual_OK, keep_OK, h_KK, steps=FIT_STEPS)
+    fitted_OK, _ = refit(swept_OK, residual_OK, keep_OK, h_KK, steps=refits)
     weight.copy_(from_matrix(fitted_OK, weight.shape))
     return from_matrix(keep_OK, weight.shape).contiguous()
 

@@ -270,6 +270,7 @@ def _obs(job: PruneJob, choices: Any) -> dict[str, torch.Tensor]:
             time_weights=options.obs.time_weights,
             damping=options.obs.damping,
             swaps=options.obs.swaps,
+            refits=options.obs.refit,
             guidance=guidance,
             memory=int(options.obs.memory * 2**30),
             progress=job.progress,
