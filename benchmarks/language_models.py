@@ -48,9 +48,11 @@ OBS: Row = {"mechanism": "obs-nm"}
 ONE_SHOT: dict[str, Row] = {
     "magnitude": {"mechanism": "nm", "score": "magnitude"},
     WANDA: {"mechanism": "nm", "score": "wanda"},
-    PLAIN: OBS | {"obs_swaps": 0, "obs_guidance": 0.0, "obs_refit": 0},
-    "OBS, refitted": OBS | {"obs_swaps": 0, "obs_guidance": 0.0},
-    "OBS with swaps": OBS | {"obs_guidance": 0.0},
+    PLAIN: OBS | {"obs_correction": 0.0, "obs_swaps": 0, "obs_refit": 0},
+    "OBS, refitted": OBS | {"obs_correction": 0.0, "obs_swaps": 0},
+    "OBS, refitted, with swaps": OBS | {"obs_correction": 0.0},
+    "guided OBS": OBS | {"obs_guidance": 0.5},  # no blocks in turn, and no correction
+    "corrected OBS, refitted": OBS | {"obs_swaps": 0},
     "OBS (default)": OBS,
 }
 OURS = {"wanda": WANDA, "sparsegpt": PLAIN}  # by the repository that has the same method
