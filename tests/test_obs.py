@@ -190,8 +190,7 @@ def test_time_weights_fall_logarithmically_from_the_noisiest_step():
 
 @pytest.mark.parametrize("kind", ["linear", "padded"])
 @pytest.mark.parametrize("choice", [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), 0.4])
-def test_the_sweep_is_exact_obs_and_the_fit_is_the_joint_solution(kind, choice, monkeypatch):
-    monkeypatch.setattr(obs, "FIT_STEPS", 200)
+def test_the_sweep_is_exact_obs_and_the_fit_is_the_joint_solution(kind, choice):
     denoiser, x = one_layer(kind), inputs()
     w_OK, h_KK = matrix(denoiser.layer.weight), damped(gram_of(denoiser.layer, x))
     swept, keep = reference_sweep(w_OK, h_KK, choice)
@@ -199,7 +198,10 @@ def test_the_sweep_is_exact_obs_and_the_fit_is_the_joint_solution(kind, choice, 
     ours, our_keep = obs._sweep(w_OK, u_KK, *obs._chooser(choice, w_OK, u_KK))
     assert torch.equal(our_keep, keep)
     torch.testing.assert_close(ours, swept, rtol=1e-8, atol=1e-10)
-    mask = prune(denoiser, choice, x)
+    alone = one_layer(kind)
+    prune(alone, choice, x, refits=0)
+    torch.testing.assert_close(matrix(alone.layer.weight), swept, rtol=1e-8, atol=1e-10)
+    mask = prune(denoiser, choice, x, refits=200)
     assert torch.equal(matrix(mask), keep)
     fitted = matrix(denoiser.layer.weight)
     torch.testing.assert_close(fitted, least_squares(w_OK, keep, h_KK), rtol=1e-6, atol=1e-8)
@@ -285,12 +287,11 @@ def test_a_given_mask_is_kept_and_its_weights_are_updated():
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
-    monkeypatch.setattr(obs, "FIT_STEPS", 0)
     results = []
     for block in (1, 12, 128):
         monkeypatch.setattr(obs, "BLOCK", block)
         denoiser = one_layer("3x3")
-        prune(denoiser, Pattern(2, 4), inputs())
+        prune(denoiser, Pattern(2, 4), inputs(), refits=0)
         results.append(denoiser.layer.weight.detach())
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-8, atol=1e-10)

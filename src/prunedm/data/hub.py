@@ -56,7 +56,7 @@ def open_hub(name: str) -> dict[str, "Dataset"]:
         raise UserError(f"{start}, and the hub has none of this name that you may read{meant}")
 
     try:
-        with _offline(bool(why)):
+        with offline(bool(why)):
             how = {"data_files": files} if files else {"name": config} if config else {}
             return named_splits(datasets.load_dataset(repository, **how))
     except Exception as error:  # a dozen types, all of which mean "not available"
@@ -67,7 +67,7 @@ def open_hub(name: str) -> dict[str, "Dataset"]:
 
 
 @contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
+def offline(wanted: bool) -> Iterator[None]:
     """Put `datasets` and the hub's client offline; they read the environment only once."""
     import datasets
     from huggingface_hub import constants

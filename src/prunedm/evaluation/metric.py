@@ -26,6 +26,7 @@ _IMAGES = ("dataset", "features", "samples", "reference", "sampler", "spacing", 
 NEEDS: dict[str, tuple[str, ...]] = {
     "weights": (),
     "problems": ("dataset", "problems", "length", "seed", "prediction", "schedule"),
+    "tasks": ("task_examples",),
     "calls": ("device", "dtype"),
     "samples": _IMAGES,
     "features": _IMAGES,
@@ -67,7 +68,7 @@ class Measurement:
     """A step that measures figures of one model, by name; for pairs and turns, of all models at once."""
 
     step: str
-    needs: Literal["weights", "problems", "calls", "samples", "features", "pairs", "turns"]
+    needs: Literal["weights", "problems", "tasks", "calls", "samples", "features", "pairs", "turns"]
     figures: Callable[[Subject], dict[str, Any]] | None = None
 
 

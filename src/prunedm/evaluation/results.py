@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, computed_fiel
 from prunedm.record import Record, finite
 from prunedm.tables import METRICS
 
+TASK = "task:"  # how the figures of zero-shot tasks begin
 EMA, LAST = "EMA ", "not averaged"  # values of `Conditions.weights`
 # numbers that are not finite count as not measured; JSON cannot hold them either
 Measured = Annotated[int | float | None, AfterValidator(finite)]
@@ -71,7 +72,7 @@ class Figures(BaseModel):
             try:
                 return super().__getattr__(name)
             except AttributeError:
-                if name.startswith("_") or name not in figure_names():
+                if name.startswith("_") or not (name.startswith(TASK) or name in figure_names()):
                     raise
                 return None
 
@@ -95,6 +96,7 @@ class Conditions(BaseModel):
     problems: int  # held-out ones behind `loss`
     length: int = 0  # tokens of each, of texts
     stride: int = 0  # tokens between the windows of the strided perplexity
+    task_examples: int = 0  # questions of each task at most; 0: all
     samples: int
     sampler: str  # "ddim-50"
     spacing: str = ""  # of its timesteps: "trailing"

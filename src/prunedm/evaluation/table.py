@@ -11,6 +11,7 @@ from typing import Literal
 
 from prunedm.evaluation.metric import Metric
 from prunedm.evaluation.results import Change, Conditions, Evaluation, Figures, figure_names
+from prunedm.evaluation.tasks import task_metrics
 from prunedm.tables import METRICS
 
 NONE = "–"
@@ -85,11 +86,16 @@ def failed(column: Metric, evaluation: Evaluation) -> bool:
     ) and not evaluation.failed.keys().isdisjoint(column.steps)
 
 
+def metrics(evaluations: Sequence[Evaluation]) -> list[Metric]:
+    """All, and those of the tasks that these were asked."""
+    return [*METRICS.values(), *task_metrics(name for e in evaluations for name, _ in e.figures)]
+
+
 def measured(evaluations: Sequence[Evaluation]) -> list[Metric]:
     """The columns with an entry for at least one of these."""
     return [
         column
-        for column in METRICS.values()
+        for column in metrics(evaluations)
         if any(known(column, e) or failed(column, e) for e in evaluations)
     ]
 
@@ -102,7 +108,7 @@ def known(column: Metric, evaluation: Evaluation) -> bool:
 def changes(evaluation: Evaluation, dense: Evaluation) -> dict[str, Change]:
     """By field of `Figures`: the changes of what both models have under equal conditions."""
     found = {}
-    for column in METRICS.values():
+    for column in metrics([evaluation]):
         value, base = _value(column, evaluation), _value(column, dense)
         broken = failed(column, evaluation) or failed(column, dense)
         if value is None or base is None or broken or not column.better:
@@ -166,7 +172,7 @@ def differences(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, objec
         if value != getattr(evaluations[0].conditions, name)
         and any(
             name in column.same and None not in (_value(column, e), _value(column, evaluations[0]))
-            for column in METRICS.values()
+            for column in metrics(evaluations)
         )
     ]
 
@@ -198,7 +204,8 @@ def markdown(
 def csv_text(evaluations: Sequence[Evaluation]) -> str:
     """Every figure and condition unrounded, one row per model; empty where not measured."""
     own = ["label", "model", "hash", "reloads", "failed"]
-    names = [*own, *figure_names(), *Figures.model_fields, *Conditions.model_fields]
+    tasks = [name for m in metrics(evaluations)[len(METRICS) :] for name in m.fields]
+    names = [*own, *figure_names(), *tasks, *Figures.model_fields, *Conditions.model_fields]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()

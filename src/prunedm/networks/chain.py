@@ -8,8 +8,9 @@ Shapes: S problems, L positions, D channels.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -64,6 +65,24 @@ def chained_blocks(network: nn.Module) -> dict[str, nn.Module]:
         for name, module in unwrapped(network).named_modules()
         if record.chained and any(re.fullmatch(pattern, name) for pattern in record.blocks)
     }
+
+
+@torch.no_grad()
+def with_dense(
+    turns: Iterable[tuple[str, BlockNetwork, KeptInputs]], count: int
+) -> Iterator[tuple[str, BlockNetwork, KeptInputs, tuple[BlockNetwork, KeptInputs]]]:
+    """Beside each block of `blocks_in_turn`: a copy as it was, and the inputs that such copies make.
+
+    A second copy of the inputs waits on the CPU, and one block is copied at a time.
+    """
+    whole: KeptInputs | None = None
+    for name, block, inputs in turns:
+        device, whole = device_of(block), whole or inputs
+        dense = BlockNetwork(deepcopy(block.block), block.told)
+        yield name, block, inputs, (dense, whole)
+        stream = whole.stream(count, size=whole.size)
+        made = [predict(dense, batch.to(device)).cpu() for batch in stream]
+        whole = KeptInputs(torch.cat(made), whole.size)
 
 
 class _Enough(Exception):

@@ -1,8 +1,8 @@
 """Options of the stages that leave the model as it is: sample, evaluate, compare, analyze, loss."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from prunedm.options.base import (
     CalibrationOptions,
@@ -10,11 +10,18 @@ from prunedm.options.base import (
     Device,
     FeatureOptions,
     FileName,
+    Group,
     ModelName,
     ModelOptions,
     PatternText,
     Seed,
 )
+from prunedm.options.marks import Flag
+
+
+def _split(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those between commas too."""
+    return tuple(name.strip() for text in names for name in text.split(",") if name.strip())
 
 
 class SampleOptions(ModelOptions):
@@ -45,6 +52,17 @@ class SampleOptions(ModelOptions):
         0.0, ge=0, description="of its draws; 0 takes the likeliest token each time"
     )
     device: Device = "auto"
+
+
+class ZeroShotOptions(Group):
+    """How --tasks are asked."""
+
+    folder: Annotated[FileName, Flag("task_folder")] = Field(
+        "", description="folder of further definitions (YAML)"
+    )
+    examples: Annotated[int, Flag("task_examples")] = Field(
+        0, ge=0, description="first questions of each task; 0: all"
+    )
 
 
 class EvaluateOptions(FeatureOptions, DataOptions, ModelOptions):
@@ -81,11 +99,15 @@ class EvaluateOptions(FeatureOptions, DataOptions, ModelOptions):
         ge=0,
         description="tokens between the windows of a strided perplexity; 0: the plain one alone",
     )
+    tasks: Annotated[tuple[str, ...], AfterValidator(_split)] = Field(
+        (), description="zero-shot tasks of lm-eval, as arc_easy,hellaswag; repeatable"
+    )
     latency_batch: int = Field(16, ge=1, description="images in one timed denoiser call")
     latency_batches: tuple[PositiveInt, ...] = Field(
         (1, 4, 16), description="further batch sizes to time (full and deeper); repeatable"
     )
     latency_repeats: int = Field(20, ge=1, description="timed calls")
+    zero_shot: ZeroShotOptions = ZeroShotOptions()
 
 
 class AnalyzeOptions(CalibrationOptions, ModelOptions):

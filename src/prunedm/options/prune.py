@@ -45,6 +45,16 @@ class ObsOptions(Group):
     swaps: Annotated[int, Flag("obs_swaps")] = Field(
         15, ge=0, description="rounds of swaps that improve the masks after the sweep (obs-nm)"
     )
+    refit: Annotated[int, Flag("obs_refit")] = Field(
+        30, ge=0, description="steps that fit the kept weights together; 0 is SparseGPT's rule"
+    )
+    correction: Annotated[float, Flag("obs_correction")] = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of the error before it that a layer makes good, where blocks are pruned in "
+        "turn; 0 is SparseGPT's rule",
+    )
     memory: Annotated[float, Flag("obs_memory")] = Field(
         2.0, gt=0, description="GiB of Hessians at a time"
     )

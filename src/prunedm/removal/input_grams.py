@@ -26,6 +26,7 @@ from prunedm.task import Batch, predict
 
 STEPS = 1000  # length of the scale of time weights, whatever the scheduler's number of steps
 ROWS = 512  # rows of a Gram computed together; the part below the diagonal is mirrored
+Weigh = Callable[[torch.Tensor], torch.Tensor]  # level_N => weights of the problems, (N,)
 FLOOR = 1e-30  # of g^2: where nothing has influence, all positions count the same
 
 
@@ -44,22 +45,12 @@ def log_time_weights(level_N: torch.Tensor, ends: tuple[float, float]) -> torch.
     return ends[0] + (ends[1] - ends[0]) * share_N
 
 
-def execution_order(
-    denoiser: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
-) -> list[str]:
-    """Names of the layers in the order in which a forward pass first reaches them."""
-    order: dict[str, None] = {}
-    with hooked(layers, lambda name, *_: order.setdefault(name)), torch.no_grad():
-        predict(denoiser, batch)
-    return list(order)
-
-
 def input_grams(
     denoiser: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     *,
-    weigh: Callable[[torch.Tensor], torch.Tensor],
+    weigh: Weigh,
     guidance: float = 0.0,
     bar: Bar | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -74,7 +65,7 @@ def input_grams(
     device = device_of(denoiser)
 
     def add(name: str, inputs: torch.Tensor, scale_P: torch.Tensor | None = None) -> None:
-        x = _scaled(inputs.detach(), weights_N.sqrt())
+        x = scaled(inputs.detach(), weights_N.sqrt())
         if name not in grams:
             grams[name] = x.new_zeros(columns_of(layers[name]), columns_of(layers[name]))
         start = 0
@@ -150,7 +141,7 @@ def influence(
     return found
 
 
-def _scaled(x: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+def scaled(x: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
     """Inputs times one factor per problem, in float32 or float64."""
     x = x if x.dtype == torch.float64 else x.float()
     assert len(x) % len(scale_N) == 0, f"{len(x)} rows of inputs for {len(scale_N)} problems"

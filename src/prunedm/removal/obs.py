@@ -8,19 +8,19 @@ it has passed, so in the end the kept weights are fitted once more, all together
 Letters: O output channels; K columns, ordered (*taps, I); B columns of a block; S of a span.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
-from prunedm.architecture import device_of
 from prunedm.errors import UserError
 from prunedm.masks import Pattern
 from prunedm.networks.layer_kinds import find_kind, from_matrix, groups_of, to_matrix, weight_of
 from prunedm.networks.layers import why_not_nm
 from prunedm.progress import Progress, Silent
-from prunedm.removal.input_grams import columns_of, execution_order, input_grams, log_time_weights
+from prunedm.removal.corrections import Dense, corrections, results
+from prunedm.removal.input_grams import columns_of, input_grams, log_time_weights
 from prunedm.removal.nm import nm_mask
 from prunedm.removal.swaps import refit, swap_search
 from prunedm.task import Batch
@@ -41,7 +41,10 @@ def obs_prune(
     time_weights: tuple[float, float] = (1.2, 0.8),
     damping: float = 0.01,
     swaps: int = 0,
+    refits: int = FIT_STEPS,
     guidance: float = 0.0,
+    dense: Dense | None = None,
+    correction: float = 1.0,
     memory: int = 2 << 30,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -52,8 +55,11 @@ def obs_prune(
     `time_weights`: of problems at the noisiest timestep and at the last one, logarithmic between.
     `damping`: added to the diagonal of H, as a share of its mean.
     `swaps`: rounds of a search for better N:M masks after the sweep (removal/swaps.py).
+    `refits`: steps of conjugate gradients that fit the kept weights together in the end.
     `guidance`: the power of a position's influence on the model's output that weighs it; 0 is
     SparseGPT's H = X^T X (removal/input_grams.py).
+    `dense`, `correction`: the network before anything was pruned, and the share of what was lost since
+    that each layer makes good (removal/corrections.py); without guidance.
     `memory`: bytes of Grams held at once. Layers are taken in execution order, as many as fit and at
     least one; each such set reads `batches` once, with the earlier layers already pruned.
     Raises `UserError` for a choice that does not fit its layer, and a Gram without an inverse.
@@ -66,19 +72,30 @@ def obs_prune(
     was_training = denoiser.training
     denoiser.eval()
     weigh = partial(log_time_weights, ends=time_weights)
-    order = execution_order(denoiser, layers, batches[0].to(device_of(denoiser)))
+    first = results(denoiser, layers, batches[0])
+    order = list(first.results)
     if missed := sorted(layers.keys() - set(order)):
         raise UserError(f"{missed[0]} takes no part in the forward pass; leave it out")
-    sets = _sets_that_fit(layers, order, memory)
+    sets = _sets_that_fit(layers, order, memory, alone=first.added if dense else set())
     masks: dict[str, torch.Tensor] = {}
-    total = len(sets) * len(batches) + len(layers)
+    total = len(sets) * len(batches) * (2 if dense else 1) + len(layers)
     with (progress or Silent()).task("second-order pruning", total) as bar:
         for names in sets:
             some = {name: layers[name] for name in names}
             grams = input_grams(denoiser, some, batches, weigh=weigh, guidance=guidance, bar=bar)
+            shifts = {}
+            if dense:
+                shifts = corrections(denoiser, some, batches, dense, weigh=weigh, bar=bar)
             for name in names:
                 masks[name] = _prune_layer(
-                    name, layers[name], grams.pop(name), choices[name], damping, swaps=swaps
+                    name,
+                    layers[name],
+                    grams.pop(name),
+                    choices[name],
+                    damping,
+                    shift_OK=correction * shifts[name] if name in shifts else None,
+                    swaps=swaps,
+                    refits=refits,
                 )
                 bar.advance(note=name)
     denoiser.train(was_training)
@@ -105,14 +122,14 @@ def _check(name: str, layer: nn.Module, choice: Choice) -> None:
 
 
 def _sets_that_fit(
-    layers: Mapping[str, nn.Module], order: Sequence[str], memory: int
+    layers: Mapping[str, nn.Module], order: Sequence[str], memory: int, alone: Collection[str] = ()
 ) -> list[list[str]]:
-    """Consecutive layers whose Grams fit in `memory` together; at least one each."""
+    """Consecutive layers whose Grams fit in `memory` together; at least one each. alone: sets of one."""
     sets: list[list[str]] = []
     held = 0
     for name in order:
         size = columns_of(layers[name]) ** 2 * max(4, layers[name].get_parameter("weight").itemsize)
-        if not sets or held + size > memory:
+        if not sets or held + size > memory or name in alone or sets[-1][-1] in alone:
             sets.append([])
             held = 0
         sets[-1].append(name)
@@ -128,15 +145,19 @@ def _prune_layer(
     choice: Choice,
     damping: float,
     *,
+    shift_OK: torch.Tensor | None,
     swaps: int,
+    refits: int,
 ) -> torch.Tensor:
-    """Replace the layer's weight; returns its mask."""
+    """Replace the layer's weight; returns its mask. shift: what it has to make good, (S' - S)^T X."""
     weight = weight_of(layer)
     w_OK = to_matrix(weight.detach().to(gram_KK.device, torch.float64)).clone()
     h_KK = gram_KK.double()
     dead_K = h_KK.diagonal() == 0
     w_OK[:, dead_K] = 0
     h_KK, u_KK = _damped_factor(h_KK, damping, name)
+    if shift_OK is not None:
+        w_OK += shift_OK.double() @ u_KK.T @ u_KK
     choose, span = _chooser(choice, w_OK, u_KK)
     swept_OK, keep_OK = _sweep(w_OK, u_KK, choose, span)
     if swaps and isinstance(choice, Pattern):
@@ -145,7 +166,7 @@ def _prune_layer(
         found_OK, keep_OK = swap_search(dense_OK, found_OK, keep_OK, h32_KK, choice, rounds=swaps)
         swept_OK = found_OK.double()
     residual_OK = (w_OK - swept_OK) @ h_KK
-    fitted_OK, _ = refit(swept_OK, residual_OK, keep_OK, h_KK, steps=FIT_STEPS)
+    fitted_OK, _ = refit(swept_OK, residual_OK, keep_OK, h_KK, steps=refits)
     weight.copy_(from_matrix(fitted_OK, weight.shape))
     return from_matrix(keep_OK, weight.shape).contiguous()
 

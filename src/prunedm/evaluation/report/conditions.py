@@ -35,7 +35,7 @@ def _sentences(group: Sequence[Evaluation]) -> list[Words]:
     """Those of every metric that was measured, the group's own, and which metrics are missing."""
     figures = {name: value for e in group for name, value in e.figures if value is not None}
     values = figures | group[0].conditions.model_dump()
-    known = [c for c in METRICS.values() if any(table.known(c, e) for e in group)]
+    known = [c for c in table.metrics(group) if any(table.known(c, e) for e in group)]
     drawn = any("sampler" in column.same for column in known)
     wanted = {
         "samples": drawn or any(e.samples_file for e in group),

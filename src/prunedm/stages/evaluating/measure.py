@@ -26,6 +26,7 @@ from prunedm.evaluation.results import (
 )
 from prunedm.evaluation.size import layer_sparsity
 from prunedm.evaluation.speed import dtype_in_words
+from prunedm.evaluation.tasks import Tasks
 from prunedm.folder import Model, size_on_disk
 from prunedm.hub import find
 from prunedm.options import EvaluateOptions, SampleOptions
@@ -65,6 +66,7 @@ class Yardstick:
     network: FeatureNetwork | None  # None where no distance is measured
     progress: Progress
     files: dict[str, Source] = field(default_factory=dict)  # of the feature network, by role
+    tasks: Tasks | None = None  # for language models
 
     @property
     def inputs(self) -> dict[str, Source]:
@@ -166,6 +168,8 @@ class _Measuring:
         self._take("weights")
         layers = steps.take("sparsity", lambda: layer_sparsity(denoiser, model.masks))
         self._take("problems")
+        if self.yard.tasks:
+            self.figures |= steps.take("tasks", partial(self._tasks, self.yard.tasks)) or {}
         if self.options.depth != "quick":
             self._take("calls")
             self._samples()
@@ -204,6 +208,17 @@ class _Measuring:
         problems = problems_on(self.yard.reference, self.model, self.options.seed)
         count = held_out_count(self.yard.reference, self.options.problems)
         return streamed_batches(problems, count, self.options.batch_size)
+
+    def _tasks(self, tasks: Tasks) -> dict[str, float]:
+        """Questions are put as many at a time as problems are."""
+        tokenizer, stream = self.model.tokenizer, self._problems()
+        assert tokenizer is not None  # of language models
+        return tasks.figures(
+            self.model.denoiser,
+            tokenizer.loaded,
+            examples=self.options.zero_shot.examples,
+            batch_size=stream.size,
+        )
 
     def _samples(self) -> None:
         """Draw samples, and measure on them and on their features."""
@@ -250,6 +265,7 @@ class _Measuring:
         options, network, reference = self.options, self.yard.network, self.yard.reference
         if isinstance(reference, TextSet):
             own: dict[str, Any] = {"length": reference.length, "stride": options.stride}
+            own |= {"task_examples": options.zero_shot.examples}
             own |= {"sampler": "", "prediction": "the next token"}
         else:
             sampler = make_sampler(self.model.scheduler, options.sampler)

@@ -1,8 +1,9 @@
-"""The feature network, and the features of samples and held-out images.
+"""What quality is measured with: the feature network with its features, and zero-shot tasks.
 
 Shapes: N images, D features.
 """
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from prunedm.data.images import ImageSet
 from prunedm.data.texts import TextSet
 from prunedm.errors import UserError
 from prunedm.evaluation.features import FeatureNetwork, extract, image_batches, load_features
+from prunedm.evaluation.tasks import Tasks
+from prunedm.folder import Model
 from prunedm.options import EvaluateOptions
 from prunedm.record import Source
 from prunedm.stages.inputs import file_source
@@ -99,3 +102,13 @@ def _reference_features(
         _references.clear()  # one set at a time: they can be large
         _references[key] = extract(network, image_batches(first), device=device)
     return _references[key]
+
+
+def tasks_for(model: Model, options: EvaluateOptions) -> Tasks | None:
+    """The options' zero-shot tasks. Raises `UserError` for models of images, and as `Tasks`."""
+    if not options.tasks:
+        return None
+    if not model.architecture.text:
+        raise UserError(f"--tasks are for language models, and {model.name} makes images")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells how it was called
+    return Tasks(options.tasks, options.zero_shot.folder)

@@ -13,7 +13,13 @@ import torch
 from prunedm.errors import UserError
 from prunedm.evaluation.loss import fixed_batches
 from prunedm.masks import Masks, Pattern
-from prunedm.networks.chain import BlockNetwork, KeptInputs, blocks_in_turn, chained_blocks
+from prunedm.networks.chain import (
+    BlockNetwork,
+    KeptInputs,
+    blocks_in_turn,
+    chained_blocks,
+    with_dense,
+)
 from prunedm.networks.layers import why_not_nm
 from prunedm.options import parse_target
 from prunedm.removal.allocation import (
@@ -24,6 +30,7 @@ from prunedm.removal.allocation import (
     sensitivities,
     weight_costs,
 )
+from prunedm.removal.corrections import Dense
 from prunedm.removal.nm import eligible_layers, nm_mask
 from prunedm.removal.obs import obs_prune
 from prunedm.removal.permutation import find_permutation, permute_, permuted
@@ -176,7 +183,9 @@ def _obs(job: PruneJob, choices: Any) -> dict[str, torch.Tensor]:
     if guidance is None:
         guidance = 0.0 if job.model.architecture.chained else GUIDANCE
 
-    def prune(network: Any, some: dict[str, Any], problems: Task) -> dict[str, torch.Tensor]:
+    def prune(
+        network: Any, some: dict[str, Any], problems: Task, dense: Dense | None = None
+    ) -> dict[str, torch.Tensor]:
         return obs_prune(
             network,
             some,
@@ -186,15 +195,19 @@ def _obs(job: PruneJob, choices: Any) -> dict[str, torch.Tensor]:
             time_weights=options.obs.time_weights,
             damping=options.obs.damping,
             swaps=options.obs.swaps,
+            refits=options.obs.refit,
             guidance=guidance,
+            dense=dense,
+            correction=options.obs.correction,
             memory=int(options.obs.memory * 2**30),
             progress=job.progress,
         )
 
     masks: dict[str, torch.Tensor] = {}
     if not guidance:
-        for block in _blocks(job):
-            masks |= block.named(prune(block.network, block.inside(chosen), block.problems))
+        for block in _blocks(job, dense=options.obs.correction > 0):
+            own = block.inside(chosen)
+            masks |= block.named(prune(block.network, own, block.problems, block.dense))
     if rest := {name: choice for name, choice in chosen.items() if name not in masks}:
         network = job.model.denoiser.to(device_for(options.device))
         problems = calibration_problems(job.model, options, job.data)
@@ -210,6 +223,7 @@ class _Block:
     name: str
     network: BlockNetwork
     problems: KeptInputs
+    dense: Dense | None = None  # as it was before, on what such blocks make
 
     def inside(self, by_layer: Mapping[str, Value]) -> dict[str, Value]:
         """Those of its own layers, by their names in the block's network."""
@@ -222,7 +236,7 @@ class _Block:
         return {f"{self.name}.{n.removeprefix('block.')}": v for n, v in by_layer.items()}
 
 
-def _blocks(job: PruneJob) -> Iterator[_Block]:
+def _blocks(job: PruneJob, *, dense: bool = False) -> Iterator[_Block]:
     """The chained blocks in turn, each on what those before it make as they are by then."""
     options, network = job.options, job.model.denoiser
     if job.data is None or not chained_blocks(network):
@@ -230,8 +244,12 @@ def _blocks(job: PruneJob) -> Iterator[_Block]:
     problems = calibration_problems(job.model, options, job.data)
     count, size = options.calibration_problems, options.calibration_batch
     network.to(device_for(options.device))
-    for turn in blocks_in_turn(network, problems, count, size=size):
-        yield _Block(*turn)
+    turns = blocks_in_turn(network, problems, count, size=size)
+    if dense:
+        for name, block, inputs, (before, own) in with_dense(turns, count):
+            yield _Block(name, block, inputs, Dense(before, own.stream(count, size=own.size)))
+    else:
+        yield from (_Block(*turn) for turn in turns)
     network.cpu()
 
 

@@ -27,7 +27,7 @@ from prunedm.stages.evaluating.measure import (
     read_images,
     read_steps,
 )
-from prunedm.stages.evaluating.quality import with_features
+from prunedm.stages.evaluating.quality import tasks_for, with_features
 from prunedm.stages.evaluating.steps import Steps
 from prunedm.stages.evaluating.together import Candidate, pair_with_dense, set_beside, time_in_turns
 from prunedm.stages.frame import RESUME, Plan, Request
@@ -86,7 +86,8 @@ def yardstick(model: Model, options: EvaluateOptions, progress: Progress) -> Yar
         sampler = make_sampler(model.scheduler, options.sampler)
         if options.samples:
             set_steps(sampler, options.sampling_steps)
-    return Yardstick(options, reference, network, progress, files)
+    tasks = tasks_for(model, options)
+    return Yardstick(options, reference, network, progress, files, tasks)
 
 
 def check_labels(labels: Mapping[str, Any]) -> None:
