@@ -289,7 +289,7 @@ def test_pruning_weights_removes_the_share_asked_for(tmp_path, scope):
             {"mechanism": "weights", "target": "params=0.99"},
             r"params=0.99 cannot be reached: 0\.\d",
         ),
-        ({"target": "weights=0.3"}, "channels take params=0.3"),
+        ({"target": "weights=0.3"}, "channels takes params=0.3"),
         ({"target": "channels=0.9"}, "at most 0.7 of a layer's channels can go; 0.9 was asked"),
         ({"target": "params=0.9"}, r"cannot be reached: 0\.\d+ is the largest here"),
         ({"target": "macs=0.0001"}, "less than one block"),

@@ -207,19 +207,25 @@ def test_every_file_that_a_case_reads_is_hashed(tmp_path):
     (tmp_path / "masks.safetensors").write_bytes(b"x")
     for name in ("features.pt", "inception.pth"):
         (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text("task: own")
     grid = {
         "finetune.teacher": ["auto", "none", str(teacher)],
         "method": {"own": {"learn.masks": str(tmp_path / "masks.safetensors")}},
         "evaluate.features": ["digits-cnn", str(tmp_path / "features.pt")],
         "evaluate.inception_weights": [str(tmp_path / "inception.pth")],
+        "evaluate.task_folder": [str(tmp_path / "tasks")],
     }
     found = hashes_of(plan(grid))
     assert found.keys() == {
         "model", "dataset digits", f"teacher {teacher}", f"masks {tmp_path / 'masks.safetensors'}",
         f"features {tmp_path / 'features.pt'}",
-        f"inception_weights {tmp_path / 'inception.pth'}",
+        f"inception_weights {tmp_path / 'inception.pth'}", f"task_folder {tmp_path / 'tasks'}",
     }  # fmt: skip
     assert found["model"] == found[f"teacher {teacher}"] == hash_folder(tiny_folder())
+    (tmp_path / "tasks" / "own.yaml").write_text("task: another")
+    tasks = f"task_folder {tmp_path / 'tasks'}"
+    assert found[tasks] != hashes_of(plan(grid))[tasks]
     with pytest.raises(UserError, match="no model at"):
         hashes_of(plan({"finetune.teacher": [str(tmp_path / "gone")]}))
 

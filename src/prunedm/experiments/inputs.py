@@ -8,6 +8,7 @@ from prunedm.experiments.plan import Sweep, case_of, draft_of
 from prunedm.experiments.store import inputs_of, inputs_of_evaluation, inputs_of_stages
 from prunedm.folder import Model, hash_folder, load
 from prunedm.hub import find
+from prunedm.model_files.companions import hash_files
 from prunedm.options import PATH_OPTIONS, DataOptions
 from prunedm.record import file_hash
 from prunedm.stages import STAGES
@@ -35,6 +36,8 @@ def _hash(name: str, model: Model, options: DataOptions) -> str:
         parts = [data_source(split).hash.split("-") for split in images]
         return "-".join(part for kind in zip(*parts, strict=True) for part in kind)  # samples first
     path = expanded(value)
+    if path.is_dir() and PATH_OPTIONS[option].kind == "file":  # definitions of tasks
+        return hash_files(sorted(file for file in path.rglob("*") if file.is_file()), path)
     return file_hash(path) if path.is_file() else hash_folder(find(value))
 
 

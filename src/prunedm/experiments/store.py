@@ -161,10 +161,11 @@ class Store:
 
 def inputs_of(options: Options) -> list[str]:
     """ "option value" of every input that the options name."""
+    table = options.flat()
     return sorted(
         f"{name} {value}"
         for name, mark in options.inputs().items()
-        if (value := getattr(options, name)) and value not in mark.words
+        if (value := table[name]) and value not in mark.words
     )
 
 

@@ -67,7 +67,6 @@ def fit(
     """
     optimizer, folder = optimizer or adamw(module, options), checkpoint.parent.parent
     peaks = [group["lr"] for group in optimizer.param_groups]
-    forward = vars(module).get("forward")
     prepared, optimizer = accelerator.prepare(module, optimizer)
     ema = Ema(module, options.ema_decay) if options.ema_decay else None
     state = TrainingState(
@@ -117,13 +116,15 @@ def fit(
             bar.advance(1, _note(state.history))
     if ema is not None:
         ema.copy_to(module)
-    # autocast ends with the training; accelerate's own way back drops the network's decorators too
-    for name in ("forward", "_original_forward"):
-        vars(module).pop(name, None)
-    if forward is not None:
-        module.forward = forward
+    _end_autocast(module)
     module.eval()
     return state.history
+
+
+def _end_autocast(module: nn.Module) -> None:
+    """Give the module its class's call back: accelerate's way drops transformers' decorators too."""
+    for name in ("forward", "_original_forward"):
+        vars(module).pop(name, None)
 
 
 def make_accelerator(options: LoopOptions) -> Accelerator:

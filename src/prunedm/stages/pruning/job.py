@@ -150,7 +150,7 @@ def _check_structure(options: PruneOptions, model: Model, kind: str, ratio: floa
     if kind == "weights" or (depth and kind == "channels"):
         what = "single weights" if kind == "weights" else "channels"
         raise UserError(
-            f"--target {kind}= is for {what}; {options.mechanism} takes params={ratio:g}"
+            f"--target {kind}= is for {what}; --mechanism {options.mechanism} takes params={ratio:g}"
         )
     if options.channels.loadable_by == "transformers" and not model.architecture.text:
         raise UserError("--loadable-by transformers is for language models")
