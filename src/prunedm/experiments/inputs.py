@@ -36,7 +36,7 @@ def _hash(name: str, model: Model, options: DataOptions) -> str:
         parts = [data_source(split).hash.split("-") for split in images]
         return "-".join(part for kind in zip(*parts, strict=True) for part in kind)  # samples first
     path = expanded(value)
-    if path.is_dir() and PATH_OPTIONS[option].kind == "file":  # definitions of tasks
+    if option == "task_folder":  # the other folders are models
         return hash_files(sorted(file for file in path.rglob("*") if file.is_file()), path)
     return file_hash(path) if path.is_file() else hash_folder(find(value))
 
