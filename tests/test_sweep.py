@@ -214,7 +214,7 @@ def test_every_file_that_a_case_reads_is_hashed(tmp_path):
         "method": {"own": {"learn.masks": str(tmp_path / "masks.safetensors")}},
         "evaluate.features": ["digits-cnn", str(tmp_path / "features.pt")],
         "evaluate.inception_weights": [str(tmp_path / "inception.pth")],
-        "evaluate.task_folder": [str(tmp_path / "tasks")],
+        "evaluate.zero_shot.folder": [str(tmp_path / "tasks")],
     }
     found = hashes_of(plan(grid))
     assert found.keys() == {

@@ -44,7 +44,7 @@ def _hash(name: str, model: Model, options: DataOptions) -> str:
 def _varied(sweep: Sweep) -> Iterable[str]:
     """The inputs named by values of a grid or a search."""
     for field, value in sweep.values():
-        if field.rpartition(".")[2] not in PATH_OPTIONS:
+        if not any(f".{field}".endswith(f".{name}") for name in PATH_OPTIONS):
             continue
         with suppress(UserError):  # an impossible combination fails on its own
             draft = draft_of(sweep, {field: value})

@@ -64,7 +64,7 @@ Device = Annotated[
 ]
 Seed = Annotated[int, Field(ge=0, description="decides every random draw")]
 
-PATH_OPTIONS: set[str] = set()  # options, of any stage, that name an input
+PATH_OPTIONS: set[str] = set()  # options, of any stage, that name an input: flags, dotted names
 
 
 class Options(BaseModel):
@@ -127,7 +127,8 @@ class Options(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        PATH_OPTIONS.update(cls.inputs())
+        named = [leaf for leaf in cls.leaves() if leaf.mark(Input)]
+        PATH_OPTIONS.update(name for leaf in named for name in (leaf.flag, ".".join(leaf.path)))
 
     def flat(self) -> dict[str, Any]:
         """Every option as JSON, by its flag."""
