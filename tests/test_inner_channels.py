@@ -278,6 +278,38 @@ def test_depth_removes_the_blocks_of_least_influence(tmp_path):
     assert len(chained_blocks(less.denoiser)) == 2
 
 
+def test_depth_is_refused_where_numbers_of_blocks_count(tmp_path):
+    """GPT-2 may divide by the block's number, MiniCPM3 by the root of how many there are."""
+    model = network("GPT2LMHeadModel", scale_attn_by_inverse_layer_idx=True, n_layer=4)
+    with pytest.raises(UserError, match=r"depth: .*scaling would be otherwise"):
+        remove_blocks(model, ["transformer.h.0"])
+    model = network("BartForCausalLM", d_model=32, decoder_layers=3, encoder_layers=3)
+    with pytest.raises(UserError, match="other modules than its config builds"):
+        remove_blocks(model, ["model.decoder.layers.1"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        ("LlamaForCausalLM", {"targets": ("mlp",)}),
+        ("BloomForCausalLM", {}),
+        ("LlamaForCausalLM", {"mechanism": "depth"}),
+    ],
+)
+def test_macs_include_attention_whose_heads_stay(cls, options, tmp_path):
+    source = language_model(cls, **(HIDDEN.get(cls, {}) | {"num_hidden_layers": 4}))
+    _, stats = prune(source, tmp_path / "out", target="macs=0.2", **options)
+    removed = 1 - stats["after"]["macs"] / stats["before"]["macs"]
+    assert stats["achieved"]["macs"] == pytest.approx(removed)
+    assert removed == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["xyz", "t5", "clip", "prunedm_llama", ""])
+def test_unknown_narrowed_models_are_unknown_to_transformers(name):
+    with pytest.raises(ValueError, match="Unrecognized model identifier"):
+        transformers.AutoConfig.for_model(f"prunedm_{name}")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

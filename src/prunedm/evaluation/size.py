@@ -1,6 +1,8 @@
 """Size and work: parameters, non-zeros, multiply-accumulates, packed bytes, N:M validity."""
 
 import math
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -40,6 +42,30 @@ def count_macs(network: nn.Module, inputs: Inputs) -> int:
     ):
         answer(network, like_weights(network, inputs))
     return int(counter.get_total_flops()) // 2
+
+
+@torch.no_grad()
+def macs_inside(
+    network: nn.Module, inputs: Inputs, modules: Mapping[str, nn.Module]
+) -> dict[str, int]:
+    """Those of the MACs that `count_macs` counts which are done within each of these modules."""
+    spent = dict.fromkeys(modules, 0)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ExitStack() as hooks,
+    ):
+
+        def note(name: str, sign: int) -> None:
+            spent[name] += sign * int(counter.get_total_flops()) // 2
+
+        for name, module in modules.items():
+            before = module.register_forward_pre_hook(lambda *_, name=name: note(name, -1))
+            after = module.register_forward_hook(lambda *_, name=name: note(name, 1))
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        answer(network, like_weights(network, inputs))
+    return spent
 
 
 def packed_bytes(denoiser: nn.Module, masks: Masks | None) -> int:

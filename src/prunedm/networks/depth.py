@@ -63,13 +63,13 @@ def remove_blocks(network: Any, names: Iterable[str]) -> Any:
     for name, value in config.to_dict().items():
         if isinstance(value, list | tuple) and len(value) == len(blocks):
             setattr(config, name, [value[k] for k in places])
-    config.num_hidden_layers = len(kept)
     try:
+        config.num_hidden_layers = len(kept)
         return as_narrowed(network)
-    except (UserError, KeyError, ValueError) as error:
+    except Exception as error:  # validators of transformers raise many types
         raise UserError(
             f"depth: a {type(network).__name__} of other blocks is not one that its config can say: "
-            f"{error}"
+            f"{' '.join(str(error).split())}"
         ) from error
 
 

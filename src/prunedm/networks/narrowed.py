@@ -124,9 +124,7 @@ def _name_language_model(network: Any, cls: Any) -> None:
     """Give a language model the class and config that say its widths."""
     dense, attention = _dense(network), network.config._attn_implementation
     if dict(dense.named_modules()).keys() != dict(network.named_modules()).keys():
-        raise UserError(
-            f"a {cls.dense_class.__name__} changes its modules as it runs; leave it wide"
-        )
+        raise UserError(f"a {cls.dense_class.__name__} has other modules than its config builds")
     config = plain_config(network, dense, cls.dense_class)
     kind = cls.dense_class if config is not None else cls
     if config is None:
@@ -135,9 +133,7 @@ def _name_language_model(network: Any, cls: Any) -> None:
         with torch.device("meta"):
             twin = cls(config)
         if wrong := differences(network, twin):
-            raise UserError(
-                f"{wrong[0]} is otherwise when it is loaded again: it cannot be narrowed"
-            )
+            raise UserError(f"{wrong[0]} would be otherwise when it is loaded again")
     # one object, which the modules share; private attributes say how attention is computed
     held, new = vars(network.config), vars(config)
     private = {n: value for n, value in held.items() if n.startswith("_") and n not in new}

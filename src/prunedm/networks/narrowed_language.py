@@ -114,7 +114,7 @@ def differences(network: nn.Module, twin: nn.Module) -> list[str]:
     for name, module in network.named_modules():
         other = vars(twins[name]) if name in twins else {}
         for attribute, value in vars(module).items():
-            plain = isinstance(value, int | str | bool) and not attribute.startswith("_")
+            plain = isinstance(value, int | float | str) and not attribute.startswith("_")
             if plain and other.get(attribute) != value and attribute != "training":
                 found.append(f"{name}.{attribute}")
     return sorted(found)

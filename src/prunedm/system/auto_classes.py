@@ -54,10 +54,13 @@ class _Configs(dict[str, Any]):
         self.dense = mapping
 
     def __contains__(self, name: object) -> bool:
-        own = isinstance(name, str) and name.startswith(MODEL_TYPE)
-        return super().__contains__(name) or (
-            own and str(name).removeprefix(MODEL_TYPE) in self.dense
-        )
+        if super().__contains__(name) or not (
+            isinstance(name, str) and name.startswith(MODEL_TYPE)
+        ):
+            return super().__contains__(name)
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return name.removeprefix(MODEL_TYPE) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     def __missing__(self, name: str) -> Any:
         if name not in self:

@@ -93,13 +93,15 @@ def plan_channels(
     ratio: float,
     target_kind: TargetKind = "params",
     positions: Mapping[str, int] | None = None,
+    macs: int | None = None,
     reduction: Reduction = "mean",
     max_ratio: float = 0.7,
     fits: Callable[[ChannelPlan], bool] | None = None,
 ) -> ChannelPlan:
     """Choose the blocks whose removal saves about the fraction `ratio` of the target.
 
-    `positions` (from `layer_positions`) are needed for MACs, as the target or in the figures.
+    `positions` (from `layer_positions`) are needed for MACs, as the target or in the figures. macs:
+    those of the whole network, where it does more than its layers and the attention of these groups.
     No group loses more than `max_ratio` of its blocks. `fits`: groups that are alike lose the same
     number of blocks, in the best of these ways that it accepts. Raises `UserError` where `ratio` is
     out of reach.
@@ -111,16 +113,17 @@ def plan_channels(
     importances = [block_importance(group, scores, reduction=reduction) for group in groups]
     if target_kind == "channels" and ratio > max_ratio:
         raise UserError(f"at most {max_ratio:g} of a layer's channels can go; {ratio:g} was asked")
+    count = None if positions is None else _macs_without(denoiser, groups, positions, macs)
     if target_kind == "channels" and fits is None:
         chosen = same_share(groups, importances, ratio=ratio, max_ratio=max_ratio)
-        return _plan(denoiser, groups, chosen, positions)
+        return _plan(denoiser, groups, chosen, count)
     cost: Cost = partial(count_params, denoiser)
     if target_kind == "macs":
-        assert positions is not None, "layer_positions() records them"
-        cost = partial(planned_macs, denoiser, positions, readers=_readers(groups))
+        assert count is not None, "layer_positions() records them"
+        cost = count
     if fits is None:
         chosen = lowest_blocks(groups, importances, ratio=ratio, max_ratio=max_ratio, cost=cost)
-        return _plan(denoiser, groups, chosen, positions)
+        return _plan(denoiser, groups, chosen, count)
     ways = even_blocks(
         groups,
         importances,
@@ -129,7 +132,7 @@ def plan_channels(
         cost=cost if target_kind != "channels" else None,
     )
     for chosen in ways:
-        plan = _plan(denoiser, groups, chosen, positions)
+        plan = _plan(denoiser, groups, chosen, count)
         if fits(plan):
             return plan
     raise OutOfReach(
@@ -142,12 +145,12 @@ def _plan(
     denoiser: nn.Module,
     groups: Sequence[ChannelGroup],
     chosen: Sequence[Block],
-    positions: Mapping[str, int] | None,
+    macs: Cost | None,
 ) -> ChannelPlan:
     """The plan that removes these blocks."""
     keep = _kept_positions(denoiser, groups, chosen)
     norm_groups, regrouped = _new_norm_groups(denoiser, keep)
-    heads, figures = _new_heads(denoiser, keep), _figures(denoiser, groups, chosen, positions)
+    heads, figures = _new_heads(denoiser, keep), _figures(denoiser, groups, chosen, macs)
     return ChannelPlan(keep, norm_groups, heads, regrouped, figures, _new_counts(groups, chosen))
 
 
@@ -228,6 +231,18 @@ def _new_counts(
     }
 
 
+def _macs_without(
+    denoiser: nn.Module,
+    groups: Sequence[ChannelGroup],
+    positions: Mapping[str, int],
+    total: int | None,
+) -> Cost:
+    """The MACs that are left when positions are removed; those not planned stay as they are."""
+    planned: Cost = partial(planned_macs, denoiser, positions, readers=_readers(groups))
+    rest = 0 if total is None else total - planned({})
+    return lambda removed: planned(removed) + rest
+
+
 def _readers(groups: Sequence[ChannelGroup]) -> list[str]:
     """The layers that read the heads' outputs."""
     return [c.layer for group in groups if group.heads for c in group.couplings if c.side == "in"]
@@ -237,16 +252,15 @@ def _figures(
     denoiser: nn.Module,
     groups: Sequence[ChannelGroup],
     chosen: Sequence[Block],
-    positions: Mapping[str, int] | None,
+    macs: Cost | None,
 ) -> dict[str, int | float]:
     removed = removed_positions(groups, chosen)
     channels = sum(group.channels for group in groups)
     left = channels - sum(len(groups[g].blocks[b]) for g, b in chosen)
     params = (count_params(denoiser), count_params(denoiser, removed))
     pairs = {"params": params, "channels": (channels, left)}
-    if positions is not None:
-        macs = partial(planned_macs, denoiser, positions, readers=_readers(groups))
-        pairs["macs"] = (macs(), macs(removed))
+    if macs is not None:
+        pairs["macs"] = (macs({}), macs(removed))
     figures: dict[str, int | float] = {}
     for kind, (before, after) in pairs.items():
         figures |= {f"{kind}_before": before, f"{kind}_after": after}

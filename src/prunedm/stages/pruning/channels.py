@@ -87,6 +87,7 @@ def _channel_plan(
                 ratio=ratio,
                 target_kind=kind,  # type: ignore[arg-type]
                 positions=job.positions,
+                macs=job.macs if job.model.architecture.channels == "inside" else None,
                 reduction=options.channels.reduction,
                 max_ratio=options.channels.max_layer_ratio,
                 fits=(lambda plan: _loads_plainly(denoiser, plan)) if plain else None,

@@ -1,7 +1,7 @@
 """Depth: whole blocks, the ones that change least of what they are given."""
 
 from prunedm.errors import UserError
-from prunedm.evaluation.size import count_parameters
+from prunedm.evaluation.size import count_parameters, macs_inside
 from prunedm.networks.chain import chained_blocks
 from prunedm.networks.depth import block_influence, remove_blocks
 from prunedm.options import parse_target
@@ -45,12 +45,5 @@ def _costs(job: PruneJob, kind: str) -> dict[str, float]:
     if kind == "params":
         total = count_parameters(job.model.denoiser)
         return {name: count_parameters(block) / total for name, block in blocks.items()}
-    macs = {
-        name: sum(
-            layer.get_parameter("weight").numel() * job.positions[n]
-            for n, layer in job.layers.items()
-            if n.startswith(f"{name}.")
-        )
-        for name in blocks
-    }
+    macs = macs_inside(job.model.denoiser, job.model.example(), blocks)
     return {name: count / job.macs for name, count in macs.items()}
