@@ -403,7 +403,7 @@ def test_the_command_says_what_was_written_how_far_it_is_and_what_is_next(tmp_pa
     assert f"packed.safetensors: {size / 1e6:.2f} MB" in said
     assert "relative error 0.0e+00 (tolerance 0.0001), largest 0.0e+00" in said
     assert "2:4 found again in the file" in said
-    assert f"next: prunedm sample {out} images/".replace(" ", "") in said.replace(" ", "")
+    assert f"next: prunedm sample {out} samples/".replace(" ", "") in said.replace(" ", "")
     assert names(out) >= {"packed.safetensors", "export.json"}
 
 

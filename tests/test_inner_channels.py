@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -411,3 +412,61 @@ def test_classes_of_transformers_that_can_be_narrowed():
     print(f"{len(heads)} lose heads, {len(hidden)} hidden units; neither: {', '.join(neither)}")
     assert len(heads) >= 85
     assert len(hidden) >= 110
+
+
+def changed_config(folder, **changes):
+    """The folder with other values in its config.json; a function is given the old value."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        config[name] = value(config[name]) if callable(value) else value
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_widths_that_do_not_fit_are_one_line(tmp_path):
+    slim = tmp_path / "slim"
+    prune(language_model(), slim, target="params=0.1")
+    attention, layer = "model.layers.0.self_attn", "model.layers.0.mlp.down_proj"
+    cases = [
+        ({"widths": lambda w: w | {attention: {"head_dim": 4}}}, "do not fit each other"),
+        (
+            {"widths": lambda w: w | {layer: {"in": 4, "out": 32}}},
+            r"1 mismatched tensors, first \S+down",
+        ),
+        ({"widths": lambda w: w | {layer: {"in": 0, "out": 32}}}, "whole numbers of 1 or more"),
+        ({"widths": lambda w: w | {"model.other": {"in": 4, "out": 4}}}, "no module named"),
+        ({"widths": [1]}, "widths is not a table"),
+        ({"architectures": []}, "names no class"),
+    ]
+    for number, (changes, message) in enumerate(cases):
+        folder = shutil.copytree(slim, tmp_path / str(number))
+        with pytest.raises(UserError, match=message) as caught:
+            load(changed_config(folder, **changes))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_with_unused_cross_attention_is_narrowed(tmp_path):
+    config = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}
+    sizes = {"decoder_ffn_dim": 64, "pad_token_id": 0}
+    source = language_model("BartForCausalLM", **config, **sizes)
+    _, stats = prune(source, tmp_path / "out", target="params=0.1")
+    assert stats["achieved"]["params"] == pytest.approx(0.1, rel=0.2)
+
+
+def test_what_cannot_be_cut_is_said_in_one_line(tmp_path):
+    oss = {"head_dim": 8, "num_local_experts": 4, "pad_token_id": 0}
+    cases = [
+        (language_model("GptOssForCausalLM", **oss), {"target": "params=0.1"}, "nothing inside"),
+        (language_model(), {"mechanism": "depth", "target": "blocks=0.01"}, "one block is 0.5"),
+        (language_model(), {"mechanism": "depth", "target": "blocks=0.99"}, "0.5 is all but one"),
+        (language_model(), {"mechanism": "depth", "score": "magnitude"}, "leave it out"),
+        (
+            language_model(),
+            {"mechanism": "nm", "channels": {"loadable_by": "transformers"}},
+            "is for --mechanism channels",
+        ),
+    ]
+    for number, (source, options, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            prune(source, tmp_path / str(number), **options)

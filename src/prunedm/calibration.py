@@ -127,7 +127,12 @@ def loss_gradients(
             largest = max(largest, value)
             if value < stop_below * largest:  # this batch does not count: no backward pass
                 break
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            gradients = torch.autograd.grad(
+                loss,
+                list(weights.values()),
+                allow_unused=True,  # cross-attention of a decoder on its own
+                materialize_grads=True,
+            )
             torch._foreach_add_(list(totals.values()), list(gradients), alpha=len(batch))
             count += len(batch)
             bar.advance()

@@ -228,7 +228,7 @@ def export_lines(folder: Path) -> None:
     if "command" in figures:
         terminal.say(f"engine: {figures.get('engine', 'built')}; the command: {figures['command']}")
     elif "runtime" in figures or about.format == "packed":
-        terminal.say(f"next: prunedm sample {folder} images/")
+        terminal.say(f"next: prunedm sample {folder} samples/")
 
 
 def _loss(value: float | None) -> str:

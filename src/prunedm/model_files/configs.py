@@ -147,6 +147,10 @@ def read_network_config(folder: Path) -> dict[str, Any]:
     config = read_object(path)
     name = class_name(config)
     cls = network_class(name)
+    if not name:
+        raise UserError(
+            f"{path} names no class (_class_name of diffusers, architectures of transformers)"
+        )
     if cls is None:
         raise UserError(
             f"{folder} holds a {shown(name).strip(chr(39))}, which neither diffusers nor transformers "

@@ -66,14 +66,15 @@ def prunable_layers(
 
 @torch.no_grad()
 def layer_positions(network: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Output positions (pixels, tokens) of each layer, per row of `inputs`."""
-    positions: dict[str, int] = {}
+    """Output positions (pixels, tokens) of each layer, per row of `inputs`; 0 if it takes no part."""
+    layers = prunable_layers(network, protect=())
+    positions = dict.fromkeys(layers, 0)
     rows = len(next(iter(inputs.values())))  # a layer may see more: tokens folded into its batch
 
     def record(name: str, layer: nn.Module, _: object, output: torch.Tensor) -> None:
         positions[name] = output.numel() // (rows * width_of(layer, "out"))
 
-    with hooked(prunable_layers(network, protect=()), record):
+    with hooked(layers, record):
         answer(network, inputs)
     return positions
 

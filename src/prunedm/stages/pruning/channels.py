@@ -38,10 +38,11 @@ def remove_by_channels(job: PruneJob) -> Details:
     changes = {name: [old, widths(job.layers[name])] for name, old in before.items()}
     free = {coupling.layer for group in groups for coupling in group.couplings}
     achieved = float(plan.figures[f"{kind}_removed"])
-    why = (
-        f"channels go in whole norm groups or heads, in multiples of {round_to}; "
-        "a smaller --round-to makes finer steps"
+    inside = job.model.architecture.channels == "inside"
+    what = (
+        "heads go whole, hidden units" if inside else "channels go in whole norm groups or heads,"
     )
+    why = f"{what} in multiples of {round_to}; a smaller --round-to makes finer steps"
     return requested(kind, ratio, achieved, why) | {
         "round_to": round_to,
         "norms_regrouped": len(plan.regrouped),
@@ -56,6 +57,11 @@ def _groups(job: PruneJob, round_to: int) -> list[ChannelGroup]:
     protect = [n for n in known.protect if not (options.narrow_ends and n in known.ends)]
     find = inner_groups if known.channels == "inside" else channel_groups
     groups = find(job.model.denoiser, job.model.example(), protect=protect, round_to=round_to)
+    if not groups and find is inner_groups:
+        raise UserError(
+            f"nothing inside the blocks of a {type(job.model.denoiser).__name__} can be cut by itself; "
+            "give --mechanism depth, nm, weights, obs-nm or obs-weights"
+        )
     if not job.options.targets:
         return groups
     named = [g for g in groups if all(c.layer in job.layers for c in g.couplings)]

@@ -8,6 +8,8 @@ from prunedm.options import parse_target
 from prunedm.stages.inputs import calibration_problems, device_for
 from prunedm.stages.pruning.job import Details, PruneJob, requested
 
+NEAR = 0.005  # above what all blocks but one hold
+
 
 def remove_depth(job: PruneJob) -> Details:
     """Remove the blocks of lowest influence until about the target's share is gone."""
@@ -28,6 +30,11 @@ def remove_depth(job: PruneJob) -> Details:
     costs = _costs(job, kind)
     order = sorted(influence, key=lambda name: influence[name])[: len(blocks) - 1]
     shares = [sum(costs[name] for name in order[:k]) for k in range(1, len(blocks))]
+    if not shares[0] / 2 <= ratio <= shares[-1] + NEAR:
+        raise UserError(
+            f"{kind}={ratio:g} cannot be reached: one block is {shares[0]:.2g}, and {shares[-1]:.2g} is "
+            "all but one"
+        )
     count = 1 + min(range(len(shares)), key=lambda k: abs(shares[k] - ratio))
     job.model.denoiser = remove_blocks(network, order[:count])
     why = "blocks go whole"

@@ -120,6 +120,13 @@ def check_options(options: PruneOptions, model: Model) -> None:
         model.process.time_range(options.time_range)
     if kind == "blocks" and options.mechanism != "depth":
         raise UserError(f"--target blocks= is for --mechanism depth; others take params={ratio:g}")
+    if options.channels.loadable_by == "transformers":
+        if not model.architecture.text:
+            raise UserError("--loadable-by transformers is for language models")
+        if options.mechanism != "channels":
+            raise UserError(
+                "--loadable-by is for --mechanism channels; what the others make loads anyway"
+            )
     if options.mechanism in ("channels", "depth"):
         _check_structure(options, model, kind, ratio)
         return
@@ -152,8 +159,10 @@ def _check_structure(options: PruneOptions, model: Model, kind: str, ratio: floa
         raise UserError(
             f"--target {kind}= is for {what}; --mechanism {options.mechanism} takes params={ratio:g}"
         )
-    if options.channels.loadable_by == "transformers" and not model.architecture.text:
-        raise UserError("--loadable-by transformers is for language models")
+    if depth and "score" in options.model_fields_set:
+        raise UserError(
+            f"--score {options.score}: depth goes by the blocks' influence; leave it out"
+        )
 
 
 def asks(options: PruneOptions) -> bool:
