@@ -58,7 +58,7 @@ class ZeroShotOptions(Group):
     """How --tasks are asked."""
 
     folder: Annotated[FileName, Flag("task_folder")] = Field(
-        "", description="folder of further definitions (YAML)"
+        "", description="folder of further definitions (YAML); lm-eval runs code that they name"
     )
     examples: Annotated[int, Flag("task_examples")] = Field(
         0, ge=0, description="first questions of each task; 0: all"
