@@ -108,7 +108,7 @@ def test_the_dense_copies_give_what_the_dense_network_gave():
     made = network()
     problems = NextToken(TOKENS, seed=0, purpose="test")
     turns = list(blocks_in_turn(deepcopy(made), problems, 11, size=4))
-    beside = with_dense(blocks_in_turn(made, problems, 11, size=4), 11)
+    beside = with_dense(blocks_in_turn(made, problems, 11, size=4))
     for (_, _, due), (_, block, _, (dense, inputs)) in zip(turns, beside, strict=True):
         assert torch.equal(inputs.hidden_SLD, due.hidden_SLD)
         for parameter in block.parameters():
@@ -122,7 +122,7 @@ def test_blocks_in_turn_end_closer_to_the_dense_network_where_they_make_good():
     errors = {}
     for share in (0.0, 1.0):
         made = network()
-        turns = with_dense(blocks_in_turn(made, problems, 11, size=4), 11)
+        turns = with_dense(blocks_in_turn(made, problems, 11, size=4))
         for _, block, inputs, (before, own) in turns:
             obs_prune(
                 block,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from prunedm.evaluation.metric import Measurement, Metric, Subject, amount
 from prunedm.evaluation.results import Figures, LayerFigures
 from prunedm.masks import Masks
 from prunedm.networks.layer_kinds import weight_of
-from prunedm.networks.layers import prunable_layers, why_not_nm
+from prunedm.networks.layers import hooked, hooked_before, prunable_layers, why_not_nm
 
 HALF = 2  # bytes of a half-precision number
 
@@ -28,44 +27,34 @@ def count_nonzero(denoiser: nn.Module) -> int:
     return sum(int(torch.count_nonzero(p)) for p in denoiser.parameters())
 
 
-@torch.no_grad()
 def count_macs(network: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of a forward pass on `inputs`, attention products included.
 
     Counted by PyTorch's FLOP counter as operations run. Zero weights count, since no dense kernel
     skips them.
     """
-    # only attention's math backend is counted on every device and torch version
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
-        answer(network, like_weights(network, inputs))
-    return int(counter.get_total_flops()) // 2
+    return macs_inside(network, inputs, {"": network})[""]
 
 
 @torch.no_grad()
 def macs_inside(
     network: nn.Module, inputs: Inputs, modules: Mapping[str, nn.Module]
 ) -> dict[str, int]:
-    """Those of the MACs that `count_macs` counts which are done within each of these modules."""
+    """As `count_macs`, those that are done within each of these modules."""
     spent = dict.fromkeys(modules, 0)
+
+    def note(sign: int, name: str, *_: Any) -> None:
+        spent[name] += sign * int(counter.get_total_flops())
+
+    # only attention's math backend is counted on every device and torch version
     with (
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        ExitStack() as hooks,
+        hooked_before(modules, partial(note, -1)),
+        hooked(modules, partial(note, 1)),
     ):
-
-        def note(name: str, sign: int) -> None:
-            spent[name] += sign * int(counter.get_total_flops()) // 2
-
-        for name, module in modules.items():
-            before = module.register_forward_pre_hook(lambda *_, name=name: note(name, -1))
-            after = module.register_forward_hook(lambda *_, name=name: note(name, 1))
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
         answer(network, like_weights(network, inputs))
-    return spent
+    return {name: flops // 2 for name, flops in spent.items()}
 
 
 def packed_bytes(denoiser: nn.Module, masks: Masks | None) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from prunedm.architecture import architecture_of, device_of, unwrapped
+from prunedm.networks.layers import Named, hooked_before
 from prunedm.task import Batch, Task, predict
 
 Told = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]  # by the number of problems in a batch
@@ -34,8 +35,13 @@ class BlockNetwork(nn.Module):
 
     def forward(self, sample: torch.Tensor, *, return_dict: bool = False) -> tuple[torch.Tensor]:
         others, named = self.told[len(sample)]
-        made = self.block(sample, *others, **named)
-        return (made[0] if isinstance(made, tuple) else made,)
+        return (hidden_of(self.block(sample, *others, **named)),)
+
+
+def hidden_of(made: Any) -> torch.Tensor:
+    """The hidden states in what a block returns: caches and attention weights may stand behind."""
+    hidden: torch.Tensor = made[0] if isinstance(made, tuple | list) else made
+    return hidden
 
 
 class KeptInputs(Task):
@@ -56,6 +62,14 @@ class KeptInputs(Task):
         hidden = self.hidden_SLD[list(numbers)]
         return Batch({"sample": hidden}, hidden, numbers=tuple(numbers))
 
+    @torch.no_grad()
+    def after(self, block: BlockNetwork) -> "KeptInputs":
+        """What the next block is given, where this one is given these."""
+        device = device_of(block)
+        stream = self.stream(len(self.hidden_SLD), size=self.size)
+        made = [predict(block, batch.to(device)).cpu() for batch in stream]
+        return KeptInputs(torch.cat(made), self.size)
+
 
 def chained_blocks(network: nn.Module) -> dict[str, nn.Module]:
     """The blocks by name, in order, where each is given what the one before it made; else {}."""
@@ -67,22 +81,18 @@ def chained_blocks(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-@torch.no_grad()
 def with_dense(
-    turns: Iterable[tuple[str, BlockNetwork, KeptInputs]], count: int
+    turns: Iterable[tuple[str, BlockNetwork, KeptInputs]],
 ) -> Iterator[tuple[str, BlockNetwork, KeptInputs, tuple[BlockNetwork, KeptInputs]]]:
     """Beside each block of `blocks_in_turn`: a copy as it was, and the inputs that such copies make.
 
     A second copy of the inputs waits on the CPU, and one block is copied at a time.
     """
-    whole: KeptInputs | None = None
+    before: tuple[BlockNetwork, KeptInputs] | None = None
     for name, block, inputs in turns:
-        device, whole = device_of(block), whole or inputs
-        dense = BlockNetwork(deepcopy(block.block), block.told)
-        yield name, block, inputs, (dense, whole)
-        stream = whole.stream(count, size=whole.size)
-        made = [predict(dense, batch.to(device)).cpu() for batch in stream]
-        whole = KeptInputs(torch.cat(made), whole.size)
+        whole = before[1].after(before[0]) if before else inputs
+        before = BlockNetwork(deepcopy(block.block), block.told), whole
+        yield name, block, inputs, before
 
 
 class _Enough(Exception):
@@ -101,10 +111,8 @@ def blocks_in_turn(
     blocks, device, size = chained_blocks(network), device_of(network), problems.fitting(size)
     told: dict[str, Told] = {name: {} for name in blocks}
     (first, *_), (*_, last), hidden = blocks, blocks, list[torch.Tensor]()
-    names = {id(block): name for name, block in blocks.items()}
 
-    def hear(block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        name = names[id(block)]
+    def hear(name: str, _: nn.Module, args: tuple[Any, ...], named: Named) -> None:
         told[name][len(args[0])] = args[1:], named
         if name == first:
             hidden.append(args[0].cpu())
@@ -112,18 +120,13 @@ def blocks_in_turn(
             raise _Enough
 
     network.eval()
-    handles = [b.register_forward_pre_hook(hear, with_kwargs=True) for b in blocks.values()]
-    try:
+    with hooked_before(blocks, hear):
         for batch in problems.stream(count, size=size):
             with suppress(_Enough):  # the head and its logits are not wanted
                 predict(network, batch.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
     inputs = KeptInputs(torch.cat(hidden), size)
     for name, block in blocks.items():
         alone = BlockNetwork(block, told.pop(name))
         yield name, alone, inputs
         if told:  # there is a block after it
-            made = [predict(alone, b.to(device)).cpu() for b in inputs.stream(count, size=size)]
-            inputs = KeptInputs(torch.cat(made), size)
+            inputs = inputs.after(alone)

@@ -14,8 +14,8 @@ from torch import nn
 
 from prunedm.architecture import device_of
 from prunedm.errors import UserError
-from prunedm.networks.chain import chained_blocks
-from prunedm.networks.layers import hooked
+from prunedm.networks.chain import chained_blocks, hidden_of
+from prunedm.networks.layers import hooked, replace_module
 from prunedm.networks.narrowed import as_narrowed
 from prunedm.task import Batch, predict
 
@@ -30,10 +30,7 @@ def block_influence(network: nn.Module, batches: Iterable[Batch]) -> dict[str, f
     count = 0
 
     def hear(name: str, _: nn.Module, args: tuple[Any, ...], made: Any) -> None:
-        given_NLD, made_NLD = (
-            args[0].float(),
-            (made[0] if isinstance(made, tuple) else made).float(),
-        )
+        given_NLD, made_NLD = args[0].float(), hidden_of(made).float()
         cosine_NL = torch.cosine_similarity(given_NLD, made_NLD, dim=-1)
         total[name] = total.get(name, 0.0) + float((1 - cosine_NL.mean(1)).sum())
 
@@ -49,17 +46,13 @@ def remove_blocks(network: Any, names: Iterable[str]) -> Any:
 
     Raises `UserError` where the config cannot say what is left.
     """
-    blocks = list(chained_blocks(network))
-    gone = set(names)
-    kept = [name for name in blocks if name not in gone]
-    parent = blocks[0].rpartition(".")[0]
-    held = network.get_submodule(parent)
-    for new, name in enumerate(kept):
-        _renumber(network.get_submodule(name), blocks.index(name), new)
-    chain = nn.ModuleList([network.get_submodule(name) for name in kept])
-    network.get_submodule(parent.rpartition(".")[0])._modules[parent.rpartition(".")[2]] = chain
-    assert isinstance(held, nn.ModuleList)
-    config, places = network.config, [blocks.index(name) for name in kept]
+    blocks, gone = chained_blocks(network), set(names)
+    places = [place for place, name in enumerate(blocks) if name not in gone]
+    kept = [block for name, block in blocks.items() if name not in gone]
+    for old, (new, block) in zip(places, enumerate(kept), strict=True):
+        _renumber(block, old, new)
+    replace_module(network, next(iter(blocks)).rpartition(".")[0], nn.ModuleList(kept))
+    config = network.config
     for name, value in config.to_dict().items():
         if isinstance(value, list | tuple) and len(value) == len(blocks):
             setattr(config, name, [value[k] for k in places])

@@ -24,6 +24,8 @@ from prunedm.errors import UserError
 from prunedm.networks.layer_kinds import find_kind, groups_of, to_matrix, width_of
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], None]  # name, module, inputs, output
+Named = dict[str, Any]
+BeforeHook = Callable[[str, nn.Module, tuple[Any, ...], Named], None]  # and its named inputs
 
 
 @contextmanager
@@ -31,6 +33,20 @@ def hooked(modules: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
     """Within the context, call `hook(name, module, inputs, output)` after every call of a module."""
     handles = [
         module.register_forward_hook(partial(hook, name)) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def hooked_before(modules: Mapping[str, nn.Module], hook: BeforeHook) -> Iterator[None]:
+    """Within the context, call `hook(name, module, inputs, named)` before every call of a module."""
+    handles = [
+        module.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
+        for name, module in modules.items()
     ]
     try:
         yield

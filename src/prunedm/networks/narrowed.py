@@ -23,11 +23,18 @@ from prunedm.errors import UserError
 from prunedm.networks.blocks import drop_blocks, dropped_blocks
 from prunedm.networks.narrowed_language import (
     dense_language_config,
-    differences,
     narrowed_language_class,
     plain_config,
+    plain_values,
 )
-from prunedm.networks.widths import Widths, attributes, resize, sizes, sync_attributes
+from prunedm.networks.widths import (
+    Widths,
+    attributes,
+    differences,
+    resize,
+    sizes,
+    sync_attributes,
+)
 
 PREFIX = "Pruned"
 _OTHERS: dict[str, type] = {}  # narrowed versions of classes outside diffusers
@@ -132,8 +139,8 @@ def _name_language_model(network: Any, cls: Any) -> None:
         config.widths = widths_of(network)
         with torch.device("meta"):
             twin = cls(config)
-        if wrong := differences(network, twin):
-            raise UserError(f"{wrong[0]} would be otherwise when it is loaded again")
+        if wrong := differences(network, twin, plain_values):
+            raise UserError(f"{min(wrong)} would be otherwise when it is loaded again")
     # one object, which the modules share; private attributes say how attention is computed
     held, new = vars(network.config), vars(config)
     private = {n: value for n, value in held.items() if n.startswith("_") and n not in new}
@@ -197,18 +204,10 @@ def _dense_config(network: Any) -> dict[str, Any]:
 
 
 def _check_same(network: nn.Module, twin: nn.Module) -> None:
-    shapes, wanted = (
-        {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-        for net in (network, twin)
-    )
-    for name in shapes.keys() | wanted.keys():
-        if shapes.get(name) != wanted.get(name):
-            raise UserError(
-                f"{name} is {shapes.get(name)}, but {wanted.get(name)} when it is loaded again: "
-                f"its kind of layer cannot be narrowed"
-            )
-    twins = dict(twin.named_modules())
-    for name, module in network.named_modules():
-        rest = attributes(module).items() - attributes(twins[name]).items()
-        for attribute, value in sorted(rest):
-            raise UserError(f"{name}.{attribute} is {value}, which a config cannot say")
+    for name, (own, other) in differences(network, twin, attributes).items():
+        if isinstance(own, int):
+            raise UserError(f"{name} is {own}, which a config cannot say")
+        raise UserError(
+            f"{name} is {own}, but {other} when it is loaded again: "
+            f"its kind of layer cannot be narrowed"
+        )

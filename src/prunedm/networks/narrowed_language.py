@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunedm.networks.widths import resize, sizes
+from prunedm.networks.widths import attributes, differences, resize, sizes
 from prunedm.system.auto_classes import MODEL_TYPE
 
 # in names of numbers that say something else than the width of heads or hidden units
@@ -101,23 +101,18 @@ def plain_config(network: Any, dense: Any, cls: Any) -> Any:
                 twin = cls(config)
         except Exception:  # validators of transformers raise many types
             continue
-        if not differences(network, twin):
+        if not differences(network, twin, plain_values):
             return config
     return None
 
 
-def differences(network: nn.Module, twin: nn.Module) -> list[str]:
-    """Tensors whose shapes differ, and plain attributes that do."""
-    states = [{n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (network, twin)]
-    found = [n for n in states[0].keys() | states[1].keys() if states[0].get(n) != states[1].get(n)]
-    twins = dict(twin.named_modules())
-    for name, module in network.named_modules():
-        other = vars(twins[name]) if name in twins else {}
-        for attribute, value in vars(module).items():
-            plain = isinstance(value, int | float | str) and not attribute.startswith("_")
-            if plain and other.get(attribute) != value and attribute != "training":
-                found.append(f"{name}.{attribute}")
-    return sorted(found)
+def plain_values(module: nn.Module) -> dict[str, int | float | str]:
+    """The numbers, texts and truths that a module holds itself."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str) and name != "training" and not name.startswith("_")
+    }
 
 
 def _changed(network: nn.Module, dense: nn.Module) -> dict[int, int] | None:
@@ -125,16 +120,11 @@ def _changed(network: nn.Module, dense: nn.Module) -> dict[int, int] | None:
     changed: dict[int, int] = {}
     before = dict(dense.named_modules())
     for name, module in network.named_modules():
-        old, new = _numbers(before[name]), _numbers(module)
+        old, new = (attributes(m) | sizes(m) for m in (before[name], module))
         for key in old.keys() & new.keys():
             if old[key] != new[key] and changed.setdefault(old[key], new[key]) != new[key]:
                 return None
     return changed
-
-
-def _numbers(module: nn.Module) -> Mapping[str, int]:
-    plain = {n: v for n, v in vars(module).items() if type(v) is int and not n.startswith("_")}
-    return plain | sizes(module)
 
 
 def _possible(name: str, value: object, changed: Mapping[int, int]) -> set[int]:

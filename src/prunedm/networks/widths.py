@@ -5,7 +5,7 @@ Linear, Conv1d/2d/3d, Embedding: `in`, `out` (grouped convolutions: `groups`); n
 (GroupNorm: `groups`); a module of layers: attributes that cannot be derived from them, as `heads`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from diffusers.models.activations import GEGLU, SwiGLU
@@ -66,6 +66,28 @@ def attributes(module: nn.Module) -> dict[str, int]:
         for name, value in vars(module).items()
         if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_")
     }
+
+
+def differences(
+    network: nn.Module, twin: nn.Module, of: Callable[[nn.Module], Mapping[str, object]]
+) -> dict[str, tuple[object, object]]:
+    """What differs from a twin, and how: shapes of tensors, then values of modules by `of`."""
+    shapes, wanted = (
+        {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+        for net in (network, twin)
+    )
+    found: dict[str, tuple[object, object]] = {
+        name: (shapes.get(name), wanted.get(name))
+        for name in shapes.keys() | wanted.keys()
+        if shapes.get(name) != wanted.get(name)
+    }
+    twins = dict(twin.named_modules())
+    for name, module in network.named_modules():
+        other = of(twins[name]) if name in twins else {}
+        for attribute, value in sorted(of(module).items()):
+            if other.get(attribute) != value:
+                found[f"{name}.{attribute}"] = value, other.get(attribute)
+    return found
 
 
 def resize(network: nn.Module, widths: Mapping[str, Mapping[str, int]]) -> None:

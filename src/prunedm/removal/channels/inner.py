@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from prunedm.architecture import Inputs, answer
-from prunedm.networks.chain import chained_blocks
+from prunedm.networks.chain import chained_blocks, hidden_of
 from prunedm.networks.layer_kinds import Side, find_kind, groups_of, kind_of, width_of
-from prunedm.networks.layers import is_under
+from prunedm.networks.layers import Named, hooked_before, is_under
 from prunedm.networks.widths import attributes, set_layer_widths
 from prunedm.removal.channels.groups import ChannelGroup, Counts, Coupling
 
@@ -56,19 +56,12 @@ def inner_groups(
 def _told(network: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The arguments of every block, for one short sequence."""
     told: dict[str, Any] = {}
-    blocks = chained_blocks(network)
-    names = {id(block): name for name, block in blocks.items()}
 
-    def hear(block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        told[names[id(block)]] = args, named
+    def hear(name: str, _: nn.Module, args: tuple[Any, ...], named: Named) -> None:
+        told[name] = args, named
 
-    handles = [b.register_forward_pre_hook(hear, with_kwargs=True) for b in blocks.values()]
-    try:
-        with torch.no_grad():
-            answer(network, {name: x[:1, :TOKENS] for name, x in inputs.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked_before(chained_blocks(network), hear):
+        answer(network, {name: x[:1, :TOKENS] for name, x in inputs.items()})
     return told
 
 
@@ -144,7 +137,7 @@ class _Probe:
         heard: Leaves = {}
         with torch.enable_grad(), _cut(block, leaves, heard):
             made = block(*args, **named)
-        return heard, made[0] if isinstance(made, tuple | list) else made
+        return heard, hidden_of(made)
 
     def sources(self, values: Iterable[torch.Tensor], names: Sequence[str]) -> Leaves:
         """For layers whose leaves some of `values` depend on: which channels do (booleans)."""

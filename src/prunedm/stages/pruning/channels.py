@@ -1,6 +1,7 @@
 """Channels: coupled ones of the whole network, or heads and hidden units inside residual blocks."""
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _channel_plan(
                 macs=job.macs if job.model.architecture.channels == "inside" else None,
                 reduction=options.channels.reduction,
                 max_ratio=options.channels.max_layer_ratio,
-                fits=(lambda plan: _loads_plainly(denoiser, plan)) if plain else None,
+                fits=partial(_loads_plainly, denoiser) if plain else None,
             )
         except OutOfReach:
             if round_to == job.roundings[-1]:

@@ -246,7 +246,7 @@ def _blocks(job: PruneJob, *, dense: bool = False) -> Iterator[_Block]:
     network.to(device_for(options.device))
     turns = blocks_in_turn(network, problems, count, size=size)
     if dense:
-        for name, block, inputs, (before, own) in with_dense(turns, count):
+        for name, block, inputs, (before, own) in with_dense(turns):
             yield _Block(name, block, inputs, Dense(before, own.stream(count, size=own.size)))
     else:
         yield from (_Block(*turn) for turn in turns)

@@ -27,13 +27,8 @@ from prunedm.stages.pruning.job import Details, PruneJob, asks, check_options, l
 from prunedm.tables import MECHANISMS
 from prunedm.task import Batch
 
-_LONG = (
-    "layers",
-    "dense",
-    "patterns",
-    "permutation",
-    "influence",
-)  # per layer: only in pruning_stats.json
+# per layer or block: only in pruning_stats.json
+_LONG = ("layers", "dense", "patterns", "permutation", "influence")
 PICTURE_STEPS = 25  # DDIM steps of the pictures before and after
 PROBLEMS = range(16, 65)  # in the loss before and after, unless an option says how many
 PROBLEMS_MACS = 6e11  # most MACs of one pass over them
